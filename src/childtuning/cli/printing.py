@@ -1,0 +1,66 @@
+"""What goes where: one JSON object or a table on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def tell(line: str) -> None:
+    """Say something to the user, beside the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def is_terminal() -> bool:
+    """Whether a person is watching standard error."""
+    return sys.stderr.isatty()
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print exactly one JSON object; what is not finite becomes null."""
+    print(json.dumps(_finite(content), ensure_ascii=False))
+
+
+def print_table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
+) -> None:
+    """Print a table; the first ``left`` columns are text, the others are set right as numbers."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print named facts, one a line, aligned."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def human_bytes(count: float) -> str:
+    """Return a byte count as a person reads it."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

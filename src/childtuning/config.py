@@ -1,0 +1,110 @@
+"""The serialisable whole of a child: everything that decides which entries are trained, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+from childtuning.density import density_fault
+from childtuning.errors import ConfigError, did_you_mean
+from childtuning.granularity import KINDS
+from childtuning.patterns import as_patterns
+from childtuning.ranked_parts import SCOPES
+
+_CHOICES = {
+    "variant": ("task-driven", "task-free"),
+    "granularity": KINDS,
+    "scope": SCOPES,
+    "scores": ("fisher", "magnitude", "random"),
+    "estimator": ("per-example", "per-batch"),
+    "labels": ("data", "sampled"),
+    "preset": (None, "official"),
+}
+
+
+@dataclass(frozen=True)
+class ChildConfig:
+    """What child to train. [Xu et al. 2021]
+
+    Args:
+        variant: ``task-driven`` (fixed, chosen by scores: D) or ``task-free`` (a fresh random mask a step: F).
+        density: p, the share of the eligible entries, in (0, 1].
+        granularity: what is chosen as one unit: ``element``, ``row``, ``block``, ``parameter``.
+        scope: rank all parameters together (``global``) or give each its share (``parameter``).
+        scores: what ranks the entries: ``fisher``, or for ablation ``magnitude`` or ``random``.
+        lowest: take the lowest scores instead, for ablation.
+        estimator: Fisher ``per-example`` (the formula) or ``per-batch`` (the official code's).
+        labels: the data's own (``data``) or drawn from the model (``sampled``).
+        fisher_examples: estimate from this many examples at most; ``None``: all.
+        eligible: patterns over parameter names; ``None``: every pretrained floating-point parameter.
+        always: patterns over names that are trained whole beside the child; ``None``: the model's new head.
+        rescale: divide the gradient by the density; ``None``: as the document does, in both variants.
+        seed: names the masks, random scores and sampled labels.
+        preset: ``official`` reproduces the official code, faults included, for parity only.
+    Raises:
+        ConfigError: all the faults there are, in one line.
+    """
+
+    variant: Literal["task-driven", "task-free"] = "task-driven"
+    density: float = 0.3
+    granularity: Literal["element", "row", "block", "parameter"] = "element"
+    scope: Literal["global", "parameter"] = "global"
+    scores: Literal["fisher", "magnitude", "random"] = "fisher"
+    lowest: bool = False
+    estimator: Literal["per-example", "per-batch"] = "per-example"
+    labels: Literal["data", "sampled"] = "data"
+    fisher_examples: int | None = None
+    eligible: tuple[str, ...] | None = None
+    always: tuple[str, ...] | None = None
+    rescale: bool | None = None
+    seed: int = 0
+    preset: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("eligible", "always"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_patterns(getattr(self, name)))
+        faults = [fault for fault in (density_fault(self.density),) if fault]
+        for name, known in _CHOICES.items():
+            got = getattr(self, name)
+            if got not in known:
+                words = [str(word) for word in known if word is not None]
+                faults.append(
+                    f"{name} must be one of {', '.join(words)}, got {got!r}. {did_you_mean(str(got), words)}"
+                )
+        if self.fisher_examples is not None and self.fisher_examples < 1:
+            faults.append(
+                f"fisher_examples must be at least 1, got {self.fisher_examples}. Leave it out for all."
+            )
+        if self.variant == "task-free" and self.scope == "parameter":
+            faults.append("scope='parameter' has no meaning for a task-free child. Leave it out.")
+        if self.granularity == "parameter" and self.scope == "parameter":
+            faults.append(
+                "granularity='parameter' cannot be shared out within each parameter. Use scope='global'."
+            )
+        if faults:
+            raise ConfigError(" ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields; ``from_dict`` makes an equal configuration of them."""
+        listed = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+        return listed
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            ConfigError: an unknown field, or a value outside its range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"a child has no option {name!r}. {did_you_mean(name, known)}")
+        options: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**options)

@@ -1,0 +1,274 @@
+"""The trained values of a child, stored apart from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from childtuning.child import Child
+from childtuning.delta.files import INDEX_SUFFIX, read_folder, stream_tensor, write_folder
+from childtuning.delta.hashes import frozen_hash
+from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError
+from childtuning.kernels import gather, scatter_
+from childtuning.part import Part
+from childtuning.part_records import read_parts, write_parts
+from childtuning.patterns import canonical_names
+from childtuning.task_free import TaskFree
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What training changed: for each parameter the child's entries and their values, to overwrite the base's.
+
+    Values, not differences, so that applying a delta is bitwise exact. What the child leaves alone is hashed for
+    every parameter, so that a delta refuses a base it was not made for; the hash of an untouched tensor is that of
+    the whole tensor. A tensor that is overwritten whole leaves nothing to verify but its shape and dtype.
+
+    Args:
+        parts: by parameter name, which entries; every parameter of the model is there, frozen ones with none.
+        values: by parameter name the trained values, [num_trained] for a partial part and of the parameter's shape
+            for a whole one, in the model's dtype, on the CPU.
+        buffers: the model's persistent buffers (BatchNorm's running statistics), whole.
+        hashes: by parameter name, sha256 of what is frozen, see ``frozen_hash``.
+        base: what is known of the base model, JSON-ready: its name, its hash.
+        recipe: from what the parts can be made again instead of being stored, see ``Child``.
+    """
+
+    parts: dict[str, Part]
+    values: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    from_recipe: frozenset[str] = frozenset()
+
+    @classmethod
+    def capture(
+        cls, model: nn.Module, child: Child | TaskFree, *, base: Mapping[str, Any] | str | None = None
+    ) -> Self:
+        """Copy the child's values out of a trained model.
+
+        Args:
+            model: the model that the child was trained in.
+            child: which entries to take; a task-free child trains all of them.
+            base: the base model's name, or JSON-ready facts about it.
+        Raises:
+            ParameterError: the child does not fit the model.
+        """
+        named = _named_parameters(model)
+        shapes = {name: tuple(p.shape) for name, p in named.items()}
+        recipe: dict[str, Any] | None = None
+        from_recipe: frozenset[str] = frozenset()
+        if isinstance(child, TaskFree):
+            parts = {name: Part(shape) for name, shape in shapes.items() if named[name].is_floating_point()}
+            parts |= {name: Part.none(shape) for name, shape in shapes.items() if name not in parts}
+            recipe = {"source": "task-free", **child.to_dict()}
+        else:
+            parts = child.resolve(shapes)
+            if child.recipe is not None:
+                recipe, from_recipe = child.recipe, frozenset(child.parts)
+        values = {name: _read(named[name], part) for name, part in parts.items() if not part.is_empty}
+        return cls(
+            parts=parts,
+            values=values,
+            buffers={
+                name: buffer.detach().to("cpu", copy=True)
+                for name, buffer in _persistent_buffers(model).items()
+            },
+            hashes={name: _hash(named[name], part) for name, part in parts.items() if not part.is_whole},
+            base={"name": base} if isinstance(base, str) else dict(base or {}),
+            recipe=recipe,
+            from_recipe=from_recipe,
+        )
+
+    @property
+    def num_trained(self) -> int:
+        """Number of stored parameter entries."""
+        return sum(part.num_trained for part in self.parts.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the stored values, indices aside."""
+        return sum(value.nbytes for value in (*self.values.values(), *self.buffers.values()))
+
+    def check_base(self, model: nn.Module) -> None:
+        """Make sure that the delta was made for this model's weights.
+
+        Raises:
+            BaseMismatchError: a name, shape, dtype or frozen value differs; nothing was changed.
+        """
+        named = _named_parameters(model)
+        base = f" ({self.base['name']})" if self.base.get("name") else ""
+        remedy = f"Load the base model that it was made from{base}."
+        if list(named) != list(self.parts):
+            other = next(iter(set(named) ^ set(self.parts)), "the order of parameters")
+            raise BaseMismatchError(f"the delta is for another architecture ({other!r} differs). {remedy}")
+        for name, parameter in named.items():
+            part = self.parts[name]
+            value = self.values.get(name)
+            if tuple(parameter.shape) != part.shape:
+                raise BaseMismatchError(
+                    f"{name!r} has shape {list(parameter.shape)}, the delta is for {list(part.shape)}. {remedy}"
+                )
+            if value is not None and parameter.dtype != value.dtype:
+                raise BaseMismatchError(
+                    f"{name!r} is {_short(parameter.dtype)}, the delta is for {_short(value.dtype)}. "
+                    f"Load the base model in {_short(value.dtype)}."
+                )
+            if name in self.hashes and _hash(parameter, part) != self.hashes[name]:
+                raise BaseMismatchError(
+                    f"the delta was made for another base model: {name!r} differs. {remedy}"
+                )
+        buffers = _persistent_buffers(model)
+        if {n: tuple(b.shape) for n, b in buffers.items()} != {
+            n: tuple(b.shape) for n, b in self.buffers.items()
+        }:
+            raise BaseMismatchError(f"the delta is for a model with other buffers. {remedy}")
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, *, check: bool = True) -> Delta:
+        """Write the trained values into a model, in place.
+
+        Args:
+            model: the base model, or one with another delta of the same child applied.
+            check: verify first that the base is the right one (it reads every weight once).
+        Returns:
+            the delta that restores what was there: ``displaced.apply_(model)`` is bitwise the way back.
+        Raises:
+            BaseMismatchError: it is another base model; nothing was changed.
+        """
+        if check:
+            self.check_base(model)
+        named, buffers = _named_parameters(model), _persistent_buffers(model)
+        displaced = replace(
+            self,
+            values={name: _read(named[name], self.parts[name]) for name in self.values},
+            buffers={name: buffers[name].detach().to("cpu", copy=True) for name in self.buffers},
+        )
+        for name, value in self.values.items():
+            _write(named[name], self.parts[name], value)
+        for name, value in self.buffers.items():
+            buffers[name].copy_(value)
+        return displaced
+
+    def then(self, later: Delta) -> Delta:
+        """Return the one delta that does what applying this and then ``later`` does.
+
+        Raises:
+            DeltaError: they are for different models, or ``later`` was made on a base that this does not lead to.
+        """
+        if [(n, p.shape) for n, p in self.parts.items()] != [(n, p.shape) for n, p in later.parts.items()]:
+            raise DeltaError(
+                "the two deltas are for different architectures. Compose deltas of one base model."
+            )
+        parts: dict[str, Part] = {}
+        values: dict[str, Tensor] = {}
+        for name, first in self.parts.items():
+            second = later.parts[name]
+            mask = first.mask() | second.mask()
+            parts[name] = Part.from_mask(mask) if mask.any() else Part.none(first.shape)
+            if not parts[name].is_empty:
+                dense = torch.zeros(first.shape, dtype=later.values.get(name, self.values.get(name)).dtype)  # type: ignore[union-attr]
+                for part, source in ((first, self.values), (second, later.values)):
+                    if not part.is_empty:
+                        _write(dense, part, source[name])
+                values[name] = _read(dense, parts[name])
+        untouched = {
+            n: h for n, h in later.hashes.items() if self.parts[n].is_empty or later.parts[n].is_whole
+        }
+        same = {n: h for n, h in self.hashes.items() if later.parts[n].is_empty}
+        for name in set(untouched) & set(same):
+            if untouched[name] != same[name]:
+                raise DeltaError(f"the two deltas were made for different base models ({name!r} differs).")
+        return Delta(parts, values, later.buffers, {**same, **untouched}, self.base)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the delta to a folder: ``delta.safetensors`` and ``delta.json``."""
+        records, streams = write_parts(self.parts, from_recipe=self.from_recipe)
+        for name, digest in self.hashes.items():
+            records[name]["frozen_sha256"] = digest
+        tensors = dict(self.values)
+        tensors |= {name + INDEX_SUFFIX: stream_tensor(stream) for name, stream in streams.items()}
+        tensors |= self.buffers
+        about = {
+            "base": self.base,
+            "recipe": self.recipe,
+            "buffers": list(self.buffers),
+            "parameters": records,
+        }
+        write_folder(Path(folder), about, tensors)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a delta that ``save`` wrote.
+
+        Raises:
+            CorruptFileError: a file is missing, truncated, changed, or of another format.
+        """
+        about, tensors = read_folder(Path(folder))
+        try:
+            records, recipe = about["parameters"], about["recipe"]
+            streams = {
+                name.removesuffix(INDEX_SUFFIX): tensor.numpy()
+                for name, tensor in tensors.items()
+                if name.endswith(INDEX_SUFFIX)
+            }
+            parts = read_parts(records, streams, recipe)
+            values = {name: tensors[name] for name, part in parts.items() if not part.is_empty}
+            for name, value in values.items():
+                if value.numel() != parts[name].num_trained:
+                    raise CorruptFileError(
+                        f"{folder} holds {value.numel()} values for {name!r}. Get it anew."
+                    )
+            return cls(
+                parts=parts,
+                values=values,
+                buffers={name: tensors[name] for name in about["buffers"]},
+                hashes={
+                    name: rec["frozen_sha256"] for name, rec in records.items() if "frozen_sha256" in rec
+                },
+                base=about["base"],
+                recipe=recipe,
+                from_recipe=frozenset(name for name, rec in records.items() if rec["trained"] == "recipe"),
+            )
+        except (KeyError, TypeError, AttributeError) as fault:
+            raise CorruptFileError(f"{folder} lacks {fault}. Get the folder anew.") from None
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = dict(model.named_parameters())
+    return dict(zip(canonical_names(named), named.values(), strict=True))
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    saved = set(model.state_dict(keep_vars=True))
+    named = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return dict(zip(canonical_names(named), named.values(), strict=True))
+
+
+def _read(tensor: Tensor, part: Part) -> Tensor:
+    tensor = tensor.detach()
+    if part.is_whole:
+        return tensor.to("cpu", copy=True).contiguous()
+    indices = part.indices().to(tensor.device)
+    return gather(tensor, indices, tensor.new_empty(len(indices))).cpu()
+
+
+def _write(tensor: Tensor, part: Part, value: Tensor) -> None:
+    if part.is_whole:
+        tensor.detach().copy_(value)
+    else:
+        scatter_(tensor.detach(), part.indices().to(tensor.device), value.to(tensor.device))
+
+
+def _hash(tensor: Tensor, part: Part) -> str:
+    return frozen_hash(tensor, None if part.is_empty else part.indices())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

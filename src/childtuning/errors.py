@@ -1,0 +1,66 @@
+"""Every error the library raises on purpose, drawn as a tree.
+
+    ChildTuningError
+    ├── ConfigError      an option or argument outside its range (also a ValueError)
+    ├── ParameterError   parameter names or patterns that do not fit the model (also a ValueError)
+    ├── DataError        the user's examples: files, columns, labels (also a ValueError)
+    ├── ModelError       a model folder or name that cannot be loaded
+    └── DeltaError       a delta that cannot be used
+        ├── CorruptFileError    truncated, tampered with or not one of ours
+        └── BaseMismatchError   made for another base model
+
+A message is one line: what is wrong, what was got, and the remedy.
+The command line turns each of these into exit code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ChildTuningError(Exception):
+    """The root: catch this to catch everything the library raises on purpose."""
+
+
+class ConfigError(ChildTuningError, ValueError):
+    """An option or argument is outside its range, or options contradict each other."""
+
+
+class ParameterError(ChildTuningError, ValueError):
+    """Parameter names, shapes or patterns do not fit the model."""
+
+
+class DataError(ChildTuningError, ValueError):
+    """The user's examples cannot be used as they are."""
+
+
+class ModelError(ChildTuningError):
+    """A model folder or name cannot be loaded."""
+
+
+class DeltaError(ChildTuningError):
+    """A delta cannot be used."""
+
+
+class CorruptFileError(DeltaError):
+    """A file is truncated, was tampered with, or is not one of ours."""
+
+
+class BaseMismatchError(DeltaError):
+    """A delta was made for another base model."""
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """Return the remedy half of an "unknown …" message: the nearest known name, then all of them.
+
+    Args:
+        got: what the user wrote.
+        known: the names that exist, in the order to show them.
+    Returns:
+        A sentence such as ``Did you mean 'child-d'? Known: full, child-d.``
+    """
+    names = list(known)
+    listing = f"Known: {', '.join(names)}." if names else "There are none."
+    near = get_close_matches(got, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}? {listing}" if near else listing

@@ -1,0 +1,195 @@
+"""Everything that decides a run, as one flat set of options that a TOML file can hold."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+
+from childtuning.config import ChildConfig
+from childtuning.errors import ConfigError, did_you_mean
+from childtuning.methods import find_method
+
+_CHILD_OPTIONS = (
+    "granularity",
+    "scope",
+    "estimator",
+    "fisher_examples",
+    "eligible",
+    "always",
+    "rescale",
+    "preset",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: data, model, method, training. The defaults are the paper's protocol where it names a value.
+
+    Args:
+        task: a task by name, from ``data_dir`` or the hub; or leave it out and name files:
+        train, eval: files of examples (csv, tsv, jsonl, parquet, each also .gz).
+        text, text_pair, label: their columns; ``None`` guesses the usual names.
+        label_type: ``auto``, ``class`` or ``number``.
+        data_dir: a folder with ``<task>/{train,dev}.jsonl.gz``.
+        train_limit: use this many training examples at most, drawn by ``data_seed``.
+        model: a model folder or hub name; ``None``: the packaged all-MiniLM-L6-v2.
+        method: see ``childtuning methods``.
+        density: p; ``None``: the method's own default.
+        granularity, scope, estimator, fisher_labels, fisher_examples, eligible, always, rescale, preset: the rest
+            of ``ChildConfig``.
+        learning_rate: peak, after the warm-up and before a linear decay to 0.
+        epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
+            ``max_length`` in tokens.
+        precision: ``fp32``, or ``bf16`` autocast.
+        seed: of the head's start, data order, dropout, and masks.
+        data_seed: of what ``train_limit`` draws.
+        save_steps: a checkpoint every so many optimizer steps; ``None``: every epoch.
+    Raises:
+        ConfigError: all the faults there are, in one line.
+    """
+
+    task: str | None = None
+    train: str | None = None
+    eval: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str = "label"
+    label_type: str = "auto"
+    data_dir: str | None = None
+    train_limit: int | None = None
+    model: str | None = None
+    method: str = "child-d"
+    density: float | None = None
+    granularity: str = "element"
+    scope: str = "global"
+    estimator: str = "per-example"
+    fisher_labels: str = "data"
+    fisher_examples: int | None = None
+    eligible: tuple[str, ...] | None = None
+    always: tuple[str, ...] | None = None
+    rescale: bool | None = None
+    preset: str | None = None
+    learning_rate: float = 2e-5
+    epochs: float = 3.0
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    precision: str = "fp32"
+    seed: int = 0
+    data_seed: int = 0
+    save_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        faults = list(self._range_faults())
+        try:
+            self.child()
+        except ConfigError as fault:
+            faults.append(str(fault))
+        if faults:
+            raise ConfigError(" ".join(faults))
+
+    def _range_faults(self) -> list[str]:
+        faults = []
+        if self.task is None and (self.train is None or self.eval is None):
+            faults.append("there is nothing to train on. Pass --task NAME, or --train FILE and --eval FILE.")
+        if self.task is not None and (self.train is not None or self.eval is not None):
+            faults.append("--task and --train/--eval exclude each other. Pass one of them.")
+        positive = ("learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length")
+        for name in (*positive, "train_limit", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                faults.append(f"{name} must be above 0, got {value}.")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                faults.append(f"{name} must not be negative, got {value}. Pass 0 for none.")
+        if not 0 <= self.warmup_ratio < 1:
+            faults.append(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}. Pass a share: 0.1.")
+        if self.precision not in ("fp32", "bf16"):
+            faults.append(f"precision must be fp32 or bf16, got {self.precision!r}.")
+        if self.label_type not in ("auto", "class", "number"):
+            faults.append(f"label_type must be auto, class or number, got {self.label_type!r}.")
+        return faults
+
+    def child(self) -> ChildConfig:
+        """Return what the method trains under these options.
+
+        Raises:
+            ConfigError: an unknown method, or options outside their range.
+        """
+        method = find_method(self.method)
+        density = method.density if self.density is None else self.density
+        options: dict[str, Any] = {name: getattr(self, name) for name in _CHILD_OPTIONS}
+        options |= {"density": density, "labels": self.fisher_labels, "seed": self.seed}
+        return method.child(ChildConfig(**options))
+
+    def resolved(self) -> RunConfig:
+        """Return the same run with the method's default density and absolute paths filled in."""
+        paths = {
+            name: str(Path(value).expanduser().resolve())
+            for name in ("train", "eval", "data_dir")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.model is not None and Path(self.model).expanduser().is_dir():
+            paths["model"] = str(Path(self.model).expanduser().resolve())
+        return replace(self, density=self.child().density, **paths)
+
+    def to_toml(self) -> str:
+        """Return the options that are set, as TOML."""
+        values = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+        return tomli_w.dumps({key: value for key, value in values.items() if value is not None})
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make a run from option names and values.
+
+        Raises:
+            ConfigError: an unknown option, a value of the wrong type, or outside its range.
+        """
+        known = {field.name: str(field.type) for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in options.items():
+            name = name.replace("-", "_")
+            if name not in known:
+                raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
+            values[name] = _typed(name, value, known[name])
+        return cls(**values)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read the options of a TOML file.
+
+    Raises:
+        ConfigError: it is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as fault:
+        raise ConfigError(
+            f"config file {str(path)!r} cannot be read ({fault.strerror}). Check the path."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"config file {str(path)!r} is not TOML ({fault}). Correct that line.") from None
+
+
+def _typed(name: str, value: Any, declared: str) -> Any:
+    if value is None:
+        return None
+    if "tuple" in declared:
+        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+    wanted = next(kind for kind in ("bool", "int", "float", "str") if kind in declared)
+    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str}[wanted]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and wanted != "bool"):
+        raise ConfigError(f"{name} must be of type {wanted}, got {value!r}.")
+    return float(value) if wanted == "float" else value

@@ -1,0 +1,75 @@
+"""Scores without training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from childtuning.experiments.run_config import RunConfig
+from childtuning.experiments.run_training import load_run_model, read_run_task
+from childtuning.fisher import fisher_information
+from childtuning.selection import select_child
+from childtuning.tasks import LengthBucketBatches, PaddingCollator, encode
+
+
+def score_run(
+    config: RunConfig, output: Path, *, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Estimate Fisher information on a run's training set and write it to a safetensors file.
+
+    Args:
+        config: a run's options; those of training are not used.
+        output: the file.
+        tell: called with lines for the user.
+    Returns:
+        JSON-ready: the file, counts, and by parameter its mean score and its share in a child of the run's density.
+    """
+    from torch.utils.data import DataLoader
+
+    config = replace(config.resolved(), method="child-d", density=config.density)
+    task = read_run_task(config)
+    loaded = load_run_model(config, task)
+    encoded = encode(
+        loaded.tokenizer,
+        task.train.sample(config.fisher_examples),
+        max_length=config.max_length,
+        label_ids=task.label_ids,
+    )
+    batches = DataLoader(
+        encoded,
+        batch_sampler=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
+        collate_fn=PaddingCollator(loaded.tokenizer),
+    )
+    child_config = config.child()
+    always = loaded.new_parameters if child_config.always is None else child_config.always
+    scores = fisher_information(
+        loaded.model,
+        batches,
+        estimator=child_config.estimator,
+        labels=child_config.labels,
+        eligible=child_config.eligible,
+        always=always,
+        seed=config.seed,
+    )
+    child = select_child(scores, child_config.density)
+    partial = output.with_name(output.name + ".partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: score.cpu().contiguous() for name, score in scores.items()}, partial)
+    os.replace(partial, output)
+    tell(f"scores of {child.num_eligible:,} entries from {len(encoded)} examples in {output}")
+    return {
+        "output": str(output),
+        "task": task.name,
+        "examples": len(encoded),
+        "density": child.density,
+        "eligible_parameters": child.num_eligible,
+        "parameters": {
+            name: {"mean": float(score.mean()), "share": child.parts[name].num_trained / score.numel()}
+            for name, score in scores.items()
+        },
+    }

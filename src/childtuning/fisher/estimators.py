@@ -1,0 +1,236 @@
+"""The two ways to add up squared gradients: one term an example, or one term a batch.
+
+Both are called with batches on the model's device, inside ``untouched``, and return the number of terms added.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from childtuning.errors import ParameterError
+from childtuning.fisher.batches import contrasting_pair, example, examples, num_examples
+from childtuning.fisher.engine import Engine
+from childtuning.fisher.loop import add_batch_squares_, add_example_squares_
+from childtuning.fisher.losses import LossFn, model_loss, shifts_labels
+from childtuning.fisher.weights import ExampleWeights
+
+_DISAGREE = "the layer-wise pass does not agree with the batch-of-one loop"
+_NO_WEIGHTS = "the loss of a batch is no weighted mean of its examples' losses"
+_NOT_REACHED = "the loss does not depend on any eligible parameter. Check the eligible patterns."
+
+
+class PerBatch:
+    """The square of each batch's mean gradient, clipped, as the official code has it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        parameters: Mapping[str, Tensor],
+        scores: Mapping[str, Tensor],
+    ) -> None:
+        self.model, self.loss_fn = model, loss_fn or model_loss
+        self.parameters, self.scores = parameters, scores
+
+    def __call__(self, batch: Any) -> int:
+        """Add one term."""
+        if not add_batch_squares_(self.scores, self.model, batch, self.loss_fn, self.parameters):
+            raise ParameterError(_NOT_REACHED)
+        return 1
+
+
+class PerExample:
+    """The square of each example's gradient, by the engine where it is right and by the batch-of-one loop elsewhere.
+
+    The engine is right where it agrees with the loop on two unlike examples of the first batch; a parameter whose
+    module took no part in those two is compared on the first batch where it does. The rest is announced, once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        parameters: Mapping[str, Tensor],
+        scores: Mapping[str, Tensor],
+        *,
+        training: bool,
+    ) -> None:
+        self.model, self.loss_fn = model, loss_fn or model_loss
+        self.parameters, self.scores = parameters, scores
+        self.engine = Engine(model, parameters)
+        self.weights = ExampleWeights(own_loss=loss_fn is None, shifted=shifts_labels(model))
+        self.looped = set(parameters) if training else set()  # dropout and batch statistics differ in a batch
+        self.proven: set[str] = set()
+        self.checked = training
+
+    def __call__(self, batch: Any) -> int:
+        """Add one term for each example."""
+        size = num_examples(batch)
+        if size > 1 and not self.checked:
+            self._check(batch, size)
+        if self.looped == set(self.parameters) or not self.checked:
+            self._loop(batch, size, self.parameters, self.scores, demand=True)
+            return size
+        if not self._settle_weights(batch, size):
+            return self(batch)
+        found = self._run(batch, size)
+        if self.looped:
+            self._loop(batch, size, self.looped, self.scores)
+        if found:
+            self._prove(batch, size, found)
+        return size
+
+    def _run(self, batch: Any, size: int) -> dict[str, Tensor | None]:
+        """Add what the engine finds of proven parameters; return what it finds of others, or None where it failed."""
+        unproven: dict[str, Tensor | None] = {}
+
+        def sink(name: str, add: Callable[[Tensor], None]) -> None:
+            if name in self.proven:
+                return add(self.scores[name])
+            score = torch.zeros_like(self.scores[name])
+            add(score)
+            if bool(score.any()):
+                unproven[name] = score
+            return None
+
+        wanted = set(self.parameters) - self.looped
+        failed = self.engine.run(
+            batch, size, self.loss_fn, wanted, lambda loss: self.weights(batch, size), sink
+        )
+        return unproven | dict.fromkeys(failed)
+
+    def _prove(self, batch: Any, size: int, unproven: Mapping[str, Tensor | None]) -> None:
+        """Do the batch by the loop for these parameters; those that the engine had wrong stay with the loop."""
+        reference = self._zeros(unproven)
+        self._loop(batch, size, unproven, reference)
+        scale = _largest(self.scores.values())
+        wrong = set()
+        for name, found in unproven.items():
+            if found is None or not self._agree(name, found, reference[name], scale):
+                wrong.add(name)
+            self.scores[name].add_(reference[name])
+        self.proven |= unproven.keys() - wrong
+        self._hand_over(dict.fromkeys(wrong, _DISAGREE))
+
+    def _check(self, batch: Any, size: int) -> None:
+        """Compare the engine with the loop on two examples, and find how the loss weighs examples."""
+        self.checked = True
+        pair = contrasting_pair(batch, size)
+        reference = self._zeros(self.parameters)
+        losses = self._loop(batch, size, self.parameters, reference, indices=pair, demand=True)
+        scale = _largest(reference.values())
+        two = examples(batch, pair, size)
+        reasons: dict[str, str] = {}
+        met: set[str] = set()
+
+        def weigh(loss: Tensor) -> Tensor:
+            if not self.weights.fit(two, loss, losses):
+                raise _NoWeightsError
+            return self.weights(two, 2)
+
+        def sink(name: str, add: Callable[[Tensor], None]) -> None:
+            score = torch.zeros_like(reference[name])
+            add(score)
+            met.add(name)
+            if not self._agree(name, score, reference[name], scale):
+                reasons[name] = _DISAGREE
+            elif bool(reference[name].any()):
+                self.proven.add(name)
+
+        try:
+            try:
+                reasons |= self.engine.run(two, 2, self.loss_fn, self.parameters, weigh, sink)
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+                IndexError,
+            ):  # shapes, where a lent parameter did not fit
+                if not self.engine.lend_nothing():
+                    raise
+                reasons |= self.engine.run(two, 2, self.loss_fn, self.parameters, weigh, sink)
+        except _NoWeightsError:
+            reasons = dict.fromkeys(self.parameters, _NO_WEIGHTS)
+        except Exception as error:  # alone, the examples went well: the loop is right
+            reasons = dict.fromkeys(self.parameters, f"a batch of two raised {type(error).__name__}: {error}")
+        else:
+            for name in self.parameters:
+                if name not in met and bool(reference[name].any()):
+                    why = (
+                        "its module has no rule"
+                        if name in self.engine.without_rule
+                        else "it is used outside its module"
+                    )
+                    reasons.setdefault(name, why)
+        self._hand_over(reasons)
+
+    def _settle_weights(self, batch: Any, size: int) -> bool:
+        """Where weightings that fitted so far differ on this batch, ask two of its examples; tell whether one fits."""
+        if size == 1 or not self.weights.differ(batch, size):
+            return True
+        pair = contrasting_pair(batch, size)
+        with torch.no_grad():
+            losses = [float(self.loss_fn(self.model, example(batch, index, size))) for index in pair]
+            two = examples(batch, pair, size)
+            fits = self.weights.fit(two, self.loss_fn(self.model, two), losses)
+        if not fits:
+            self._hand_over(dict.fromkeys(self.parameters, _NO_WEIGHTS))
+        return fits
+
+    def _loop(
+        self,
+        batch: Any,
+        size: int,
+        names: Iterable[str],
+        into: Mapping[str, Tensor],
+        *,
+        indices: list[int] | None = None,
+        demand: bool = False,
+    ) -> list[float]:
+        wanted = {name: self.parameters[name] for name in self.parameters if name in set(names)}
+        indices = list(range(size)) if indices is None else indices
+        losses, reached = add_example_squares_(into, self.model, batch, self.loss_fn, wanted, indices, size)
+        if demand and not reached:
+            raise ParameterError(_NOT_REACHED)
+        return losses
+
+    def _agree(self, name: str, found: Tensor, wanted: Tensor, scale: float) -> bool:
+        """Compare squares to rounding, of the parameter's largest and of what cancels to zero beside ``scale``."""
+        eps = torch.finfo(self.parameters[name].dtype).eps
+        difference = float((found - wanted).abs().max()) if found.numel() else 0.0
+        return difference <= max(1e-3, 30 * eps) * float(wanted.max()) + (2 * eps) ** 2 * scale
+
+    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(self.scores[name]) for name in names}
+
+    def _hand_over(self, reasons: Mapping[str, str]) -> None:
+        """Leave these parameters to the loop from now on, and say so."""
+        if not reasons:
+            return
+        self.looped |= reasons.keys()
+        modules: dict[str, str] = {}
+        for name in self.parameters:
+            if name in reasons:
+                path, module = self.engine.owners[name][0]
+                modules.setdefault(f"{path or 'the model'} ({type(module).__name__})", reasons[name])
+        shown = [f"{module}: {why}" for module, why in list(modules.items())[:5]]
+        more = f"; and {len(modules) - 5} more modules" if len(modules) > 5 else ""
+        warnings.warn(
+            f"Fisher information of {len(reasons)} of {len(self.parameters)} parameters is taken one example "
+            f"at a time, which is exact and slow. {'; '.join(shown)}{more}. A rule can be added with register_rule.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+class _NoWeightsError(Exception):
+    """No weighting explains the loss of the pair."""
+
+
+def _largest(scores: Iterable[Tensor]) -> float:
+    return max(float(score.max()) if score.numel() else 0.0 for score in scores)

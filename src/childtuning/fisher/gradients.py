@@ -1,0 +1,131 @@
+"""The gradient of one parameter for each example of a batch, in the forms layers produce it, and its squares.
+
+Shapes: B examples, T terms of an example (tokens, positions), O out, I in, V rows of a table, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class ExampleGradients(ABC):
+    """What a rule returns for one parameter: G_b, the gradient of example b's own loss, for b = 1…B.
+
+    ``num_examples`` is B, ``shape`` the parameter's.
+    """
+
+    num_examples: int
+    shape: torch.Size
+
+    @abstractmethod
+    def add_(self, buffer: Tensor, index: int) -> None:
+        """Add the gradient of one example to a tensor of the parameter's shape."""
+
+    def add_squares_(self, score: Tensor) -> None:
+        """Add Σ_b G_b², one example at a time in one buffer."""
+        add_squares_of_sums_([self], score)
+
+
+def add_squares_of_sums_(parts: Sequence[ExampleGradients], score: Tensor) -> None:
+    """Add Σ_b (Σ_u G_ub)²: a parameter used several times has one gradient, the sum over its uses."""
+    buffer = torch.empty_like(score)
+    for index in range(parts[0].num_examples):
+        buffer.zero_()
+        for part in parts:
+            part.add_(buffer, index)
+        score.addcmul_(buffer, buffer)
+
+
+class Dense(ExampleGradients):
+    """G as it is: values [B, *shape]. For small parameters: biases, norms."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.num_examples, self.shape = len(values), values.shape[1:]
+
+    def add_(self, buffer: Tensor, index: int) -> None:
+        buffer.add_(self.values[index])
+
+    def add_squares_(self, score: Tensor) -> None:
+        score.add_(self.values.square().sum(0))
+
+
+class Outer(ExampleGradients):
+    """G_b = Σ_t left_btᵀ right_bt: ``einsum('bto,bti->boi', left, right)``, never formed for all B.
+
+    One term collapses to ``einsum('bo,bi->oi', left², right²)``; for more there is no shortcut to the squares.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+        self.num_examples, self.shape = len(left), torch.Size((left.shape[2], right.shape[2]))
+
+    def add_(self, buffer: Tensor, index: int) -> None:
+        buffer.addmm_(self.left[index].T, self.right[index])
+
+    def add_squares_(self, score: Tensor) -> None:
+        left, right = _without_trailing_zeros(self.left, self.right)
+        if left.shape[1] == 1:
+            score.addmm_(left[:, 0].square().T, right[:, 0].square())
+            return
+        buffer = torch.empty_like(score)
+        for left_b, right_b in zip(left, right, strict=True):
+            torch.mm(left_b.T, right_b, out=buffer)
+            score.addcmul_(buffer, buffer)
+
+
+def _without_trailing_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut the terms after the last one that counts: above the pooled token, only it has a gradient."""
+    if left.is_cuda or left.shape[1] == 1:  # on a GPU, waiting for the answer costs more than it saves
+        return left, right
+    counts = left.ne(0).any(2).any(0) & right.ne(0).any(2).any(0)
+    used = counts.nonzero()
+    length = int(used[-1]) + 1 if len(used) else 1
+    return left[:, :length], right[:, :length]
+
+
+class Rows(ExampleGradients):
+    """G_b[v] = Σ_{t: ids_bt = v} values_bt: ``einsum('btv,btd->bvd', onehot(ids), values)``.
+
+    Only the rows in use are touched. ids [B, T], values [B, T, D]; terms with the id ``skip`` have no gradient.
+    """
+
+    def __init__(self, ids: Tensor, values: Tensor, num_rows: int, skip: int | None = None) -> None:
+        self.ids, self.values, self.skip = ids, values, skip
+        self.num_examples, self.shape = len(ids), torch.Size((num_rows, values.shape[2]))
+
+    def add_(self, buffer: Tensor, index: int) -> None:
+        ids, values = self.ids[index], self.values[index]
+        if self.skip is not None:
+            ids, values = ids[ids != self.skip], values[ids != self.skip]
+        buffer.index_add_(0, ids, values)
+
+    def add_squares_(self, score: Tensor) -> None:
+        num_rows = self.shape[0]
+        first = torch.arange(self.num_examples, device=self.ids.device).unsqueeze(1) * num_rows
+        keys, values = (first + self.ids).flatten(), self.values.flatten(0, 1)
+        if self.skip is not None:
+            kept = self.ids.flatten() != self.skip
+            keys, values = keys[kept], values[kept]
+        keys, where = keys.unique(return_inverse=True)
+        sums = values.new_zeros(len(keys), values.shape[1]).index_add_(0, where, values)
+        score.index_add_(0, keys % num_rows, sums.square_())
+
+
+class Computed(ExampleGradients):
+    """G_b = compute(b): for layers whose gradient torch knows how to take, one example at a time."""
+
+    def __init__(self, compute: Callable[[int], Tensor], num_examples: int, shape: torch.Size) -> None:
+        self.compute, self.num_examples, self.shape = compute, num_examples, shape
+
+    def add_(self, buffer: Tensor, index: int) -> None:
+        buffer.add_(self.compute(index))
+
+    def add_squares_(self, score: Tensor) -> None:
+        for index in range(self.num_examples):
+            gradient = self.compute(index)
+            score.addcmul_(gradient, gradient)

@@ -1,0 +1,62 @@
+"""The task-free child: a fresh random mask each step (Child-Tuning_F)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from childtuning.density import check_density
+from childtuning.errors import ConfigError
+from childtuning.granularity import Granularity
+from childtuning.kernels import keep_mask
+from childtuning.patterns import as_patterns
+
+
+@dataclass(frozen=True)
+class TaskFree:
+    """A fresh mask M_t ~ Bernoulli(p) on the gradient at every step, g ← g ⊙ M_t / p. [Xu et al. 2021, eq. 4–5]
+
+    The masks are a pure function of (seed, step, parameter name, index): the same on every rank, under any sharding
+    and after resume, and nothing about them is stored.
+
+    Args:
+        density: p, the chance that a unit is trained in a step, in (0, 1].
+        seed: names the sequence of masks.
+        granularity: ``element``, ``row``, ``block`` or ``parameter``: what is drawn as one.
+        always: patterns over parameter names whose gradient is never masked, such as a new head.
+    Raises:
+        ConfigError: the density or granularity is outside its range.
+    """
+
+    density: float
+    seed: int = 0
+    granularity: str = "element"
+    always: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", check_density(self.density))
+        object.__setattr__(self, "always", as_patterns(self.always))
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number, got {self.seed!r}. Pass seed=0.")
+        Granularity(self.granularity)
+
+    def mask(self, name: str, shape: Sequence[int], step: int) -> Tensor:
+        """Draw the bool mask of one parameter at one step, of the given shape, on the CPU.
+
+        Args:
+            name: the parameter's name before any wrapper.
+            shape: the parameter's shape.
+            step: the optimizer step, counted from 0.
+        """
+        granularity = Granularity(self.granularity)
+        units = keep_mask(
+            self.density, "task-free", self.seed, step, name, numel=granularity.num_units(shape)
+        )
+        return granularity.spread(units, shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields; ``TaskFree(**fields)`` is equal to this."""
+        return {**asdict(self), "always": list(self.always)}

@@ -1,0 +1,257 @@
+"""From examples to padded batches: tokenise once, bucket by length, pad to the longest of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from childtuning.errors import ConfigError, DataError
+from childtuning.tasks.examples import Examples, check_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCHES_IN_BUCKET = 50
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class EncodedExamples(Dataset[dict[str, Any]]):
+    """Tokenised examples: row i is a dict of lists (input_ids, attention_mask, …) and perhaps `labels`.
+
+    Args:
+        columns: input name -> one list of token numbers a row, of the row's own length.
+        labels: class ids (int) or targets (float), or None.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, list[list[int]]], labels: list[int] | list[float] | None
+    ) -> None:
+        self._columns = dict(columns)
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._columns["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
+        if self._labels is not None:
+            row["labels"] = self._labels[index]
+        return row
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each row."""
+        return [len(tokens) for tokens in self._columns["input_ids"]]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    *,
+    max_length: int,
+    label_ids: Mapping[str, int] | None = None,
+) -> EncodedExamples:
+    """Tokenise examples without padding.
+
+    Of a pair that is too long, tokens are taken from the longer text first. A text of no tokens, which
+    some tokenizers make of "", becomes one end-of-text token, since models take no empty sequence.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        examples: one split, labelled or not.
+        max_length: the most tokens of a row, special tokens included.
+        label_ids: class name -> id (`Task.label_ids`); None for regression and unlabelled examples.
+    Raises:
+        ConfigError: when max_length leaves no room for text.
+        DataError: for a label that `label_ids` lacks, or class labels without `label_ids`.
+    """
+    num_special = tokenizer.num_special_tokens_to_add(pair=examples.text_pair is not None)
+    if max_length <= num_special:
+        raise ConfigError(
+            f"max_length must be above the {num_special} special tokens of a row, got {max_length}. "
+            f"Pass for example max_length=128."
+        )
+    labels = _label_column(examples, label_ids)
+    if not len(examples):
+        return EncodedExamples({"input_ids": []}, labels)
+    encoded = tokenizer(
+        examples.text,
+        examples.text_pair,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        verbose=False,
+    )
+    columns: dict[str, list[list[int]]] = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
+    if not all(columns["input_ids"]):
+        _fill_empty(columns, tokenizer)
+    return EncodedExamples(columns, labels)
+
+
+class PaddingCollator:
+    """Turn rows of `EncodedExamples` into tensors, padded to the longest row.
+
+    Args:
+        tokenizer: gives the padding token and the side.
+        pad_to_multiple_of: round the length up (8 suits tensor cores); None pads to the longest row exactly.
+        max_length: rounding up stops here, so that no batch is longer than the model's positions; by
+            default the tokenizer's `model_max_length`.
+    Returns:
+        On a call, input_ids, attention_mask (and token_type_ids): int64, shape (B, T); labels: shape (B,),
+        int64 for class ids and float32 for targets.
+    Raises:
+        ConfigError: when the tokenizer has no padding token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_to_multiple_of: int | None = 8,
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        pad_id = tokenizer.pad_token_id
+        if not isinstance(pad_id, int):
+            raise ConfigError(
+                "The tokenizer has no padding token. Set tokenizer.pad_token = tokenizer.eos_token, "
+                "and model.config.pad_token_id to match."
+            )
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ConfigError(
+                f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}. Pass 8 or None."
+            )
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_length = tokenizer.model_max_length if max_length is None else max_length
+        self._pad_left = tokenizer.padding_side == "left"
+        self._fill = {
+            "input_ids": pad_id,
+            "attention_mask": 0,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = longest
+        if self.pad_to_multiple_of:
+            rounded = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
+            length = max(longest, min(rounded, self.max_length))
+        batch: dict[str, torch.Tensor] = {}
+        for name, fill in self._fill.items():
+            if name in rows[0]:
+                padded = [self._pad(list(row[name]), length, fill) for row in rows]
+                batch[name] = torch.tensor(padded, dtype=torch.int64)
+        if "attention_mask" not in batch:
+            padded = [self._pad([1] * len(row["input_ids"]), length, 0) for row in rows]
+            batch["attention_mask"] = torch.tensor(padded, dtype=torch.int64)
+        if "labels" in rows[0]:
+            labels = [row["labels"] for row in rows]
+            dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
+            batch["labels"] = torch.tensor(labels, dtype=dtype)
+        return batch
+
+    def _pad(self, tokens: list[int], length: int, fill: int) -> list[int]:
+        padding = [fill] * (length - len(tokens))
+        return padding + tokens if self._pad_left else tokens + padding
+
+
+class LengthBucketBatches(Sampler[list[int]]):
+    """Batches of row numbers whose rows are of similar length, every row exactly once an epoch.
+
+    Rows are shuffled and cut into buckets of 50 batches; a bucket is sorted by length and cut into
+    batches; the batches are shuffled. The order is a pure function of (lengths, batch_size, seed, epoch)
+    and draws from no global random stream, so that a resumed run sees the same data.
+
+    Args:
+        lengths: the number of tokens of each row.
+        batch_size: rows a batch; the last batch may be smaller.
+        seed: any integer.
+        shuffle: False keeps the rows in their order, so that predictions come in order.
+        drop_last: leave the smaller batch out.
+    Raises:
+        ConfigError: when batch_size is below 1.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(
+                f"batch_size must be at least 1, got {batch_size}. Pass for example batch_size=16."
+            )
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.epoch = 0
+        self._lengths = list(lengths)
+        self._seed = seed
+        self._shuffle = shuffle
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration takes, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self._lengths), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_rows = len(self._lengths)
+        if not self._shuffle:
+            yield from self._kept(self._cut(list(range(num_rows))))
+            return
+        generator = torch.Generator().manual_seed(_mix(self._seed, self.epoch))
+        order = torch.randperm(num_rows, generator=generator).tolist()
+        size = self.batch_size * _BATCHES_IN_BUCKET
+        batches: list[list[int]] = []
+        for start in range(0, num_rows, size):
+            bucket = sorted(order[start : start + size], key=self._lengths.__getitem__, reverse=True)
+            batches += self._cut(bucket)
+        batches = self._kept(batches)
+        for position in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[position]
+
+    def _cut(self, rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+
+    def _kept(self, batches: list[list[int]]) -> list[list[int]]:
+        return [batch for batch in batches if len(batch) == self.batch_size or not self.drop_last]
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """Return a seed such that neighbouring (seed, epoch) pairs share no stream."""
+    digest = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _label_column(examples: Examples, label_ids: Mapping[str, int] | None) -> list[int] | list[float] | None:
+    if examples.labels is None:
+        return None
+    if label_ids is not None:
+        check_labels(examples, label_ids, where="the examples")
+        return [label_ids[str(label)] for label in examples.labels]
+    for row, label in enumerate(examples.labels, start=1):
+        if isinstance(label, str):
+            raise DataError(f"Row {row} has the class label {label!r} and no ids are known. Pass label_ids.")
+    return [float(label) for label in examples.labels]
+
+
+def _fill_empty(columns: dict[str, list[list[int]]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give every row without a token one, in place."""
+    choices = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    filler = {
+        "input_ids": next((token for token in choices if isinstance(token, int)), 0),
+        "attention_mask": 1,
+        "token_type_ids": 0,
+    }
+    for name, column in columns.items():
+        columns[name] = [tokens or [filler[name]] for tokens in column]

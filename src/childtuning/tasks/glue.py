@@ -1,0 +1,150 @@
+"""The GLUE tasks as a table, and `load_task`: a task by its name, from a folder or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from childtuning.errors import DataError, did_you_mean
+from childtuning.tasks.examples import Examples, Task
+from childtuning.tasks.files import read_examples, task_from_files
+from childtuning.tasks.labels import LabelKind
+
+_HUB_DATASET = "nyu-mll/glue"
+_EMBEDDED = "docstrings"
+_DEV_NAMES = ("dev", "dev_matched")  # the second is MNLI's
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One row of the table: label names in the order of the official ids, metrics, and hub columns."""
+
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    columns: tuple[str, str | None]
+    dev_split: str = "validation"
+
+
+GLUE: Mapping[str, GlueTask] = {
+    "cola": GlueTask(("unacceptable", "acceptable"), ("matthews",), ("sentence", None)),
+    "sst2": GlueTask(("negative", "positive"), ("accuracy",), ("sentence", None)),
+    "mrpc": GlueTask(("not_equivalent", "equivalent"), ("f1", "accuracy"), ("sentence1", "sentence2")),
+    "stsb": GlueTask((), ("pearson", "spearman"), ("sentence1", "sentence2")),
+    "qqp": GlueTask(("not_duplicate", "duplicate"), ("f1", "accuracy"), ("question1", "question2")),
+    "mnli": GlueTask(
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        ("premise", "hypothesis"),
+        "validation_matched",
+    ),
+    "qnli": GlueTask(("entailment", "not_entailment"), ("accuracy",), ("question", "sentence")),
+    "rte": GlueTask(("entailment", "not_entailment"), ("accuracy",), ("sentence1", "sentence2")),
+    "wnli": GlueTask(("not_entailment", "entailment"), ("accuracy",), ("sentence1", "sentence2")),
+}
+
+
+def load_task(
+    name: str, *, data_dir: str | Path | None = None, train_limit: int | None = None, seed: int = 0
+) -> Task:
+    """Load a task by name.
+
+    `data_dir/name/{train,dev}.jsonl.gz` (or .jsonl; MNLI's dev may be dev_matched) come before the hub,
+    columns and labels as `read_examples` takes them; GLUE labels may also be the official ids. A folder
+    of data_dir that is no GLUE task loads too: its label kind is inferred, its metric is accuracy, or
+    Pearson and Spearman. "docstrings" is the task that every machine has (`load_docstring_task`).
+
+    Args:
+        name: a GLUE name, a folder of data_dir, or "docstrings".
+        data_dir: where local copies lie; None goes to the hub.
+        train_limit: the most training rows, drawn by `seed`; None keeps all (400 for "docstrings").
+        seed: of that draw.
+    Raises:
+        DataError: for an unknown name, a missing split, a label that is not the task's, or when neither
+            a local copy nor the hub can be had.
+        ConfigError: when train_limit is below 1.
+    """
+    if name == _EMBEDDED:
+        from childtuning.tasks.docstrings import DEFAULT_TRAIN_LIMIT, load_docstring_task
+
+        limit = DEFAULT_TRAIN_LIMIT if train_limit is None else train_limit
+        return load_docstring_task(seed=seed, train_limit=limit)
+    folders = _task_folders(data_dir)
+    if name not in GLUE and name not in folders:
+        raise DataError(f"Unknown task {name!r}. {did_you_mean(name, sorted({*GLUE, *folders, _EMBEDDED}))}")
+    if name not in GLUE:
+        train, dev = _local_files(name, folders[name])
+        return task_from_files(train, dev, name=name, train_limit=train_limit, seed=seed)
+    glue = GLUE[name]
+    if name in folders:
+        kind: LabelKind = "class" if glue.label_names else "number"
+        splits = [read_examples(path, label_kind=kind) for path in _local_files(name, folders[name])]
+    else:
+        splits = _hub_splits(name, glue, data_dir)
+    train_rows, dev_rows = (_with_official_names(rows, glue) for rows in splits)
+    return Task(
+        name=name,
+        kind="classification" if glue.label_names else "regression",
+        label_names=glue.label_names,
+        metrics=glue.metrics,
+        train=train_rows.sample(train_limit, seed=seed),
+        dev=dev_rows,
+    )
+
+
+def _task_folders(data_dir: str | Path | None) -> dict[str, Path]:
+    """Return the folders of data_dir that may be tasks: with rows or a GLUE name."""
+    if data_dir is None:
+        return {}
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise DataError(f"data_dir must be a folder, got {root}. Pass one that holds TASK/train.jsonl.gz.")
+    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+    return {name: path for name, path in folders.items() if name in GLUE or any(path.glob("*.jsonl*"))}
+
+
+def _local_files(name: str, folder: Path) -> tuple[Path, Path]:
+    """Return the train and the dev file of a task's folder."""
+    found: list[Path] = []
+    for split, stems in (("train", ("train",)), ("dev", _DEV_NAMES)):
+        candidates = [f"{stem}{suffix}" for stem in stems for suffix in (".jsonl.gz", ".jsonl")]
+        path = next((folder / file for file in candidates if (folder / file).is_file()), None)
+        if path is None:
+            raise DataError(
+                f"Task {name!r} has no {split} split: none of {', '.join(candidates)} is in {folder}. "
+                f"Add one, or pass files of your own."
+            )
+        found.append(path)
+    return found[0], found[1]
+
+
+def _with_official_names(rows: Examples, glue: GlueTask) -> Examples:
+    """Replace official ids ("0", "1", …) by the names they stand for."""
+    if not glue.label_names or rows.labels is None:
+        return rows
+    by_id = {str(index): name for index, name in enumerate(glue.label_names)}
+    return Examples(rows.text, rows.text_pair, [by_id.get(str(label), str(label)) for label in rows.labels])
+
+
+def _hub_splits(name: str, glue: GlueTask, data_dir: str | Path | None) -> list[Examples]:
+    looked = "no local copy" if data_dir is None else f"no folder {name} in {data_dir}"
+    try:
+        import datasets
+
+        loaded = datasets.load_dataset(_HUB_DATASET, name)
+        splits = [loaded["train"], loaded[glue.dev_split]]  # type: ignore[index]
+    except Exception as error:  # whatever the network or the hub's client raises, the remedy is one
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise DataError(
+            f"Task {name!r} cannot be loaded: no network (or no such data there) and {looked} ({reason}). "
+            f"Pass --data-dir DIR (data_dir=) with {name}/train.jsonl.gz and {name}/dev.jsonl.gz."
+        ) from error
+    text, pair = glue.columns
+    return [
+        Examples(
+            text=list(split[text]),
+            text_pair=None if pair is None else list(split[pair]),
+            labels=[str(label) if glue.label_names else float(label) for label in split["label"]],  # type: ignore[arg-type]
+        )
+        for split in splits
+    ]

@@ -1,0 +1,105 @@
+"""What a label column holds: classes or numbers, written the same whatever the file's type."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from childtuning.errors import DataError
+
+LabelKind = Literal["class", "number"]
+
+_MAX_NUMERIC_CLASSES = 20  # more distinct integers than this are a scale, not classes
+_WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+def infer_label_kind(values: Sequence[Any]) -> LabelKind:
+    """Tell a column of numbers to predict from a column of classes.
+
+    Numbers, if every value is a number (or text that reads as one) and some value is fractional or there
+    are more than 20 distinct ones; otherwise classes. Booleans are classes.
+
+    Example:
+        >>> infer_label_kind(["0", "1", "1"]), infer_label_kind(["0.5", 1]), infer_label_kind(range(21))
+        ('class', 'number', 'number')
+    """
+    numbers = [number_of(value) for value in values]
+    known = [number for number in numbers if number is not None]
+    if not known or len(known) < len(numbers):
+        return "class"
+    fractional = any(math.isfinite(number) and number != int(number) for number in known)
+    return "number" if fractional or len(set(known)) > _MAX_NUMERIC_CLASSES else "class"
+
+
+def number_of(value: Any) -> float | None:
+    """Return the number that a label is or spells, or None."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float("1_0") is 10
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def class_name(value: Any) -> str:
+    """Return the one spelling of a class: 1, 1.0, "1" and "1.0" are "1"; True and "True" are "true".
+
+    Example:
+        >>> [class_name(value) for value in (1, 1.0, "1", "1.0", True, " spam ", 1.5)]
+        ['1', '1', '1', '1', 'true', 'spam', '1.5']
+    """
+    text = str(value).strip()
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    whole = _WHOLE_FLOAT.fullmatch(text)
+    return whole.group(1) if whole else text
+
+
+def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the distinct class names in order: by value where all are integers, else alphabetically."""
+    distinct = set(names)
+    if all(_INTEGER.fullmatch(name) for name in distinct):
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    return tuple(sorted(distinct))
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a cell holds no label: absent, null, blank or not-a-number."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return True
+    return isinstance(value, float) and math.isnan(value)
+
+
+def convert_labels(
+    values: Sequence[Any], kind: LabelKind, *, where: str, column: str
+) -> list[str] | list[float]:
+    """Return a label column as class names or as finite numbers.
+
+    Raises:
+        DataError: naming the first row (counted from 1, without the header) that has no such label.
+    """
+    for row, value in enumerate(values, start=1):
+        if is_missing(value):
+            raise DataError(
+                f"{where} row {row} has no label in column {column!r}. Fill it in or drop the row."
+            )
+        if isinstance(value, (dict, list, bytes)):
+            raise DataError(
+                f"{where} row {row} has a label of type {type(value).__name__} in column {column!r}. "
+                f"Write labels as text or numbers."
+            )
+    if kind == "class":
+        return [class_name(value) for value in values]
+    numbers: list[float] = []
+    for row, value in enumerate(values, start=1):
+        number = number_of(value)
+        if number is None or not math.isfinite(number):
+            raise DataError(
+                f"{where} row {row} must have a finite number in column {column!r}, got {value!r}. "
+                f"Correct it, or pass label_type='class'."
+            )
+        numbers.append(number)
+    return numbers

@@ -1,0 +1,179 @@
+"""Rows of a table file (csv, tsv, jsonl, parquet, each also .gz), as dictionaries."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from childtuning.errors import DataError
+
+Row = dict[str, Any]
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+_LONGEST_FIELD = 2**31 - 1  # the largest limit the csv module takes where a C long has 32 bits
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read every row of a table file.
+
+    csv and tsv values are strings; jsonl and parquet values keep their types. Text is UTF-8, with or
+    without a byte order mark. Blank lines are skipped. A tsv file whose quotes do not balance is read
+    with quotes as plain characters, as GLUE's own files must be.
+
+    Args:
+        path: a file that ends in .csv, .tsv, .jsonl or .parquet, or one of these and .gz.
+    Returns:
+        One dictionary a row; at least one row.
+    Raises:
+        DataError: for a file that is missing, empty, damaged, not UTF-8, of another type, or with a row
+            that does not fit, in one line that names the file and the line.
+    """
+    path = Path(path)
+    suffix = _format_of(path)
+    content = _content_of(path)
+    if suffix == ".parquet":
+        rows = _parquet_rows(content, path)
+    else:
+        text = _decode(content, path)
+        if suffix == ".jsonl":
+            rows = _jsonl_rows(text, path)
+        elif suffix == ".tsv":
+            rows = _tsv_rows(text, path)
+        else:
+            rows = _delimited_rows(text, path, delimiter=",")
+    if not rows:
+        raise DataError(f"{path} has no rows. Pass a file with at least one example.")
+    return rows
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Return every column that occurs in any row, in order of appearance."""
+    return list({name: None for row in rows for name in row})
+
+
+def _format_of(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    for suffix in FORMATS:
+        if name.endswith(suffix):
+            return suffix
+    raise DataError(
+        f"{path} is of no type that can be read, got {''.join(path.suffixes[-2:]) or 'no extension'!r}. "
+        f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."
+    )
+
+
+def _content_of(path: Path) -> bytes:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Pass a file.")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"There is no file {path}. Check the path.") from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its rights."
+        ) from None
+    if path.name.lower().endswith(".gz") and content:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path} is truncated or not gzip ({error}). Copy it again, or drop .gz from its name."
+            ) from None
+    if not content:
+        raise DataError(f"{path} is empty. Pass a file with at least one example.")
+    return content
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}. Save it as UTF-8."
+        ) from None
+
+
+def _jsonl_rows(text: str, path: Path) -> list[Row]:
+    rows: list[Row] = []
+    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise DataError(
+                f"{path} line {number} is not JSON ({reason}). Write one JSON object a line."
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path} line {number} must be a JSON object, got {type(row).__name__}. "
+                f'Write lines such as {{"text": "…", "label": "…"}}.'
+            )
+        rows.append(row)
+    return rows
+
+
+def _tsv_rows(text: str, path: Path) -> list[Row]:
+    try:
+        return _delimited_rows(text, path, delimiter="\t")
+    except DataError:
+        if '"' not in text:
+            raise
+    return _delimited_rows(text, path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[Row]:
+    # Strict, so that a quote nobody closes is an error instead of one field that swallows the file.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    previous_limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        header = next((fields for fields in reader if fields), [])
+        _check_header(header, path)
+        rows: list[Row] = []
+        start = reader.line_num + 1
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise DataError(
+                    f"{path} line {start} must have {len(header)} fields as the header has, "
+                    f"got {len(fields)}. Quote fields that hold the separator or a newline."
+                )
+            if fields:
+                rows.append(dict(zip(header, fields, strict=True)))
+            start = reader.line_num + 1
+        return rows
+    except csv.Error as error:
+        raise DataError(
+            f"{path} line {reader.line_num} is malformed ({error}). "
+            f"Close every quote, and double quotes inside fields."
+        ) from None
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} has more than one column {repeated[0]!r}. Rename or drop the repeated ones.")
+
+
+def _parquet_rows(content: bytes, path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} is damaged or not parquet ({reason[:120]}). Write it again.") from None
+    _check_header(table.column_names, path)
+    return table.to_pylist()

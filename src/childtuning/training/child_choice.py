@@ -1,0 +1,139 @@
+"""From a configuration and a model to the child that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from childtuning.child import Child
+from childtuning.config import ChildConfig
+from childtuning.fisher import fisher_information
+from childtuning.patterns import as_patterns, canonical_names, match_names
+from childtuning.selection import magnitude_scores, official_child, random_child, select_child
+from childtuning.task_free import TaskFree
+
+Progress = Callable[[int, int | None], None]
+OFFICIAL_ELIGIBLE = ("*layer*",)
+
+
+def task_head(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a Hugging Face model's task head: what lies outside its pretrained body.
+
+    A language-modelling head is pretrained itself, so such models have none; neither has a plain ``nn.Module``.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(body, nn.Module) or output_embeddings is not None:
+        return ()
+    inside = {id(parameter) for parameter in body.parameters()}
+    named = dict(model.named_parameters())
+    plain = canonical_names(named)
+    return tuple(name for name, p in zip(plain, named.values(), strict=True) if id(p) not in inside)
+
+
+def output_axes(model: nn.Module) -> dict[str, int]:
+    """Return by parameter name the axis of a weight's output units where it is not 0 (GPT-2's Conv1D)."""
+    named = dict(model.named_modules())
+    plain = canonical_names([name + ".weight" for name in named])
+    return {
+        name: 1
+        for name, module in zip(plain, named.values(), strict=True)
+        if type(module).__name__ == "Conv1D"
+    }
+
+
+def choose_child(
+    config: ChildConfig,
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    *,
+    always: Sequence[str],
+    scores: dict[str, Tensor] | None = None,
+    progress: bool | Progress = False,
+) -> Child | TaskFree:
+    """Choose the child that a configuration describes.
+
+    Args:
+        config: what to choose.
+        model: the pretrained model with its head.
+        batches: makes the batches of the task's training set; called only where scores need them.
+        always: names or patterns that are trained whole beside the child where the configuration names none.
+        scores: ready scores, used in place of new ones.
+        progress: as for ``fisher_information``.
+    Raises:
+        ParameterError: a pattern matches no parameter.
+    """
+    always = config.always if config.always is not None else as_patterns(always)
+    if config.variant == "task-free":
+        if config.eligible is not None:
+            _freeze_others(model, config.eligible, always)
+        return TaskFree(config.density, config.seed, config.granularity, always)
+    if config.density == 1.0 and config.eligible is None and not config.preset:
+        return _whole(model, always)
+    if config.preset == "official":
+        return _official(config, model, batches, scores, progress)
+    options: dict[str, Any] = {
+        "scope": config.scope,
+        "granularity": config.granularity,
+        "row_axes": output_axes(model) if config.granularity == "row" else None,
+    }
+    if config.scores == "random" and scores is None:
+        return random_child(
+            model, config.density, seed=config.seed, eligible=config.eligible, always=always, **options
+        )
+    if scores is None and config.scores == "magnitude":
+        scores = magnitude_scores(model, eligible=config.eligible, always=always)
+    if scores is None:
+        scores = fisher_information(
+            model,
+            batches(),
+            estimator=config.estimator,
+            labels=config.labels,
+            eligible=config.eligible,
+            always=always,
+            progress=progress,
+            seed=config.seed,
+        )
+    return select_child(
+        scores, config.density, eligible=config.eligible, always=always, lowest=config.lowest, **options
+    )
+
+
+def _whole(model: nn.Module, always: Sequence[str]) -> Child:
+    named = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.requires_grad}
+    plain = dict(zip(canonical_names(named), named.values(), strict=True))
+    beside = match_names(always, plain)
+    return Child.whole({name: p.shape for name, p in plain.items() if name not in beside}, always=always)
+
+
+def _official(
+    config: ChildConfig,
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    scores: dict[str, Tensor] | None,
+    progress: bool | Progress,
+) -> Child:
+    """The official code's child: encoder layers only, its Fisher estimate in train mode, its percentile."""
+    if scores is None:
+        scores = fisher_information(
+            model,
+            batches(),
+            estimator="per-batch",
+            eligible=config.eligible or OFFICIAL_ELIGIBLE,
+            progress=progress,
+            training=True,
+            seed=config.seed,
+        )
+    return official_child(scores, config.density)
+
+
+def _freeze_others(model: nn.Module, eligible: Sequence[str], always: Sequence[str]) -> None:
+    named = dict(model.named_parameters())
+    plain = dict(zip(canonical_names(named), named.values(), strict=True))
+    trained = match_names((*eligible, *always), plain)
+    for name, parameter in plain.items():
+        if name not in trained:
+            parameter.requires_grad_(False)

@@ -1,0 +1,83 @@
+"""States of optimizers, schedulers and random generators as one safetensors file: data, never pickle.
+
+Tensors and numpy arrays become tensors of the file; everything around them becomes JSON in its header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from childtuning.errors import CorruptFileError
+
+_HEADER = "childtuning-state"
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write nested dicts, lists, tuples, numbers, strings, tensors and arrays; complete or not at all.
+
+    Raises:
+        TypeError: the state holds something else.
+    """
+    tensors: dict[str, Tensor] = {}
+    header = json.dumps(_pack(state, tensors))
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={_HEADER: header})
+    os.replace(partial, path)
+
+
+def load_state(path: Path) -> Any:
+    """Read what ``save_state`` wrote, tensors on the CPU.
+
+    Raises:
+        CorruptFileError: it is missing, truncated, or of another kind.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            return _unpack(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as fault:
+        raise CorruptFileError(f"{path} cannot be read ({fault}). Resume from another checkpoint.") from None
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (Tensor, np.ndarray)):
+        tensor = (
+            value.detach().to("cpu", copy=True)
+            if isinstance(value, Tensor)
+            else torch.from_numpy(value.copy())
+        )
+        name = str(len(tensors))
+        tensors[name] = tensor.contiguous()
+        return {"tensor": name, "array": isinstance(value, np.ndarray)}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_pack(item, tensors) for item in value]}
+    raise TypeError(f"a state cannot hold {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        tensor = tensors[value["tensor"]]
+        return tensor.numpy() if value["array"] else tensor
+    if "dict" in value:
+        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in value["dict"]}
+    if "tuple" in value:
+        return tuple(_unpack(item, tensors) for item in value["tuple"])
+    return [_unpack(item, tensors) for item in value["list"]]

@@ -1,0 +1,173 @@
+"""Columns, labels and tasks from the user's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from childtuning.errors import ConfigError, DataError
+from childtuning.tasks.files import guess_columns, read_examples, task_from_files
+from childtuning.tasks.labels import class_name, convert_labels, infer_label_kind, number_of, sort_labels
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_labels(path: Path, labels: list[Any]) -> Path:
+    return write_jsonl(path, [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (["label", "text2", "text1"], ("text1", "text2")),
+        (["text1", "label"], ("text1", None)),
+        (["sentence1", "sentence2"], ("sentence1", "sentence2")),
+        (["question", "sentence"], ("question", "sentence")),
+        (["question1", "question2"], ("question1", "question2")),
+        (["sentence", "idx"], ("sentence", None)),
+        (["Premise", "Hypothesis"], ("Premise", "Hypothesis")),
+        (["text"], ("text", None)),
+    ],
+)
+def test_customary_columns_are_guessed(columns, expected):
+    assert guess_columns(columns) == expected
+
+
+def test_no_customary_column():
+    with pytest.raises(DataError, match=r"got review, stars\. Name the text column"):
+        guess_columns(["review", "stars"])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0, 1, 1], "class"),
+        (["0", "1", "20"], "class"),
+        ([0.0, 1.0, 2.0], "class"),
+        ([0, 0.5], "number"),
+        (["1", "2.5", "-3e1"], "number"),
+        (list(range(20)), "class"),
+        (list(range(21)), "number"),
+        ([str(i) for i in range(21)], "number"),
+        (["1", "2.5", "x"], "class"),
+        ([True, False], "class"),
+        (["1_0", "0.5"], "class"),
+        ([], "class"),
+    ],
+)
+def test_label_kind_is_inferred(values, kind):
+    assert infer_label_kind(values) == kind
+
+
+def test_one_spelling_a_class():
+    assert {class_name(value) for value in (1, 1.0, "1", "1.0", " 1 ")} == {"1"}
+    assert [class_name(value) for value in (True, "True", "FALSE", False)] == [
+        "true",
+        "true",
+        "false",
+        "false",
+    ]
+    assert [class_name(value) for value in ("-2.00", "01", "v1.0", 0.5)] == ["-2", "01", "v1.0", "0.5"]
+    assert number_of(10**400) is None and number_of(None) is None
+
+
+def test_labels_sort_by_value_where_they_are_integers():
+    assert sort_labels(["10", "2", "1", "2"]) == ("1", "2", "10")
+    assert sort_labels(["b", "10", "2"]) == ("10", "2", "b")
+
+
+@pytest.mark.parametrize("missing", [None, "", "  ", float("nan")])
+def test_row_without_label(missing):
+    with pytest.raises(DataError, match="f row 2 has no label in column 'c'"):
+        convert_labels(["a", missing], "class", where="f", column="c")
+
+
+@pytest.mark.parametrize("value", ["x", "inf", "nan"])
+def test_row_without_number(value):
+    with pytest.raises(DataError, match=f"f row 2 must have a finite number in column 'c', got '{value}'"):
+        convert_labels(["1", value], "number", where="f", column="c")
+
+
+def test_texts_become_strings(tmp_path):
+    rows = [{"text": value, "label": "x"} for value in ("a", None, 3, 2.5, True, "half \ud800 pair")]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {"label": "x"}])
+    examples = read_examples(path)
+    assert examples.text == ["a", "", "3", "2.5", "true", "half ? pair", ""]
+    assert examples.num_empty == 2
+    with pytest.raises(DataError, match="row 1 must have text in column 'text', got list"):
+        read_examples(write_jsonl(path, [{"text": ["a"], "label": "x"}]))
+
+
+def test_named_columns_pairs_and_unlabelled(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "one", "a": "two", "text": "three", "y": 1}])
+    examples = read_examples(path, text="q", text_pair="a", label="y")
+    assert (examples.text, examples.text_pair, examples.labels) == (["one"], ["two"], ["1"])
+    assert read_examples(path, label=None).labels is None
+    assert read_examples(path, text_pair="a", label=None).text_pair == ["two"]
+    assert read_examples(path, text="q", label=None).text_pair is None
+    assert read_examples(path, label="y", label_kind="number").labels == [1.0]
+
+
+def test_unknown_columns_are_named(tmp_path):
+    path = write_labels(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(DataError, match=r"no column 'lable'. Did you mean 'label'\? Known: text, label"):
+        read_examples(path, label="lable")
+    with pytest.raises(DataError, match="no column 'body'"):
+        read_examples(path, text="body")
+    with pytest.raises(DataError, match="text and label at once"):
+        read_examples(path, text="label")
+
+
+def test_label_of_a_nested_type(tmp_path):
+    with pytest.raises(DataError, match="row 1 has a label of type list"):
+        read_examples(write_labels(tmp_path / "a.jsonl", [["x"]]))
+
+
+def test_classes_agree_across_types(tmp_path):
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\na,1\nb,0\nc,10\n")
+    task = task_from_files(train, write_labels(tmp_path / "dev.jsonl", [1.0, 10, "0"]))
+    assert task.label_names == ("0", "1", "10")
+    assert task.dev.labels == ["1", "10", "0"]
+    assert (task.name, task.kind, task.metrics) == ("files", "classification", ("accuracy",))
+
+
+def test_dev_follows_the_kind_of_train(tmp_path):
+    train = write_labels(tmp_path / "train.jsonl", [0.5, 1.0, 2])
+    dev = write_labels(tmp_path / "dev.jsonl", [1, 2])
+    task = task_from_files(train, dev)
+    assert (task.kind, task.metrics, task.dev.labels) == ("regression", ("pearson", "spearman"), [1.0, 2.0])
+    assert task_from_files(train, dev, metric="spearman").metrics == ("spearman", "pearson")
+    with pytest.raises(DataError, match="never saw in the dev split"):
+        task_from_files(train, write_labels(dev, [3, 0.5]), label_type="class")
+    with pytest.raises(DataError, match="row 1 must have a finite number"):
+        task_from_files(train, write_labels(dev, ["high"]))
+
+
+def test_label_type_can_be_forced(tmp_path):
+    path = write_labels(tmp_path / "a.jsonl", [0, 1, 2])
+    assert task_from_files(path, path, label_type="number").kind == "regression"
+    assert task_from_files(path, path).kind == "classification"
+    with pytest.raises(ConfigError, match="Did you mean 'number'"):
+        task_from_files(path, path, label_type="numbers")  # type: ignore[arg-type]
+
+
+def test_metrics_are_checked(tmp_path):
+    path = write_labels(tmp_path / "a.jsonl", ["x", "y"])
+    assert task_from_files(path, path, metric="f1").metrics == ("f1", "accuracy")
+    with pytest.raises(ConfigError, match="Did you mean 'accuracy'"):
+        task_from_files(path, path, metric="acuracy")
+    with pytest.raises(ConfigError, match=r"'pearson' does not fit classification\. Pass one of accuracy"):
+        task_from_files(path, path, metric="pearson")
+
+
+def test_train_limit(tmp_path):
+    path = write_labels(tmp_path / "a.jsonl", ["x", "y"] * 20)
+    task = task_from_files(path, path, train_limit=10, seed=1)
+    assert len(task.train) == 10 and len(task.dev) == 40
