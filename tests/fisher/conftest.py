@@ -14,10 +14,12 @@ SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 COUNTS = {"vocab_size": VOCAB, "max_position_embeddings": 16, "pad_token_id": 0}
 
 
-def text(size: int, *, seed: int = 0, left: bool = False, pairs: bool = False) -> dict[str, Tensor]:
+def text(
+    size: int, *, seed: int = 0, left: bool = False, pairs: bool = False, longest: int = T
+) -> dict[str, Tensor]:
     """Padded token ids of several lengths, with repeated tokens."""
     draw = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, T + 1, (size, 1), generator=draw)
+    lengths = torch.randint(2, longest + 1, (size, 1), generator=draw)
     at = torch.arange(T)
     mask = (at >= T - lengths if left else at < lengths).long()
     batch = {"input_ids": torch.randint(1, VOCAB, (size, T), generator=draw) * mask, "attention_mask": mask}
@@ -82,6 +84,20 @@ def _bert_tokens() -> nn.Module:
     from transformers import BertConfig, BertForTokenClassification
 
     return BertForTokenClassification(BertConfig(**SMALL, **COUNTS, num_labels=4))
+
+
+def _bert_masked() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(**SMALL, **COUNTS))
+
+
+def _gemma() -> nn.Module:
+    from transformers import GemmaConfig, GemmaForSequenceClassification
+
+    tokens = {"bos_token_id": 1, "eos_token_id": 1}
+    config = GemmaConfig(**SMALL, **COUNTS, num_key_value_heads=1, head_dim=4, num_labels=3, **tokens)
+    return GemmaForSequenceClassification(config)
 
 
 def _albert() -> nn.Module:
@@ -154,6 +170,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
         lambda n: _labelled(text(n), torch.linspace(0, 1, n, dtype=torch.float64)),
     ),
     "bert-tokens": (_bert_tokens, lambda n: _labelled(batch := text(n), token_labels(batch, 4))),
+    # Short enough that the padding of all examples is cut off.
+    "bert-masked-lm": (
+        _bert_masked,
+        lambda n: _labelled(batch := text(n, longest=6), token_labels(batch, VOCAB)),
+    ),
+    "gemma": (_gemma, lambda n: _labelled(text(n), classes(n))),
     "bert-choices": (_multiple_choice, _choices),
     "albert": (_albert, lambda n: _labelled(text(n), classes(n))),
     "distilbert": (_distilbert, lambda n: _labelled(text(n), classes(n))),
@@ -190,7 +212,7 @@ class Case:
             for parameter in self.model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         # Some Hugging Face models compute norms or losses in float32 whatever the parameters are.
-        self.rtol = 1e-6 if "lm" in name or "llama" in name else 1e-9
+        self.rtol = 1e-6 if any(part in name for part in ("lm", "llama", "gemma")) else 1e-9
         self.loss_fn = cross_entropy if name == "convnet" else None
         self.keywords = {"loss_fn": self.loss_fn} if self.loss_fn else {}
 

@@ -81,7 +81,7 @@ def without_trailing_padding(batch: Any) -> Any:
     if length == mask.shape[1]:
         return batch
     return {
-        key: value[:, :length]
+        key: value[:, :length].contiguous()  # models view their labels flat
         if key in _SEQUENCE_KEYS and isinstance(value, Tensor) and value.shape == mask.shape
         else value
         for key, value in batch.items()

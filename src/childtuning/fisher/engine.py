@@ -72,6 +72,11 @@ class Engine:
                 else:
                     self.without_rule.add(name)
 
+        # A parameter may also be held by a module that does not use it; the comparison with the loop tells.
+        ruled = {name for _, _, own in self.sites for name in own.values()}
+        self.without_rule -= ruled
+        self.lent = [(module, attr, name) for module, attr, name in self.lent if name not in ruled]
+
     def lend_nothing(self) -> bool:
         """Count lent parameters among those without a rule from now on; tell whether there were any."""
         names = {name for _, _, name in self.lent}
