@@ -12,6 +12,13 @@ STAMP_DEV := .venv/.stamp-dev
 THREADS ?= 2
 ARGS ?=
 
+# Threads wait passively: spinning ones slow everything down where other work shares the cores.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+# Freed memory stays with the process: asking the kernel for it anew costs more than a training step's arithmetic.
+export MALLOC_MMAP_THRESHOLD_ := 8589934592
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
+
 # Tests never ask a network for a model, and never oversubscribe the cores.
 TEST_ENV := OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 

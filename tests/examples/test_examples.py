@@ -14,6 +14,8 @@ import torch
 import childtuning as ct
 from childtuning.delta import frozen_hash
 
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = ("plain_pytorch.py", "accelerate_loop.py", "trainer.py")
 

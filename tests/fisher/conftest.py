@@ -217,6 +217,15 @@ class Case:
         self.keywords = {"loss_fn": self.loss_fn} if self.loss_fn else {}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)

@@ -193,6 +193,45 @@ def test_modules_that_take_part_only_later(agree):
     agree(found, per_example(model, batches, cross_entropy))
 
 
+class Late(nn.Module):
+    """A layer that some batches only use, and then with the examples twice, one whole batch after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.late = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.head(x)
+        if bool((x[:, 0] < 0).any()):
+            first, second = torch.tanh(self.late(torch.cat([x, -x]))).chunk(2)
+            y = y + first + second.square()
+        return y
+
+
+def test_a_layer_that_is_met_late_is_compared_before_it_is_trusted(agree):
+    model = Late().double()
+    x, labels = batches_of(8, shape=(4,))[0]
+    x[:, 0] = torch.tensor([1.0, 1, 1, -1, -1, -1, -1, -1])
+    batches = [(x[:3], labels[:3]), (x[3:5], labels[3:5]), (x[5:], labels[5:])]
+    found, message = announced(model, batches)
+    assert "late (Linear)" in message
+    agree(found, per_example(model, batches, cross_entropy))
+
+
+def test_class_weights_are_seen_through(agree):
+    """The mean over a batch then weighs examples by their class; the first two of one class would not tell."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    x, _ = batches_of(4)[0]
+    batches = [(x, torch.tensor([0, 0, 2, 1]))]
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([1.0, 2.0, 5.0]).double())
+
+    found, message = announced(model, batches, loss_fn)
+    assert "no weighted mean" in message
+    agree(found, per_example(model, batches, loss_fn))
+
+
 class Overwrites(nn.Module):
     """A layer's input is changed in place after the layer has used it."""
 

@@ -75,6 +75,22 @@ def test_sampled_classes_follow_the_prediction(make_case):
     torch.testing.assert_close(drawn.bincount(minlength=3) / 3000, wanted.float().detach(), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "offset"), [("llama-lm", 1), ("bert-tokens", 0)])
+def test_sampled_positions_follow_the_output_that_predicts_them(name, offset, make_case):
+    from childtuning.fisher.losses import SampledLabels
+
+    case = make_case(name)
+    batch = case.batch(4)
+    with torch.no_grad():
+        case.model.get_submodule("lm_head" if offset else "classifier").weight.mul_(1e6)  # no chance left
+        sure = case.model(**batch).logits.argmax(-1)
+    drawn = SampledLabels(case.model, 0)(batch)["labels"]
+    labelled = batch["labels"] != -100
+    assert torch.equal(drawn[~labelled], batch["labels"][~labelled])
+    labelled[:, :offset] = False
+    assert torch.equal(drawn[labelled], sure.roll(offset, 1)[labelled])
+
+
 def test_per_batch_is_the_official_estimate(make_case, agree):
     case = make_case("bert")
     for module in case.model.modules():

@@ -108,6 +108,13 @@ def clear_run(folder: Path) -> None:
             path.unlink()
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a run's folder that the trainer made and nothing was written to."""
+    for path in (folder / CHECKPOINTS, folder):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a run's model says about some examples.

@@ -21,6 +21,7 @@ from childtuning.experiments.run_folder import (
     RunFolder,
     check_output,
     clear_run,
+    remove_empty,
     write_json,
 )
 from childtuning.tasks import (
@@ -199,8 +200,11 @@ def train_run(
     transformers.set_seed(config.seed)
     start = time.perf_counter()
     if checkpoint is None:
-        child = trainer.select()
-        tell(_describe(child))
+        try:
+            tell(_describe(trainer.select()))
+        except BaseException:
+            remove_empty(folder)
+            raise
     fisher_seconds = time.perf_counter() - start
     if overwrite:
         clear_run(folder)

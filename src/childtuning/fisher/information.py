@@ -41,6 +41,11 @@ def fisher_information(
     ``per-batch`` is what the official code computes instead: the square of each batch's mean gradient, each
     parameter's gradient first clipped to norm 1 on its own, averaged over batches.
 
+    Per-example gradients come from one backward pass a batch, layer by layer. They are compared with a batch of one
+    on two examples of the first batch; parameters for which they are not right (custom layers, weights used outside
+    their module, losses that mix examples) are differentiated one example at a time, and a UserWarning names their
+    modules. With ``training=True`` all are, since dropout and batch statistics would differ.
+
     The pass leaves no trace: modes, gradients, flags, buffers and random streams are as before. Squares are taken in
     float32, so that half-precision gradients do not underflow.
 

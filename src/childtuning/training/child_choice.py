@@ -68,6 +68,7 @@ def choose_child(
     """
     always = config.always if config.always is not None else as_patterns(always)
     if config.variant == "task-free":
+        match_names(always, canonical_names(name for name, _ in model.named_parameters()))
         if config.eligible is not None:
             _freeze_others(model, config.eligible, always)
         return TaskFree(config.density, config.seed, config.granularity, always)

@@ -1,0 +1,159 @@
+"""Every command on a tiny model, from train to merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+METHODS = ["full", "child-d", "child-f", "child-random", "child-lowest"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_predict_evaluate_inspect_merge(childtuning, train_words, sentiment, tmp_path, method) -> None:
+    run = tmp_path / "run"
+    done = childtuning(*train_words, "--method", method, "--output", run, "--epochs", 4)
+    assert done.code == 0, done.err
+    result = done.json
+    assert result["metric"]["name"] == "accuracy" and result["metric"]["value"] == result["metrics"]["accuracy"]
+    assert (result["method"], result["seed"], result["output"]) == (method, 0, str(run))
+    assert result["train_examples"] == 96 and result["eval_examples"] == 24
+    assert result["peak_memory_bytes"] > 10**7 and result["train_seconds"] > 0
+    share = result["child_parameters"] / result["eligible_parameters"]
+    assert share == pytest.approx(1.0 if method in ("full", "child-f") else 0.3, abs=1e-3)
+    assert json.loads((run / "metrics.json").read_text()) == result
+    assert not (run / "checkpoints").exists()
+
+    again = childtuning("evaluate", run, "--eval", sentiment / "dev.jsonl", "--json")
+    assert again.json["metrics"] == result["metrics"]
+
+    predicted = childtuning("predict", run, "--input", sentiment / "dev.jsonl", "--json").json["predictions"]
+    truth = [json.loads(line)["label"] for line in (sentiment / "dev.jsonl").read_text().splitlines()]
+    right = sum(row["prediction"] == label for row, label in zip(predicted, truth, strict=True))
+    assert right / len(truth) == pytest.approx(result["metrics"]["accuracy"])
+
+    seen = childtuning("inspect", run, "--verify", "--json").json["verified"]
+    assert seen["changed_outside"] == 0 and seen["head_entries"] == 34
+    assert 0 < seen["changed_inside"] <= seen["entries_in_delta"] <= seen["entries"]
+
+    assert childtuning("merge", run, "--output", tmp_path / "merged").code == 0
+    assert plain_logits(tmp_path / "merged", sentiment) == [row["logits"] for row in predicted]
+
+
+def plain_logits(folder: Path, sentiment: Path) -> list[list[float]]:
+    """Logits by transformers alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [json.loads(line)["text"] for line in (sentiment / "dev.jsonl").read_text().splitlines()]
+    with torch.inference_mode():
+        return model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.tolist()
+
+
+def test_human_output(childtuning, train_words, sentiment, tmp_path) -> None:
+    words = [word for word in train_words if word != "--json"]
+    done = childtuning(*words, "--output", tmp_path / "run")
+    assert done.code == 0 and "accuracy" in done.out and "optimizer state" in done.out
+    assert "the child trains" in done.err
+    assert "differ, bit by bit" in childtuning("inspect", tmp_path / "run", "--verify").out
+    layers = childtuning("inspect", tmp_path / "run", "--layers").out
+    assert "bert.encoder.layer.0.attention.self.query.weight" in layers.replace("\n", "")
+    one = childtuning("predict", tmp_path / "run", "--text", "what a great film")
+    assert one.out.split("\t")[0] in ("good", "bad") and "what a great film" in one.out
+    assert "accuracy" in childtuning("evaluate", tmp_path / "run", "--eval", sentiment / "dev.jsonl").out
+    many = childtuning(
+        "predict", tmp_path / "run", "--input", sentiment / "dev.jsonl", "--output", tmp_path / "out.jsonl"
+    )
+    assert many.code == 0 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 24
+    assert "child-d" in childtuning("methods").out
+
+
+def test_pairs_and_regression(childtuning, tiny_bert, tmp_path) -> None:
+    rows = [{"premise": "a cat sat", "hypothesis": "the dog ran", "label": i / 7} for i in range(32)]
+    file = tmp_path / "pairs.csv"
+    lines = ["premise,hypothesis,label", *(f"{r['premise']},{r['hypothesis']},{r['label']}" for r in rows)]
+    file.write_text("\n".join(lines) + "\n")
+    words = ["train", "--train", file, "--eval", file, "--model", tiny_bert, "--epochs", 1, "--json"]
+    done = childtuning(*words, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert list(done.json["metrics"]) == ["pearson", "spearman"]
+    one = childtuning("predict", tmp_path / "run", "--text", "a cat", "--text-pair", "a dog", "--json").json
+    assert isinstance(one["predictions"][0]["prediction"], float)
+    done = childtuning("predict", tmp_path / "run", "--text", "a cat")
+    assert done.code == 2 and "pairs" in done.err
+
+
+def test_score(childtuning, train_words, tmp_path) -> None:
+    words = ["score", *train_words[1:7], "--output", tmp_path / "fisher.safetensors", "--density", 0.1, "--json"]
+    done = childtuning(*words)
+    assert done.code == 0, done.err
+    scores = load_file(tmp_path / "fisher.safetensors")
+    assert set(done.json["parameters"]) == set(scores) and "classifier.weight" not in scores
+    assert all((score >= 0).all() for score in scores.values())
+    done = childtuning(*words)
+    assert done.code == 2 and "exists already" in done.err
+
+
+def test_config_file_reproduces_a_run(childtuning, train_words, tmp_path) -> None:
+    done = childtuning(*train_words, "--density", 0.2, "--seed", 3, "--output", tmp_path / "first")
+    assert done.code == 0, done.err
+    written = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
+    assert written["density"] == 0.2 and written["learning_rate"] == 1e-2
+    done = childtuning("train", "--config", tmp_path / "first" / "config.toml", "--output", tmp_path / "again", "--json")
+    assert done.code == 0, done.err
+    assert same_delta(tmp_path / "first", tmp_path / "again")
+    done = childtuning(
+        "train", "--config", tmp_path / "first" / "config.toml", "--seed", 4, "--output", tmp_path / "other"
+    )
+    assert done.code == 0 and not same_delta(tmp_path / "first", tmp_path / "other")
+
+
+def same_delta(left: Path, right: Path) -> bool:
+    return (left / "delta.safetensors").read_bytes() == (right / "delta.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["child-d", "child-f"])
+def test_a_killed_run_resumes_bitwise(childtuning, train_words, tmp_path, method) -> None:
+    words = [*train_words, "--method", method, "--save-steps", 4, "--epochs", 6]
+    straight = childtuning(*words, "--output", tmp_path / "straight")
+    assert straight.code == 0, straight.err
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "childtuning", *map(str, words), "--output", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 200
+    while not list(run.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "metrics.json").exists(), "killed too late for this test to say anything"
+    assert childtuning("predict", run, "--text", "a cat").code == 2
+    resumed = childtuning(*words, "--output", run, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "going on from checkpoint-" in resumed.err
+    assert same_delta(run, tmp_path / "straight")
+    assert resumed.json["metrics"] == straight.json["metrics"]
+    once_more = childtuning(*words, "--output", run, "--resume")
+    assert once_more.code == 0 and once_more.json == resumed.json and "finished already" in once_more.err
+
+
+def test_a_half_written_checkpoint_is_passed_over(childtuning, train_words, tmp_path) -> None:
+    words = [*train_words, "--epochs", 2]
+    run = tmp_path / "run"
+    straight = childtuning(*words, "--output", run).json
+    (run / "metrics.json").unlink()
+    (run / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    resumed = childtuning(*words, "--output", run, "--resume")
+    assert resumed.code == 0 and resumed.json["metrics"] == straight["metrics"]

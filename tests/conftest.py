@@ -1,0 +1,37 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import WORDS, save_tiny_bert
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tiny random BERT."""
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture(scope="session")
+def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl and dev.jsonl: sentences of tiny_bert's words, labelled good or bad."""
+    folder = tmp_path_factory.mktemp("sentiment")
+    rng = random.Random(0)
+    for name, count in (("train", 96), ("dev", 24)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for index in range(count):
+                words = [*rng.choices(WORDS, k=rng.randint(2, 12)), "great" if index % 2 else "awful"]
+                rng.shuffle(words)
+                row = {"text": " ".join(words), "label": "good" if index % 2 else "bad"}
+                file.write(json.dumps(row) + "\n")
+    return folder

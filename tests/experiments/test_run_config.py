@@ -1,0 +1,39 @@
+"""RunConfig and what is measured around a run."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+import torch
+
+from childtuning.errors import ConfigError
+from childtuning.experiments import RunConfig
+from childtuning.experiments.peak_memory import peak_memory_bytes, reset_peak_memory
+
+
+def test_toml_round_trip() -> None:
+    config = RunConfig(task="rte", density=0.2, eligible=("*.layer.*",), seed=3).resolved()
+    assert RunConfig.from_options(tomllib.loads(config.to_toml())) == config
+
+
+def test_every_fault_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(task="rte", train="a.csv", density=2, warmup_ratio=10, precision="fp8", epochs=0, max_grad_norm=-1)
+    for word in ("exclude each other", "density must be in (0, 1]", "warmup_ratio", "precision", "epochs", "max_grad_norm"):
+        assert word in str(caught.value)
+
+
+def test_defaults_come_from_the_method() -> None:
+    assert RunConfig(task="rte").resolved().density == 0.3
+    assert RunConfig(task="rte", method="full").resolved().density == 1.0
+    assert RunConfig(task="rte", method="child-f").child().variant == "task-free"
+    assert RunConfig(task="rte", method="child-lowest").child().lowest
+
+
+def test_peak_memory_sees_what_came_and_went() -> None:
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    block = torch.ones(60_000_000)
+    del block
+    assert peak_memory_bytes() - before > 150_000_000

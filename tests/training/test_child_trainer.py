@@ -1,0 +1,245 @@
+"""ChildTrainer: protocol, exactness, resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
+
+from childtuning import Child, ChildConfig, TaskFree
+from childtuning.errors import ConfigError, DeltaError, ParameterError
+from childtuning.training import ChildTrainer, output_axes, task_head
+
+Example = dict[str, torch.Tensor]
+
+
+def examples(count: int = 40) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(5, 40, (12,), generator=generator),
+            "attention_mask": torch.ones(12, dtype=torch.long),
+            "labels": torch.randint(0, 2, (), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+_TRAINER_ARGUMENTS = ("callbacks", "train_batches", "data_collator", "eval_dataset")
+
+
+def a_trainer(model_folder: Path, output: Path, child: Any, **options: Any) -> ChildTrainer:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "warmup_steps": 0.1,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "save_steps": 7,
+        "logging_steps": 1,
+        "seed": 1,
+    }
+    extra = {key: options.pop(key) for key in _TRAINER_ARGUMENTS if key in options}
+    set_seed(0)
+    model = BertForSequenceClassification.from_pretrained(model_folder, num_labels=2)
+    arguments = TrainingArguments(
+        str(output),
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        **(settings | options),
+    )
+    return ChildTrainer(model, arguments, train_dataset=examples(), child=child, **extra)
+
+
+def weights(trainer: ChildTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()}
+
+
+CHILDREN = {
+    "task-driven": ChildConfig(density=0.3),
+    "task-free": ChildConfig("task-free", density=0.3),
+    "rows": ChildConfig(density=0.2, granularity="row"),
+    "random": ChildConfig(density=0.3, scores="random"),
+    "full": ChildConfig(density=1.0),
+    "official": ChildConfig(density=0.3, preset="official"),
+    "official task-free": ChildConfig("task-free", density=0.3, preset="official"),
+}
+
+
+@pytest.mark.parametrize("kind", list(CHILDREN))
+def test_resume_in_mid_epoch_is_bitwise(tiny_bert: Path, tmp_path: Path, kind: str) -> None:
+    straight = a_trainer(tiny_bert, tmp_path, CHILDREN[kind], gradient_accumulation_steps=2)
+    straight.train()
+    resumed = a_trainer(tiny_bert, tmp_path, CHILDREN[kind], gradient_accumulation_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    ours, theirs = weights(straight), weights(resumed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert files <= {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"optim": "sgd"}, {"optim": "adamw_torch_fused"}], ids=str)
+def test_outside_the_child_nothing_moves(tiny_bert: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.2), save_strategy="no", **options)
+    before = weights(trainer)
+    trainer.train()
+    child, after = trainer.select(), weights(trainer)
+    assert isinstance(child, Child) and child.num_trained == round(0.2 * child.num_eligible)
+    moved = 0
+    for name, part in child.parts.items():
+        assert torch.equal(before[name][~part.mask()], after[name][~part.mask()])
+        moved += int((before[name] != after[name]).sum())
+    assert moved > 0.9 * child.num_trained
+    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
+
+
+def test_choosing_the_child_does_not_disturb_the_run(tiny_bert: Path, tmp_path: Path) -> None:
+    """Equal seed, equal data order and dropout, whether or not there was a Fisher pass."""
+    seen: list[list[Any]] = []
+
+    def run(child: Any) -> list[Any]:
+        batches: list[Any] = []
+
+        def collate(rows: list[Example]) -> dict[str, torch.Tensor]:
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            batches.append((batch["input_ids"].tolist(), torch.random.get_rng_state().sum().item()))
+            return batch
+
+        trainer = a_trainer(tiny_bert, tmp_path, child, save_strategy="no", data_collator=collate)
+        trainer.select()
+        batches.clear()
+        trainer.train()
+        return batches
+
+    for child in (ChildConfig(density=0.3), ChildConfig(density=1.0), TaskFree(0.3, always=task_head_patterns())):
+        seen.append(run(child))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def task_head_patterns() -> tuple[str, ...]:
+    return ("classifier.*",)
+
+
+def test_density_one_is_plain_fine_tuning_bitwise(tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    ours = a_trainer(tiny_bert, tmp_path, ChildConfig(density=1.0), save_strategy="no", max_grad_norm=0.0)
+    ours.train()
+    set_seed(0)
+    model = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    plain = Trainer(model, ours.args, train_dataset=examples())
+    plain.train()
+    theirs = dict(model.named_parameters())
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(ours).items())
+
+
+def test_warm_up_ratio_is_honoured(tiny_bert: Path, tmp_path: Path) -> None:
+    trainer = a_trainer(tiny_bert, tmp_path, ChildConfig("task-free", 0.3), save_strategy="no", warmup_steps=0.2)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert len(rates) == 30
+    assert rates[:6] == pytest.approx([1e-2 * step / 6 for step in range(6)])
+    assert rates[6:] == pytest.approx([1e-2 * (30 - step) / 24 for step in range(6, 30)])
+
+
+def test_accumulated_batches_are_one_larger_batch(tiny_bert: Path, tmp_path: Path) -> None:
+    norms = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        trainer = a_trainer(
+            tiny_bert,
+            tmp_path,
+            ChildConfig("task-free", density=0.5),
+            save_strategy="no",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+        )
+        trainer.bare_model.config.hidden_dropout_prob = 0.0
+        for module in trainer.bare_model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.train()
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_logged_norm_is_that_of_the_child(tiny_bert: Path, tmp_path: Path) -> None:
+    class Look(TrainerCallback):
+        norms: list[tuple[float, float]] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            child = trainer.select()
+            assert isinstance(child, Child)
+            parts = child.resolve({name: p.shape for name, p in model.named_parameters()})
+            squares = [
+                (p.grad * parts[name].mask()).square().sum() for name, p in model.named_parameters() if p.grad is not None
+            ]
+            self.norms.append(float(torch.stack(squares).sum().sqrt()))  # type: ignore[arg-type]
+
+    look = Look()
+    trainer = a_trainer(
+        tiny_bert, tmp_path, ChildConfig(density=0.3), save_strategy="no", max_steps=4, max_grad_norm=0.0, callbacks=[look]
+    )
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx(look.norms, rel=1e-5)
+
+
+def test_best_model_is_loaded_from_its_delta(tiny_bert: Path, tmp_path: Path) -> None:
+    trainer = a_trainer(
+        tiny_bert,
+        tmp_path,
+        ChildConfig(density=0.3),
+        eval_strategy="steps",
+        eval_steps=7,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        eval_dataset=examples(8),
+    )
+    trainer.train()
+    best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best)
+
+
+def test_resume_from_another_base_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3), max_steps=7).train()
+    other = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3))
+    with torch.no_grad():
+        other.bare_model.bert.embeddings.word_embeddings.weight.add_(1.0)
+    with pytest.raises(DeltaError, match="another base model"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+def test_eligible_patterns(tiny_bert: Path, tmp_path: Path) -> None:
+    for variant in ("task-driven", "task-free"):
+        config = ChildConfig(variant, density=0.5, eligible=("*.layer.1.*",))  # type: ignore[arg-type]
+        trainer = a_trainer(tiny_bert, tmp_path, config, save_strategy="no", max_steps=3)
+        before = weights(trainer)
+        trainer.train()
+        moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+        assert moved and all(".layer.1." in name or name.startswith("classifier") for name in moved)
+    with pytest.raises(ParameterError, match="matched no parameter"):
+        a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.5, eligible=("decoder.*",))).train()
+
+
+def test_wrong_use(tiny_bert: Path, tmp_path: Path) -> None:
+    trainer = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3))
+    optimizer = torch.optim.SGD(trainer.bare_model.parameters())
+    with pytest.raises(ConfigError, match="builds the optimizer"):
+        ChildTrainer(trainer.bare_model, trainer.args, child=TaskFree(0.3), optimizers=(optimizer, None))
+
+
+def test_task_heads_and_output_axes() -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, num_labels=3)
+    assert task_head(GPT2ForSequenceClassification(config)) == ("score.weight",)
+    assert task_head(GPT2LMHeadModel(config)) == ()
+    assert task_head(torch.nn.Linear(2, 2)) == ()
+    axes = output_axes(GPT2LMHeadModel(config))
+    assert axes["transformer.h.0.attn.c_attn.weight"] == 1 and "transformer.wte.weight" not in axes
