@@ -63,7 +63,9 @@ def shira(loaded: LoadedModel) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/delta-size.json"))
     given = parser.parse_args()
     task = load_task("docstrings", train_limit=64)

@@ -1,6 +1,6 @@
 """Put the recorded results into README's table; with --check, only say whether it is up to date.
 
-    python benchmarks/report.py [--check]
+python benchmarks/report.py [--check]
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def main() -> int:
     wanted = before + section() + after
     if "--check" in sys.argv[1:]:
         if wanted != text:
-            print("README's results differ from benchmarks/results. Run: python benchmarks/report.py", file=sys.stderr)
+            print(
+                "README's results differ from benchmarks/results. Run: python benchmarks/report.py",
+                file=sys.stderr,
+            )
             return 1
         return 0
     path.write_text(wanted, encoding="utf-8")

@@ -35,7 +35,9 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing from the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--tasks", nargs="+", default=["rte", "cola"])
     parser.add_argument("--methods", nargs="+", default=["full", "child-f", "child-d"])
@@ -45,15 +47,37 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scores.json"))
     given = parser.parse_args()
     runs: list[dict[str, Any]] = json.loads(given.output.read_text()) if given.output.is_file() else []
-    wanted = [(t, m, r, s) for t in given.tasks for s in given.seeds for r in given.rates for m in given.methods]
+    wanted = [
+        (t, m, r, s) for t in given.tasks for s in given.seeds for r in given.rates for m in given.methods
+    ]
     for task, method, rate, seed in wanted:
         key = [task, method, rate, seed]
         if any(run["key"] == key for run in runs):
             continue
-        words = ["--task", task, "--data-dir", given.data_dir, "--method", method, "--lr", rate, "--seed", seed]
+        words = [
+            "--task",
+            task,
+            "--data-dir",
+            given.data_dir,
+            "--method",
+            method,
+            "--lr",
+            rate,
+            "--seed",
+            seed,
+        ]
         words += [] if method == "full" else ["--density", given.density]
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "childtuning", "train", "--json", *words, "--output", f"{scratch}/run"]
+            command = [
+                sys.executable,
+                "-m",
+                "childtuning",
+                "train",
+                "--json",
+                *words,
+                "--output",
+                f"{scratch}/run",
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         result = json.loads(done.stdout) | {"output": ""}
         runs.append({"key": key, "result": result, "environment": environment()})

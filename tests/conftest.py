@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tests.tiny import WORDS, save_tiny_bert
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

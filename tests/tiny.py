@@ -4,10 +4,45 @@ from __future__ import annotations
 
 from pathlib import Path
 
-WORDS = (
-    "the a cat dog bird sat ran flew on in over mat house tree good bad nice awful very not is was it this that "
-    "film book food plot actor story great boring dull bright happy sad"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "in",
+    "over",
+    "mat",
+    "house",
+    "tree",
+    "good",
+    "bad",
+    "nice",
+    "awful",
+    "very",
+    "not",
+    "is",
+    "was",
+    "it",
+    "this",
+    "that",
+    "film",
+    "book",
+    "food",
+    "plot",
+    "actor",
+    "story",
+    "great",
+    "boring",
+    "dull",
+    "bright",
+    "happy",
+    "sad",
+]
 
 
 def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
@@ -26,7 +61,9 @@ def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", model_max_length=64, **names)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token="[MASK]", model_max_length=64, **names
+    )
     fast.save_pretrained(folder)
     set_seed(seed)
     config = BertConfig(

@@ -21,6 +21,14 @@ _CHOICES = {
     "labels": ("data", "sampled"),
     "preset": (None, "official"),
 }
+_FIXED_BY_OFFICIAL = {
+    "granularity": "element",
+    "scope": "global",
+    "scores": "fisher",
+    "lowest": False,
+    "labels": "data",
+    "always": None,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class ChildConfig:
         always: patterns over names that are trained whole beside the child; ``None``: the model's new head.
         rescale: divide the gradient by the density; ``None``: as the document does, in both variants.
         seed: names the masks, random scores and sampled labels.
-        preset: ``official`` reproduces the official code, faults included, for parity only.
+        preset: ``official`` reproduces the official code's child, masks and update, for parity only.
     Raises:
         ConfigError: all the faults there are, in one line.
     """
@@ -83,6 +91,12 @@ class ChildConfig:
             faults.append(
                 "granularity='parameter' cannot be shared out within each parameter. Use scope='global'."
             )
+        if self.preset == "official":
+            faults += [
+                f"preset='official' has its own {name}, got {getattr(self, name)!r}. Leave it out."
+                for name, default in _FIXED_BY_OFFICIAL.items()
+                if getattr(self, name) != default
+            ]
         if faults:
             raise ConfigError(" ".join(faults))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,7 @@ class TaskFree:
         seed: names the sequence of masks.
         granularity: ``element``, ``row``, ``block`` or ``parameter``: what is drawn as one.
         always: patterns over parameter names whose gradient is never masked, such as a new head.
+        row_axes: for ``row``, the output axis by parameter name where it is not 0 (GPT-2's Conv1D has 1).
     Raises:
         ConfigError: the density or granularity is outside its range.
     """
@@ -35,6 +36,7 @@ class TaskFree:
     seed: int = 0
     granularity: str = "element"
     always: tuple[str, ...] = ()
+    row_axes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))
@@ -42,6 +44,7 @@ class TaskFree:
         if not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, got {self.seed!r}. Pass seed=0.")
         Granularity(self.granularity)
+        object.__setattr__(self, "row_axes", dict(self.row_axes))
 
     def mask(self, name: str, shape: Sequence[int], step: int) -> Tensor:
         """Draw the bool mask of one parameter at one step, of the given shape, on the CPU.
@@ -51,7 +54,7 @@ class TaskFree:
             shape: the parameter's shape.
             step: the optimizer step, counted from 0.
         """
-        granularity = Granularity(self.granularity)
+        granularity = Granularity(self.granularity, self.row_axes.get(name, 0))
         units = keep_mask(
             self.density, "task-free", self.seed, step, name, numel=granularity.num_units(shape)
         )

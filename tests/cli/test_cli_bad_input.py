@@ -44,7 +44,9 @@ GOOD = [{"text": f"a cat {i}", "label": "xy"[i % 2]} for i in range(8)]
 
 
 def test_missing_file(childtuning, sentiment, tmp_path) -> None:
-    done = childtuning("train", "--train", tmp_path / "no.csv", "--eval", sentiment / "dev.jsonl", "--output", tmp_path / "o")
+    done = childtuning(
+        "train", "--train", tmp_path / "no.csv", "--eval", sentiment / "dev.jsonl", "--output", tmp_path / "o"
+    )
     refused(done, "no.csv")
     assert not (tmp_path / "o").exists()
 
@@ -79,7 +81,9 @@ def test_empty_texts_are_counted_and_reported(childtuning, tiny_bert, tmp_path) 
     assert done.code == 0 and "4 rows have empty text" in done.err and done.json["empty_texts"] == 4
 
 
-@pytest.mark.parametrize(("density", "remedy"), [("0", "0.3"), ("1.5", "0.015"), ("30", "density=0.3"), ("nan", "0.3")])
+@pytest.mark.parametrize(
+    ("density", "remedy"), [("0", "0.3"), ("1.5", "0.015"), ("30", "density=0.3"), ("nan", "0.3")]
+)
 def test_density(childtuning, train_words, tmp_path, density, remedy) -> None:
     done = childtuning(*train_words, "--density", density, "--output", tmp_path / "o")
     refused(done, "density must be in (0, 1]", f"got {density}", remedy)
@@ -90,7 +94,9 @@ def test_unknown_method_suggests_the_nearest(childtuning, train_words) -> None:
 
 
 def test_full_takes_no_density(childtuning, train_words) -> None:
-    refused(childtuning(*train_words, "--method", "full", "--density", 0.5), "'full' trains everything", "0.5")
+    refused(
+        childtuning(*train_words, "--method", "full", "--density", 0.5), "'full' trains everything", "0.5"
+    )
 
 
 def test_unknown_model_folder(childtuning, train_words, tmp_path) -> None:
@@ -107,10 +113,14 @@ def test_no_network_and_no_local_model(childtuning, train_words, monkeypatch, tm
     from childtuning.training import models
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(childtuning(*train_words, "--model", "some-hub-name", "--output", tmp_path / "o"), "'some-hub-name'", "--model FOLDER")
+    refused(
+        childtuning(*train_words, "--model", "some-hub-name", "--output", tmp_path / "o"),
+        "'some-hub-name'",
+        "--model FOLDER",
+    )
     monkeypatch.setattr(models, "_PACKAGE", "no_such_package")
     models.packaged_model.cache_clear()
-    words = [word for word in train_words]
+    words = list(train_words)
     index = words.index("--model")
     del words[index : index + 2]
     refused(childtuning(*words, "--output", tmp_path / "o"), "not installed", "pip install")
@@ -140,7 +150,11 @@ def test_delta_for_another_base(childtuning, finished, tiny_bert, tmp_path) -> N
     other = save_tiny_bert(tmp_path / "other", seed=1)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace(str(tiny_bert), str(other)))
-    for words in (["predict", run, "--text", "a"], ["merge", run, "--output", tmp_path / "m"], ["inspect", run, "--verify"]):
+    for words in (
+        ["predict", run, "--text", "a"],
+        ["merge", run, "--output", tmp_path / "m"],
+        ["inspect", run, "--verify"],
+    ):
         refused(childtuning(*words), "another base model")
     assert not (tmp_path / "m").exists()
 
@@ -170,7 +184,10 @@ def test_output_folder_is_not_empty(childtuning, train_words, finished, tmp_path
     shutil.copytree(finished, run)
     before = (run / "metrics.json").read_bytes()
     refused(childtuning(*train_words, "--output", run), "not empty")
-    refused(childtuning(*train_words, "--output", run, "--overwrite", "--eligible", "no.*"), "matched no parameter")
+    refused(
+        childtuning(*train_words, "--output", run, "--overwrite", "--eligible", "no.*"),
+        "matched no parameter",
+    )
     assert (run / "metrics.json").read_bytes() == before
     (run / "notes.txt").write_text("mine")
     assert childtuning(*train_words, "--output", run, "--overwrite").code == 0
@@ -213,7 +230,9 @@ def test_predict_wants_one_kind_of_input(childtuning, finished, sentiment, tmp_p
     refused(childtuning("predict", finished), "--input FILE", "--text STRING")
     refused(childtuning("predict", finished, "--input", tmp_path / "no.jsonl"), "no.jsonl")
     (tmp_path / "there.jsonl").write_text("mine")
-    done = childtuning("predict", finished, "--input", sentiment / "dev.jsonl", "--output", tmp_path / "there.jsonl")
+    done = childtuning(
+        "predict", finished, "--input", sentiment / "dev.jsonl", "--output", tmp_path / "there.jsonl"
+    )
     refused(done, "exists already")
     assert (tmp_path / "there.jsonl").read_text() == "mine"
     (tmp_path / "m").mkdir()

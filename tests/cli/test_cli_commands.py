@@ -24,7 +24,9 @@ def test_train_predict_evaluate_inspect_merge(childtuning, train_words, sentimen
     done = childtuning(*train_words, "--method", method, "--output", run, "--epochs", 4)
     assert done.code == 0, done.err
     result = done.json
-    assert result["metric"]["name"] == "accuracy" and result["metric"]["value"] == result["metrics"]["accuracy"]
+    assert (
+        result["metric"]["name"] == "accuracy" and result["metric"]["value"] == result["metrics"]["accuracy"]
+    )
     assert (result["method"], result["seed"], result["output"]) == (method, 0, str(run))
     assert result["train_examples"] == 96 and result["eval_examples"] == 24
     assert result["peak_memory_bytes"] > 10**7 and result["train_seconds"] > 0
@@ -94,7 +96,15 @@ def test_pairs_and_regression(childtuning, tiny_bert, tmp_path) -> None:
 
 
 def test_score(childtuning, train_words, tmp_path) -> None:
-    words = ["score", *train_words[1:7], "--output", tmp_path / "fisher.safetensors", "--density", 0.1, "--json"]
+    words = [
+        "score",
+        *train_words[1:7],
+        "--output",
+        tmp_path / "fisher.safetensors",
+        "--density",
+        0.1,
+        "--json",
+    ]
     done = childtuning(*words)
     assert done.code == 0, done.err
     scores = load_file(tmp_path / "fisher.safetensors")
@@ -109,7 +119,9 @@ def test_config_file_reproduces_a_run(childtuning, train_words, tmp_path) -> Non
     assert done.code == 0, done.err
     written = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
     assert written["density"] == 0.2 and written["learning_rate"] == 1e-2
-    done = childtuning("train", "--config", tmp_path / "first" / "config.toml", "--output", tmp_path / "again", "--json")
+    done = childtuning(
+        "train", "--config", tmp_path / "first" / "config.toml", "--output", tmp_path / "again", "--json"
+    )
     assert done.code == 0, done.err
     assert same_delta(tmp_path / "first", tmp_path / "again")
     done = childtuning(

@@ -37,7 +37,13 @@ def naive_units(kind: str, shape: tuple[int, ...], axis: int, block: tuple[int, 
     return units.view(shape)
 
 
-@given(shapes, st.sampled_from(KINDS), st.integers(0, 3), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.data())
+@given(
+    shapes,
+    st.sampled_from(KINDS),
+    st.integers(0, 3),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.data(),
+)
 @settings(max_examples=150, deadline=None)
 def test_granularity_against_the_naive_twin(shape, kind, axis, block, data) -> None:
     axis = axis % len(shape) if len(shape) > 1 else 0
@@ -131,9 +137,19 @@ def test_config_reports_every_fault_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         ChildConfig(variant="f", density=30, granularity="rows", estimator="batch")  # type: ignore[arg-type]
     message = str(caught.value)
-    for part in ("variant", "density must be in (0, 1], got 30. Pass a share: density=0.3.", "'row'", "estimator"):
+    for part in (
+        "variant",
+        "density must be in (0, 1], got 30. Pass a share: density=0.3.",
+        "'row'",
+        "estimator",
+    ):
         assert part in message
     assert "\n" not in message
+
+
+def test_official_preset_takes_no_ablation() -> None:
+    with pytest.raises(ConfigError, match="preset='official' has its own lowest, got True"):
+        ChildConfig(preset="official", lowest=True)
 
 
 def test_config_round_trip() -> None:

@@ -103,7 +103,8 @@ def test_damaged_gap_code_is_noticed() -> None:
 
 
 scores_strategy = st.lists(
-    st.lists(st.floats(-10, 10, width=32) | st.sampled_from([0.0, -0.0, 1.0, float("inf")]), max_size=40), min_size=1
+    st.lists(st.floats(-10, 10, width=32) | st.sampled_from([0.0, -0.0, 1.0, float("inf")]), max_size=40),
+    min_size=1,
 )
 
 

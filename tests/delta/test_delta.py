@@ -106,7 +106,11 @@ def test_damaged_files_are_refused(tmp_path, damage: str) -> None:
     elif damage == "flip":
         values.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif damage == "about":
-        about.write_text(text.replace('"count": 1', '"count": 2', 1) if '"count": 1' in text else text.replace("all", "none", 1))
+        about.write_text(
+            text.replace('"count": 1', '"count": 2', 1)
+            if '"count": 1' in text
+            else text.replace("all", "none", 1)
+        )
     elif damage == "missing":
         values.unlink()
     elif damage == "not json":

@@ -19,8 +19,17 @@ def test_toml_round_trip() -> None:
 
 def test_every_fault_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        RunConfig(task="rte", train="a.csv", density=2, warmup_ratio=10, precision="fp8", epochs=0, max_grad_norm=-1)
-    for word in ("exclude each other", "density must be in (0, 1]", "warmup_ratio", "precision", "epochs", "max_grad_norm"):
+        RunConfig(
+            task="rte", train="a.csv", density=2, warmup_ratio=10, precision="fp8", epochs=0, max_grad_norm=-1
+        )
+    for word in (
+        "exclude each other",
+        "density must be in (0, 1]",
+        "warmup_ratio",
+        "precision",
+        "epochs",
+        "max_grad_norm",
+    ):
         assert word in str(caught.value)
 
 

@@ -262,6 +262,35 @@ def test_state_of_another_child_is_refused() -> None:
         ChildOptimizer(parameters().items(), a_child(0.4), torch.optim.AdamW).load_state_dict(saved)
 
 
+def test_gradients_are_left_as_they_were() -> None:
+    """A second step on the same gradients is the same step."""
+    named, child, gradient = parameters(), a_child(0.5, "parameter"), random_gradients(1)[0]
+    assert any(part.is_whole for part in child.parts.values())
+    for name, parameter in named.items():
+        parameter.grad = gradient[name].clone()
+    opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=1.0)
+    for _ in range(2):
+        before = detached(named)
+        opt.step()
+        for name, part in child.parts.items():
+            if part.is_whole:
+                torch.testing.assert_close(
+                    before[name] - named[name].detach(), gradient[name] / child.density
+                )
+    assert all(p.grad is None or torch.equal(p.grad, gradient[name]) for name, p in named.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to move a model to")
+def test_a_model_moved_after_its_optimizer_is_noticed() -> None:
+    model = nn.Linear(4, 3)
+    child = select_child({name: torch.rand(p.shape) for name, p in model.named_parameters()}, 0.3)
+    opt = ChildOptimizer(model.named_parameters(), child)
+    model.to("cuda")
+    with pytest.raises(ParameterError, match="Move it first"):
+        opt.step()
+
+
 def test_values_written_from_outside_are_kept() -> None:
     named, child = parameters(torch.float32), a_child(0.3)
     opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=0.0)

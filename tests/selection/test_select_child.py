@@ -15,7 +15,10 @@ from childtuning.selection import official_child
 
 def some_scores(seed: int = 0, ties: bool = False) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    scores = {f"p{i}": torch.rand(shape, generator=generator) for i, shape in enumerate([(7, 5), (5,), (3, 2, 4), ()])}
+    scores = {
+        f"p{i}": torch.rand(shape, generator=generator)
+        for i, shape in enumerate([(7, 5), (5,), (3, 2, 4), ()])
+    }
     return {name: (score * 4).round() for name, score in scores.items()} if ties else scores
 
 

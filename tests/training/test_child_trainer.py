@@ -83,7 +83,9 @@ def test_resume_in_mid_epoch_is_bitwise(tiny_bert: Path, tmp_path: Path, kind: s
     assert files <= {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"optim": "sgd"}, {"optim": "adamw_torch_fused"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bf16": True}, {"optim": "sgd"}, {"optim": "adamw_torch_fused"}], ids=str
+)
 def test_outside_the_child_nothing_moves(tiny_bert: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     trainer = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.2), save_strategy="no", **options)
     before = weights(trainer)
@@ -116,7 +118,11 @@ def test_choosing_the_child_does_not_disturb_the_run(tiny_bert: Path, tmp_path: 
         trainer.train()
         return batches
 
-    for child in (ChildConfig(density=0.3), ChildConfig(density=1.0), TaskFree(0.3, always=task_head_patterns())):
+    for child in (
+        ChildConfig(density=0.3),
+        ChildConfig(density=1.0),
+        TaskFree(0.3, always=task_head_patterns()),
+    ):
         seen.append(run(child))
     assert seen[0] == seen[1] == seen[2]
 
@@ -139,7 +145,9 @@ def test_density_one_is_plain_fine_tuning_bitwise(tiny_bert: Path, tmp_path: Pat
 
 
 def test_warm_up_ratio_is_honoured(tiny_bert: Path, tmp_path: Path) -> None:
-    trainer = a_trainer(tiny_bert, tmp_path, ChildConfig("task-free", 0.3), save_strategy="no", warmup_steps=0.2)
+    trainer = a_trainer(
+        tiny_bert, tmp_path, ChildConfig("task-free", 0.3), save_strategy="no", warmup_steps=0.2
+    )
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert len(rates) == 30
@@ -170,20 +178,31 @@ def test_accumulated_batches_are_one_larger_batch(tiny_bert: Path, tmp_path: Pat
 
 def test_logged_norm_is_that_of_the_child(tiny_bert: Path, tmp_path: Path) -> None:
     class Look(TrainerCallback):
-        norms: list[tuple[float, float]] = []
+        def __init__(self) -> None:
+            self.norms: list[float] = []
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        ) -> None:
             child = trainer.select()
             assert isinstance(child, Child)
             parts = child.resolve({name: p.shape for name, p in model.named_parameters()})
             squares = [
-                (p.grad * parts[name].mask()).square().sum() for name, p in model.named_parameters() if p.grad is not None
+                (p.grad * parts[name].mask()).square().sum()
+                for name, p in model.named_parameters()
+                if p.grad is not None
             ]
             self.norms.append(float(torch.stack(squares).sum().sqrt()))  # type: ignore[arg-type]
 
     look = Look()
     trainer = a_trainer(
-        tiny_bert, tmp_path, ChildConfig(density=0.3), save_strategy="no", max_steps=4, max_grad_norm=0.0, callbacks=[look]
+        tiny_bert,
+        tmp_path,
+        ChildConfig(density=0.3),
+        save_strategy="no",
+        max_steps=4,
+        max_grad_norm=0.0,
+        callbacks=[look],
     )
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]

@@ -42,7 +42,10 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
-            _fail(f"{error.format_message()} See `childtuning --help`.", 2)  # type: ignore[attr-defined]
+            message = error.format_message().rstrip()  # type: ignore[attr-defined]
+            if not message:  # no words at all: the help has been shown
+                sys.exit(2)
+            _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `childtuning --help`.", 2)
         if os.environ.get("CHILDTUNING_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {error}. Set CHILDTUNING_DEBUG=1 to see where.", 1)

@@ -45,7 +45,11 @@ Eligible = Annotated[list[str] | None, _option(_child, "Pattern of parameters to
 Always = Annotated[
     list[str] | None, _option(_child, "Pattern of parameters trained whole; repeatable.  \\[the new head]")
 ]
-Preset = Annotated[str | None, _option(_child, "official: the paper's code, faults included.")]
+Rescale = Annotated[
+    bool | None,
+    typer.Option("--rescale/--no-rescale", help="Divide gradients by the density.", rich_help_panel=_child),
+]
+Preset = Annotated[str | None, _option(_child, "official: child, masks and update of the paper's code.")]
 LearningRate = Annotated[
     float | None, _option(_training, "Peak learning rate.  \\[2e-5]", "--learning-rate", "--lr")
 ]
@@ -60,6 +64,7 @@ MaxGradNorm = Annotated[float | None, _option(_training, "Clip gradients to this
 MaxLength = Annotated[int | None, _option(_training, "Tokens an example.  \\[128]")]
 Precision = Annotated[str | None, _option(_training, "fp32, or bf16 autocast.  \\[fp32]")]
 Seed = Annotated[int | None, _option(_training, "Of head, order, dropout and masks.  \\[0]")]
+DataSeed = Annotated[int | None, _option(_data, "Of what --train-limit draws.  \\[0]")]
 SaveSteps = Annotated[int | None, _option(_training, "Steps between checkpoints.  \\[every epoch]")]
 ConfigFile = Annotated[
     Path | None,
@@ -78,6 +83,8 @@ def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
         {key.replace("-", "_"): value for key, value in read_toml(config_file).items()} if config_file else {}
     )
     explicit = {key: value for key, value in given.items() if value is not None and value != []}
+    if "method" in explicit and explicit["method"] != options.get("method"):
+        options.pop("density", None)  # the file's is another method's
     if "task" in explicit:
         options = {key: value for key, value in options.items() if key not in ("train", "eval")}
     if "train" in explicit or "eval" in explicit:

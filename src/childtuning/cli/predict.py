@@ -38,6 +38,10 @@ def run(
 
     if (input is None) == (text is None):
         raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
+    if input is not None and text_pair is not None:
+        raise ConfigError(
+            "--text-pair goes with --text; in a file the second text is a column. Leave it out."
+        )
     if output is not None and output.exists():
         raise ConfigError(f"output file {str(output)!r} exists already. Pass another.")
     opened = RunFolder(run_dir)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import print_json, print_table, tell
+from childtuning.cli.printing import is_terminal, print_json, print_table, tell
 from childtuning.errors import ConfigError
 
 NAME = "score"
@@ -56,7 +56,7 @@ def run(
         raise ConfigError(f"output file {str(output)!r} exists already. Pass --overwrite, or another.")
     if eval is None and train is not None:
         given["eval"] = train
-    result: dict[str, Any] = score_run(o.run_config(config, given), output, tell=tell)
+    result: dict[str, Any] = score_run(o.run_config(config, given), output, progress=is_terminal(), tell=tell)
     if as_json:
         print_json(result)
         return

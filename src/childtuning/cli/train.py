@@ -69,11 +69,8 @@ def run(
     from childtuning.experiments import train_run
 
     settings = o.run_config(config, given)
-    folder = (
-        output
-        or Path("runs")
-        / f"{settings.task or Path(settings.train or 'files').stem}-{settings.method}-{settings.seed}"
-    )
+    name = settings.task or Path(settings.train or "").name.split(".")[0]
+    folder = output or Path("runs") / f"{name}-{settings.method}-{settings.seed}"
     result = train_run(
         settings, folder, overwrite=overwrite, resume=resume, progress=is_terminal(), tell=tell
     )

@@ -55,7 +55,7 @@ class Delta:
 
         Args:
             model: the model that the child was trained in.
-            child: which entries to take; a task-free child trains all of them.
+            child: which entries to take; a task-free child trains all that require a gradient.
             base: the base model's name, or JSON-ready facts about it.
         Raises:
             ParameterError: the child does not fit the model.
@@ -65,8 +65,10 @@ class Delta:
         recipe: dict[str, Any] | None = None
         from_recipe: frozenset[str] = frozenset()
         if isinstance(child, TaskFree):
-            parts = {name: Part(shape) for name, shape in shapes.items() if named[name].is_floating_point()}
-            parts |= {name: Part.none(shape) for name, shape in shapes.items() if name not in parts}
+            parts = {
+                name: Part(shape) if p.requires_grad and p.is_floating_point() else Part.none(shape)
+                for (name, p), shape in zip(named.items(), shapes.values(), strict=True)
+            }
             recipe = {"source": "task-free", **child.to_dict()}
         else:
             parts = child.resolve(shapes)

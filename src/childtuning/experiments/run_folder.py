@@ -100,6 +100,8 @@ def _check_same(folder: Path, config: RunConfig) -> None:
 
 def clear_run(folder: Path) -> None:
     """Remove a run's own files from its folder, and nothing else."""
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
     for name in _OURS:
         path = folder / name
         if path.is_dir():
@@ -290,7 +292,7 @@ class RunFolder:
             counts["parameters"] += 1
             counts["entries"] += old.numel()
             counts["entries_in_delta"] += part.num_trained
-            differs = (_bits(old) != _bits(after[name])).reshape(-1)
+            differs = (_bits(old) != _bits(after[name])).any(1)
             inside = differs[part.indices()].sum() if not part.is_empty else 0
             counts["changed_inside"] += int(inside)
             counts["changed_outside"] += int(differs.sum()) - int(inside)
@@ -298,5 +300,4 @@ class RunFolder:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.dtype.itemsize])
+    return tensor.contiguous().view(-1, 1).view(torch.uint8)

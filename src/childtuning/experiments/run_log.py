@@ -19,6 +19,17 @@ class RunLog(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop what a run that was stopped had logged after the checkpoint it now goes on from."""
+        if state.is_world_process_zero and self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [
+                line
+                for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= state.global_step
+            ]
+            self._path.write_text("".join(kept if state.global_step else []), encoding="utf-8")
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:

@@ -10,21 +10,27 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from childtuning.child import Child
 from childtuning.experiments.run_config import RunConfig
 from childtuning.experiments.run_training import load_run_model, read_run_task
 from childtuning.fisher import fisher_information
-from childtuning.selection import select_child
 from childtuning.tasks import LengthBucketBatches, PaddingCollator, encode
+from childtuning.training import choose_child, fisher_sample
 
 
 def score_run(
-    config: RunConfig, output: Path, *, tell: Callable[[str], None] = lambda line: None
+    config: RunConfig,
+    output: Path,
+    *,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Estimate Fisher information on a run's training set and write it to a safetensors file.
 
     Args:
         config: a run's options; those of training are not used.
         output: the file.
+        progress: count examples on standard error.
         tell: called with lines for the user.
     Returns:
         JSON-ready: the file, counts, and by parameter its mean score and its share in a child of the run's density.
@@ -32,20 +38,17 @@ def score_run(
     from torch.utils.data import DataLoader
 
     config = replace(config.resolved(), method="child-d", density=config.density)
+    child_config = config.child()
     task = read_run_task(config)
     loaded = load_run_model(config, task)
-    encoded = encode(
-        loaded.tokenizer,
-        task.train.sample(config.fisher_examples),
-        max_length=config.max_length,
-        label_ids=task.label_ids,
-    )
+    chosen = fisher_sample(len(task.train), child_config.fisher_examples, child_config.seed)
+    examples = task.train.subset(chosen)
+    encoded = encode(loaded.tokenizer, examples, max_length=config.max_length, label_ids=task.label_ids)
     batches = DataLoader(
         encoded,
         batch_sampler=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
         collate_fn=PaddingCollator(loaded.tokenizer),
     )
-    child_config = config.child()
     always = loaded.new_parameters if child_config.always is None else child_config.always
     scores = fisher_information(
         loaded.model,
@@ -54,9 +57,11 @@ def score_run(
         labels=child_config.labels,
         eligible=child_config.eligible,
         always=always,
+        progress=progress,
         seed=config.seed,
     )
-    child = select_child(scores, child_config.density)
+    child = choose_child(child_config, loaded.model, list, always=always, scores=scores)
+    assert isinstance(child, Child)
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: score.cpu().contiguous() for name, score in scores.items()}, partial)

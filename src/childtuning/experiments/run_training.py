@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,6 +36,7 @@ from childtuning.tasks import (
     read_rows,
 )
 from childtuning.tasks import task_from_files as read_task
+from childtuning.tasks.rows import columns_of
 from childtuning.training import ChildTrainer, LoadedModel, load_classifier
 
 Tell = Callable[[str], None]
@@ -230,8 +233,6 @@ def _finish(
     train_seconds: float,
     peak: int,
 ) -> RunResult:
-    import shutil
-
     logits = predict_logits(trainer.model, loaded.tokenizer, task.dev, max_length=config.max_length)
     metrics = score_logits(task.kind, task.metrics, logits, label_ids(task, task.dev))
     delta, child = trainer.delta(), trainer.select()
@@ -240,7 +241,9 @@ def _finish(
         child.save(folder / "child.safetensors")
     loaded.tokenizer.save_pretrained(folder / TOKENIZER)
     write_json(folder / LABELS, _labels(config, task, loaded))
-    head = sum(p.numel() for name, p in trainer.bare_model.named_parameters() if name in loaded.new_parameters)
+    head = sum(
+        p.numel() for name, p in trainer.bare_model.named_parameters() if name in loaded.new_parameters
+    )
     total = sum(p.numel() for p in trainer.bare_model.parameters())
     result = RunResult(
         task=task.name,
@@ -272,7 +275,7 @@ def _labels(config: RunConfig, task: Task, loaded: LoadedModel) -> dict[str, Any
     if config.train is not None:
         text, text_pair = config.text, config.text_pair
         if text is None:
-            text, guessed = guess_columns(list(read_rows(config.train)[0]))
+            text, guessed = guess_columns(columns_of(read_rows(config.train)))
             text_pair = text_pair or guessed
         columns = {"text": text, "text_pair": text_pair, "label": config.label}
     return {
@@ -298,5 +301,13 @@ def _describe(child: Any) -> str:
 def _last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; broken ones are left where they are."""
     found = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if (path / "trainer_state.json").is_file()]
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]
     return whole[-1] if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

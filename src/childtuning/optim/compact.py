@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
+from childtuning.errors import ParameterError
 from childtuning.kernels import gather, scatter_
 from childtuning.part import Part
 
@@ -28,12 +30,23 @@ class Slot:
     start: int
     stop: int
     version: int | None = None
-    gathered: tuple[int, int] | None = None
+    gathered: tuple[ReferenceType[Tensor], int] | None = None
 
-    def stamp(self) -> tuple[int, int] | None:
-        """Identify the gradient as it is now, so that a change of it is noticed."""
+    def remember(self) -> None:
+        """Note which gradient was gathered, and its state."""
         gradient = self.parameter.grad
-        return None if gradient is None else (id(gradient), gradient._version)
+        self.gathered = None if gradient is None else (ref(gradient), gradient._version)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what was gathered is the parameter's gradient as it is now."""
+        gradient = self.parameter.grad
+        return (
+            gradient is not None
+            and self.gathered is not None
+            and self.gathered[0]() is gradient
+            and self.gathered[1] == gradient._version
+        )
 
     def take(self, flat: Tensor) -> Tensor:
         """Return this slot's stretch of a flat tensor."""
@@ -67,7 +80,16 @@ class Bucket:
     @property
     def is_current(self) -> bool:
         """Whether the gathered gradient is that of the parameters as they are now."""
-        return all(slot.gathered is not None and slot.gathered == slot.stamp() for slot in self.slots)
+        return all(slot.is_current for slot in self.slots)
+
+    def check_device(self) -> None:
+        """Raise a ParameterError if the model was moved since."""
+        for slot in self.slots:
+            if slot.parameter.device != self.values.device:
+                raise ParameterError(
+                    f"the model was moved from {self.values.device} to {slot.parameter.device} after its optimizer was "
+                    "built. Move it first, then build the optimizer."
+                )
 
     @torch.no_grad()
     def read_values(self) -> None:
@@ -102,7 +124,7 @@ class Bucket:
                 stretch.zero_()
             else:
                 gather(slot.parameter.grad, slot.indices, stretch)
-            slot.gathered = slot.stamp()
+            slot.remember()
         self.values.grad = None if len(self.missing) == len(self.slots) else self.gradient
 
     @torch.no_grad()
@@ -138,6 +160,7 @@ class CompactStep:
         self.whole: list[list[nn.Parameter]] = []
         self.buckets: list[list[Bucket]] = []
         self._scaled = list(scaled)
+        self._unscaled: list[tuple[nn.Parameter, Tensor]] = []
         for members in groups:
             self.whole.append([parameter for parameter, part in members if part.is_whole])
             partial: dict[Any, list[tuple[nn.Parameter, Part]]] = {}
@@ -161,6 +184,7 @@ class CompactStep:
     def prepare(self) -> None:
         """Bring values and gradients into the flat tensors, unless they are there already."""
         for bucket in self.all_buckets():
+            bucket.check_device()
             bucket.read_values()
             if not bucket.is_current:
                 bucket.gather_gradient()
@@ -179,7 +203,8 @@ class CompactStep:
                 bucket.gradient.mul_(self.scale)
             for parameter in self._scaled:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self.scale)
+                    self._unscaled.append((parameter, parameter.grad))
+                    parameter.grad = parameter.grad * self.scale
 
     def held_still(self, state: dict[Any, Any]) -> list[tuple[Tensor, Tensor]]:
         """Copy what belongs to parameters without a gradient: (stretch, its content) pairs to put back."""
@@ -195,7 +220,10 @@ class CompactStep:
         return kept
 
     def after_inner(self) -> None:
-        """Write the child's values back into the model."""
+        """Write the child's values back into the model, and leave its gradients as they were."""
+        for parameter, gradient in self._unscaled:
+            parameter.grad = gradient
+        self._unscaled.clear()
         for bucket in self.all_buckets():
             bucket.write_back()
             for slot in bucket.slots:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from childtuning.child import Child
 from childtuning.config import ChildConfig
+from childtuning.errors import ParameterError
 from childtuning.fisher import fisher_information
 from childtuning.patterns import as_patterns, canonical_names, match_names
 from childtuning.selection import magnitude_scores, official_child, random_child, select_child
@@ -71,9 +73,12 @@ def choose_child(
         match_names(always, canonical_names(name for name, _ in model.named_parameters()))
         if config.eligible is not None:
             _freeze_others(model, config.eligible, always)
-        return TaskFree(config.density, config.seed, config.granularity, always)
-    if config.density == 1.0 and config.eligible is None and not config.preset:
-        return _whole(model, always)
+        axes = output_axes(model) if config.granularity == "row" else {}
+        return TaskFree(config.density, config.seed, config.granularity, always, axes)
+    if config.density == 1.0 and not config.preset:
+        return _whole(model, config.eligible, always)
+    if scores is not None:
+        scores = in_model_order(model, scores)
     if config.preset == "official":
         return _official(config, model, batches, scores, progress)
     options: dict[str, Any] = {
@@ -103,11 +108,38 @@ def choose_child(
     )
 
 
-def _whole(model: nn.Module, always: Sequence[str]) -> Child:
+def in_model_order(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores in the order of the model's parameters, which ties are broken by; files do not keep it.
+
+    Raises:
+        ParameterError: the model has no parameter of a score's name and shape.
+    """
+    named = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in zip(canonical_names(named), named.values(), strict=True)}
+    for name, score in scores.items():
+        if shapes.get(name) != score.shape:
+            raise ParameterError(
+                f"the scores have {name!r} of shape {list(score.shape)}, the model does not. Score this model."
+            )
+    return {name: scores[name] for name in shapes if name in scores}
+
+
+def fisher_sample(num_examples: int, limit: int | None, seed: int) -> list[int]:
+    """Return which examples Fisher information is estimated from: all, or a random ``limit`` of them, in order."""
+    if limit is None or limit >= num_examples:
+        return list(range(num_examples))
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(num_examples, generator=generator)[:limit].tolist())
+
+
+def _whole(model: nn.Module, eligible: Sequence[str] | None, always: Sequence[str]) -> Child:
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.requires_grad}
     plain = dict(zip(canonical_names(named), named.values(), strict=True))
     beside = match_names(always, plain)
-    return Child.whole({name: p.shape for name, p in plain.items() if name not in beside}, always=always)
+    chosen = set(plain) if eligible is None else match_names(eligible, plain)
+    return Child.whole(
+        {n: p.shape for n, p in plain.items() if n in chosen and n not in beside}, always=always
+    )
 
 
 def _official(

@@ -18,7 +18,7 @@ from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
 from childtuning.task_free import TaskFree
-from childtuning.training.child_choice import Progress, choose_child, task_head
+from childtuning.training.child_choice import Progress, choose_child, fisher_sample, task_head
 from childtuning.training.random_streams import random_state, set_random_state
 from childtuning.training.state_files import load_state, save_state
 
@@ -110,11 +110,8 @@ class ChildTrainer(Trainer):
         dataset = self.train_dataset
         assert self.child_config is not None
         lengths = getattr(dataset, "lengths", None)
-        order = list(range(len(dataset)))  # type: ignore[arg-type]
-        limit = self.child_config.fisher_examples
-        if limit is not None and limit < len(order):
-            generator = torch.Generator().manual_seed(self.child_config.seed)
-            order = sorted(torch.randperm(len(order), generator=generator)[:limit].tolist())
+        limit, seed = self.child_config.fisher_examples, self.child_config.seed
+        order = fisher_sample(len(dataset), limit, seed)  # type: ignore[arg-type]
         if lengths is not None:
             order.sort(key=lambda index: lengths[index])
         return DataLoader(
@@ -212,6 +209,10 @@ class ChildTrainer(Trainer):
             save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())
             save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
 
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.args.should_save and self.accelerator.scaler is not None:
+            save_state(Path(output_dir) / "scaler.safetensors", self.accelerator.scaler.state_dict())
+
     def _save_rng_state(self, output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)
         save_state(self._random_file(output_dir), random_state())
@@ -239,6 +240,11 @@ class ChildTrainer(Trainer):
         if checkpoint is not None:
             self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        path = Path(checkpoint or "") / "scaler.safetensors"
+        if checkpoint is not None and self.accelerator.scaler is not None and path.is_file():
+            self.accelerator.scaler.load_state_dict(load_state(path))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._random_file(checkpoint).is_file():
