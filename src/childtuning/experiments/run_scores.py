@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from childtuning.child import Child
 from childtuning.experiments.run_config import RunConfig
 from childtuning.experiments.run_training import load_run_model, read_run_task
-from childtuning.fisher import fisher_information
 from childtuning.tasks import LengthBucketBatches, PaddingCollator, encode
-from childtuning.training import choose_child, fisher_sample
+from childtuning.training import choose_child, fisher_sample, fisher_scores
 
 
 def score_run(
@@ -50,16 +49,7 @@ def score_run(
         collate_fn=PaddingCollator(loaded.tokenizer),
     )
     always = loaded.new_parameters if child_config.always is None else child_config.always
-    scores = fisher_information(
-        loaded.model,
-        batches,
-        estimator=child_config.estimator,
-        labels=child_config.labels,
-        eligible=child_config.eligible,
-        always=always,
-        progress=progress,
-        seed=config.seed,
-    )
+    scores = fisher_scores(child_config, loaded.model, batches, always=always, progress=progress)
     child = choose_child(child_config, loaded.model, list, always=always, scores=scores)
     assert isinstance(child, Child)
     partial = output.with_name(output.name + ".partial")

@@ -112,6 +112,8 @@ def fisher_information(
             num_terms += add_(prepare(batch))
             done += num_examples(batch)
             report(done)
+    if progress is True:
+        print(file=sys.stderr)
     if num_terms == 0:
         raise DataError("there are no batches to estimate Fisher information from. Pass training examples.")
     for score in scores.values():

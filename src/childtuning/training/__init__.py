@@ -1,6 +1,12 @@
 """Layer 2: child-tuning inside the Hugging Face Trainer, and what a method may decide."""
 
-from childtuning.training.child_choice import choose_child, fisher_sample, output_axes, task_head
+from childtuning.training.child_choice import (
+    choose_child,
+    fisher_sample,
+    fisher_scores,
+    output_axes,
+    task_head,
+)
 from childtuning.training.method import Method
 from childtuning.training.models import LoadedModel, load_classifier, packaged_model
 from childtuning.training.trainer import ChildTrainer
@@ -11,6 +17,7 @@ __all__ = [
     "Method",
     "choose_child",
     "fisher_sample",
+    "fisher_scores",
     "load_classifier",
     "output_axes",
     "packaged_model",

@@ -93,18 +93,30 @@ def choose_child(
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
     if scores is None:
-        scores = fisher_information(
-            model,
-            batches(),
-            estimator=config.estimator,
-            labels=config.labels,
-            eligible=config.eligible,
-            always=always,
-            progress=progress,
-            seed=config.seed,
-        )
+        scores = fisher_scores(config, model, batches(), always=always, progress=progress)
     return select_child(
         scores, config.density, eligible=config.eligible, always=always, lowest=config.lowest, **options
+    )
+
+
+def fisher_scores(
+    config: ChildConfig,
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    always: Sequence[str],
+    progress: bool | Progress = False,
+) -> dict[str, Tensor]:
+    """Estimate the Fisher information that a configuration asks for."""
+    return fisher_information(
+        model,
+        batches,
+        estimator=config.estimator,
+        labels=config.labels,
+        eligible=config.eligible,
+        always=always,
+        progress=progress,
+        seed=config.seed,
     )
 
 
