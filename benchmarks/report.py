@@ -59,6 +59,26 @@ def scores() -> str:
     return table(header, rows)
 
 
+def demo() -> str:
+    """The demo's runs by method."""
+    runs = [run["result"] for run in results("demo.json")]
+    rows = []
+    for method in ("full", "child-f", "child-d"):
+        mine = [run for run in runs if run["method"] == method]
+        values = [run["metric"]["value"] for run in mine]
+        if mine:
+            rows.append(
+                [
+                    method,
+                    f"{mean(values):.3f} ± {stdev(values):.3f}",
+                    f"{mine[0]['trained_parameters'] / 1e6:.1f} M",
+                    f"{mine[0]['state_bytes'] / 1e6:.0f} MB",
+                    f"{mine[0]['delta_bytes'] / 1e6:.0f} MB",
+                ]
+            )
+    return table(["method", "accuracy", "trained", "optimizer", "delta"], rows)
+
+
 def sizes() -> str:
     """Bytes per trained entry of a delta."""
     rows = []
@@ -75,8 +95,13 @@ def section() -> str:
     return "\n".join(
         [
             START,
-            "all-MiniLM-L6-v2 (22.7 M parameters), full training sets, 3 epochs, batch 16, 10 % warm-up, density 0.3, "
-            "evaluated on the dev set at the last step, on two CPU cores that other work shared, so times are rough. "
+            "`make demo`: topic of a docstring of Python's standard library, 12 areas, 400 training and 264 evaluation "
+            "examples from other modules, all-MiniLM-L6-v2, two seeds:",
+            "",
+            demo(),
+            "",
+            "GLUE tasks: all-MiniLM-L6-v2 (22.7 M parameters), full training sets, 3 epochs, batch 16, 10 % warm-up, "
+            "density 0.3, evaluated on the dev set at the last step, on two CPU cores that other work shared, so times are rough. "
             "The rate is the best on seed 0 of those listed. "
             "`python benchmarks/scores.py --data-dir DATA`:",
             "",
