@@ -101,8 +101,8 @@ def section() -> str:
             demo(),
             "",
             "GLUE tasks: all-MiniLM-L6-v2 (22.7 M parameters), full training sets, 3 epochs, batch 16, 10 % warm-up, "
-            "density 0.3, evaluated on the dev set at the last step, on two CPU cores that other work shared, so times are rough. "
-            "The rate is the best on seed 0 of those listed. "
+            "density 0.3, evaluated on the dev set at the last step. Two CPU cores that other work shared: times are "
+            "rough. The rate is the best on seed 0 of those listed. "
             "`python benchmarks/scores.py --data-dir DATA`:",
             "",
             scores(),
