@@ -154,8 +154,11 @@ def test_density_one_is_the_inner_optimizer_bitwise(inner, options) -> None:
     "inner", [torch.optim.Muon, torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.SparseAdam]
 )
 def test_optimizers_that_mix_coordinates_are_refused(inner) -> None:
+    named = parameters(torch.float32)
+    child = Child.from_masks({"a.weight": torch.eye(7, 5).bool()})
     with pytest.raises(ConfigError, match=rf"{inner.__name__} (mixes|cannot).*AdamW"):
-        ChildOptimizer(parameters(torch.float32).items(), a_child(), inner, lr=0.01)
+        ChildOptimizer(named.items(), child, inner, lr=0.01)
+    assert all(parameter.requires_grad for parameter in named.values())
 
 
 def test_unknown_option_is_named() -> None:

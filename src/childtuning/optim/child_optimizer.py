@@ -111,19 +111,20 @@ class ChildOptimizer(Optimizer):
             self.inner.defaults,
         )
         self.state = self.inner.state
+        if isinstance(self._work, CompactStep):
+            _freeze_others(groups, trained)
         self._built = True
 
     def _plan_compact(
         self, groups: list[Group], child: Child, scale: float
     ) -> tuple[list[list[str]], list[list[nn.Parameter]]]:
-        """Freeze what is outside the child for real, and lay out the compact tensors for the rest."""
+        """Lay out the compact tensors for the child's entries."""
         parts = child.resolve({name: p.shape for group in groups for name, p in group.named.items()})
         plain = dict(zip(parts, canonical_names(parts), strict=True))
         members: list[list[tuple[nn.Parameter, Part]]] = []
         scaled: list[nn.Parameter] = []
         for group in groups:
             for name, parameter in group.named.items():
-                parameter.requires_grad_(not parts[name].is_empty)
                 eligible_part = child.parts.get(plain[name])
                 if eligible_part is not None and eligible_part.is_whole and parts[name] is eligible_part:
                     scaled.append(parameter)
@@ -263,3 +264,12 @@ class ChildOptimizer(Optimizer):
         for bucket, masters in zip(self._buckets(), about["masters"], strict=True):
             if masters is not None:
                 bucket.restore(masters)
+
+
+def _freeze_others(groups: list[Group], trained: list[list[str]]) -> None:
+    """Let a parameter require a gradient exactly if it has trained entries."""
+    for group, names in zip(groups, trained, strict=True):
+        for name, parameter in group.named.items():
+            parameter.requires_grad_(name in names)
+            if name not in names:
+                parameter.grad = None
