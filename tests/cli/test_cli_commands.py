@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -93,6 +94,37 @@ def test_pairs_and_regression(childtuning, tiny_bert, tmp_path) -> None:
     assert isinstance(one["predictions"][0]["prediction"], float)
     done = childtuning("predict", tmp_path / "run", "--text", "a cat")
     assert done.code == 2 and "pairs" in done.err
+
+
+def test_a_task_of_the_data_dir(childtuning, tiny_bert, tmp_path) -> None:
+    folder = tmp_path / "data" / "rte"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 32), ("dev", 8)):
+        rows = [
+            {"text1": "the cat sat", "text2": "a dog ran", "label": ("entailment", "not_entailment")[i % 2]}
+            for i in range(count)
+        ]
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    words = [
+        "train",
+        "--task",
+        "rte",
+        "--data-dir",
+        tmp_path / "data",
+        "--model",
+        tiny_bert,
+        "--epochs",
+        1,
+        "--json",
+    ]
+    done = childtuning(*words, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert done.json["task"] == "rte" and done.json["metrics"] == {"accuracy": 0.5}
+    again = childtuning("evaluate", tmp_path / "run", "--eval", folder / "dev.jsonl.gz", "--json")
+    assert again.json["metrics"] == done.json["metrics"]
+    predicted = childtuning("predict", tmp_path / "run", "--input", folder / "dev.jsonl.gz", "--json").json
+    assert predicted["label_names"] == ["entailment", "not_entailment"]
 
 
 def test_score(childtuning, train_words, tmp_path) -> None:

@@ -41,6 +41,7 @@ def a_trainer(model_folder: Path, output: Path, child: Any, **options: Any) -> C
         "save_steps": 7,
         "logging_steps": 1,
         "seed": 1,
+        "disable_tqdm": True,
     }
     extra = {key: options.pop(key) for key in _TRAINER_ARGUMENTS if key in options}
     set_seed(0)
@@ -49,7 +50,6 @@ def a_trainer(model_folder: Path, output: Path, child: Any, **options: Any) -> C
         str(output),
         use_cpu=True,
         dataloader_pin_memory=False,
-        disable_tqdm=True,
         report_to="none",
         **(settings | options),
     )
@@ -142,6 +142,15 @@ def test_density_one_is_plain_fine_tuning_bitwise(tiny_bert: Path, tmp_path: Pat
     plain.train()
     theirs = dict(model.named_parameters())
     assert all(torch.equal(value, theirs[name]) for name, value in weights(ours).items())
+
+
+def test_the_fisher_pass_has_a_bar(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3), disable_tqdm=False).select()
+    assert "Fisher information: 100%" in capsys.readouterr().err
+    a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3)).select()
+    assert "Fisher information" not in capsys.readouterr().err
 
 
 def test_warm_up_ratio_is_honoured(tiny_bert: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from childtuning.errors import ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
 from childtuning.task_free import TaskFree
 from childtuning.training.child_choice import Progress, choose_child, fisher_sample, task_head
+from childtuning.training.progress_bar import fisher_bar
 from childtuning.training.random_streams import random_state, set_random_state
 from childtuning.training.state_files import load_state, save_state
 
@@ -95,14 +96,19 @@ class ChildTrainer(Trainer):
             assert self.child_config is not None
             always = self._always if self._always is not None else task_head(self.bare_model)
             progress = not self.args.disable_tqdm if self._progress is None else self._progress
-            self.child = choose_child(
-                self.child_config,
-                self.bare_model,
-                self._fisher_batches,
-                always=always,
-                scores=self._scores,
-                progress=progress and self.is_world_process_zero() and progress,
-            )
+            with fisher_bar() as bar:
+                self.child = choose_child(
+                    self.child_config,
+                    self.bare_model,
+                    self._fisher_batches,
+                    always=always,
+                    scores=self._scores,
+                    progress=False
+                    if not self.is_world_process_zero()
+                    else bar
+                    if progress is True
+                    else progress,
+                )
         return self.child
 
     def _fisher_batches(self) -> Iterable[Any]:
