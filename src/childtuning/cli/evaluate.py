@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import print_facts, print_json, tell
+from childtuning.cli.printing import is_terminal, print_facts, print_json, tell
 
 NAME = "evaluate"
 
@@ -26,7 +26,7 @@ def run(
     """
     from childtuning.experiments import RunFolder
 
-    opened = RunFolder(run_dir)
+    opened = RunFolder(run_dir, progress=is_terminal())
     examples = opened.read_input(eval, labelled=True)
     if examples.num_empty:
         tell(f"{examples.num_empty} rows have empty text")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import print_json
+from childtuning.cli.printing import is_terminal, print_json
 from childtuning.errors import ConfigError
 
 NAME = "merge"
@@ -31,6 +31,10 @@ def run(
         raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
     opened = RunFolder(run_dir)
     model, tokenizer = opened.model(), opened.tokenizer()
+    if not is_terminal():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     if as_json:

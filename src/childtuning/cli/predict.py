@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import print_json, tell
+from childtuning.cli.printing import is_terminal, print_json, tell
 from childtuning.errors import ConfigError
 
 NAME = "predict"
@@ -44,7 +44,7 @@ def run(
         )
     if output is not None and output.exists():
         raise ConfigError(f"output file {str(output)!r} exists already. Pass another.")
-    opened = RunFolder(run_dir)
+    opened = RunFolder(run_dir, progress=is_terminal())
     if text is not None:
         examples = Examples([text], None if text_pair is None else [text_pair], None)
     else:

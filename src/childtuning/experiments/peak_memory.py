@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -23,12 +22,16 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak since ``reset_peak_memory``, in bytes."""
+    """Return the peak since ``reset_peak_memory``, in bytes; 0 where the system does not tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return 0
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -9,16 +9,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from childtuning.tasks import Examples, LengthBucketBatches, PaddingCollator, Task, compute_metrics, encode
 
 
 def predict_logits(
-    model: Any, tokenizer: Any, examples: Examples, *, max_length: int, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    *,
+    max_length: int,
+    batch_size: int = 32,
+    progress: bool = False,
 ) -> NDArray[np.float32]:
     """Return the logits [n, num_labels], float32, in the order of the examples.
 
-    Batches are consecutive examples, padded to their longest.
+    Batches are consecutive examples, padded to their longest. ``progress`` draws a bar on standard error.
     """
     unlabelled = Examples(examples.text, examples.text_pair, None)
     encoded = encode(tokenizer, unlabelled, max_length=max_length)
@@ -30,7 +37,8 @@ def predict_logits(
     rows: list[NDArray[np.float32]] = []
     try:
         with torch.inference_mode():
-            for batch in DataLoader(encoded, batch_sampler=batches, collate_fn=collator):
+            loader = DataLoader(encoded, batch_sampler=batches, collate_fn=collator)
+            for batch in tqdm(loader, desc="Prediction", unit=" batches", disable=not progress):
                 logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
                 rows.append(logits.float().cpu().numpy())
     finally:

@@ -137,13 +137,15 @@ class RunFolder:
 
     Args:
         path: the folder.
+        progress: draw bars on standard error.
     Raises:
         ConfigError: there is no such folder, it is no run, or the run is not finished.
         CorruptFileError: its files are damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, progress: bool = False) -> None:
         self.path = Path(path).expanduser()
+        self.progress = progress
         if not self.path.is_dir():
             raise ConfigError(
                 f"there is no run folder {str(path)!r}. Pass the output folder of `childtuning train`."
@@ -236,7 +238,9 @@ class RunFolder:
             raise DataError(
                 f"the run was trained on {wanted}, the input is not. Pass input of the same columns."
             )
-        return predict_logits(model, self.tokenizer(), examples, max_length=self.config.max_length)
+        return predict_logits(
+            model, self.tokenizer(), examples, max_length=self.config.max_length, progress=self.progress
+        )
 
     def predict(self, examples: Examples) -> Prediction:
         """Label examples."""
