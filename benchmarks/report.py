@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
+_NAMES = {"rte": "RTE", "cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B"}
+
+
 def results(name: str) -> Any:
     """Read recorded results, or an empty list where there are none yet."""
     path = ROOT / "benchmarks" / "results" / name
@@ -44,7 +47,7 @@ def scores() -> str:
             last = chosen[0]
             rows.append(
                 [
-                    f"{task.upper()} ({last['metric']['name']}) {method}",
+                    f"{_NAMES.get(task, task)} ({last['metric']['name']}) {method}",
                     f"{mean(values):.3f}{spread}",
                     ", ".join(f"{value:.3f}" for value in values),
                     f"{best} of {', '.join(sorted({run['key'][2] for run in first}, key=float))}",
@@ -102,7 +105,7 @@ def section() -> str:
             "",
             "GLUE tasks: all-MiniLM-L6-v2 (22.7 M parameters), full training sets, 3 epochs, batch 16, 10 % warm-up, "
             "density 0.3, evaluated on the dev set at the last step. Two CPU cores that other work shared: times are "
-            "rough. The rate is the best on seed 0 of those listed. "
+            "rough. The rate is the best on seed 0 of those listed. With so few seeds the table does not rank the methods. "
             "`python benchmarks/scores.py --data-dir DATA`:",
             "",
             scores(),
