@@ -105,7 +105,7 @@ def section() -> str:
             "",
             "GLUE tasks: all-MiniLM-L6-v2 (22.7 M parameters), full training sets, 3 epochs, batch 16, 10 % warm-up, "
             "density 0.3, evaluated on the dev set at the last step. Two CPU cores that other work shared: times are "
-            "rough. The rate is the best on seed 0 of those listed. With so few seeds the table does not rank the methods. "
+            "rough. The rate is the best on seed 0 of those listed. With so few seeds this does not rank the methods. "
             "`python benchmarks/scores.py --data-dir DATA`:",
             "",
             scores(),
