@@ -60,7 +60,7 @@ class Granularity:
         if self.kind == "parameter":
             return min(numel, 1)
         if self.kind == "row" and len(shape) > 0:
-            return shape[self._axis(shape)] if numel else 0
+            return shape[self._axis(shape)]
         if self.kind == "block":
             _, _, down, across = self._tiling(shape)
             return down * across
@@ -69,6 +69,8 @@ class Granularity:
     def sums(self, entries: Tensor) -> Tensor:
         """Add up each unit's entries in float64: [num_units]."""
         entries = entries.double()
+        if not entries.numel():
+            return entries.new_zeros(self.num_units(entries.shape))
         if self.kind == "element":
             return entries.reshape(-1)
         if self.kind == "parameter":

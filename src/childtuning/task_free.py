@@ -36,7 +36,7 @@ class TaskFree:
     seed: int = 0
     granularity: str = "element"
     always: tuple[str, ...] = ()
-    row_axes: Mapping[str, int] = field(default_factory=dict)
+    row_axes: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))

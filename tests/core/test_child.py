@@ -66,6 +66,20 @@ def test_granularity_against_the_naive_twin(shape, kind, axis, block, data) -> N
     assert torch.equal(Part.from_record(json.loads(json.dumps(record)), stream).mask(), mask)
 
 
+def test_empty_parameters_have_nothing_to_train() -> None:
+    for kind in KINDS:
+        for shape in ((0,), (5, 0), (0, 5)):
+            part = Part.none(shape)
+            assert part.num_trained == 0 and part.mask().shape == shape
+            child = select_child({"e": torch.zeros(shape), "w": torch.rand(4, 4)}, 0.5, granularity=kind)
+            assert child.parts["e"].num_trained == 0
+            assert TaskFree(0.5, granularity=kind).mask("e", shape, 0).shape == shape
+
+
+def test_task_free_is_hashable() -> None:
+    assert len({TaskFree(0.3), TaskFree(0.3), TaskFree(0.4)}) == 2
+
+
 def test_scalar_parameters_are_one_unit() -> None:
     for kind in KINDS:
         assert Part((), torch.tensor([0]), Granularity(kind)).is_whole

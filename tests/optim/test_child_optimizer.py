@@ -222,6 +222,47 @@ def test_task_free_clipping_sees_the_unmasked_gradient() -> None:
     assert all(torch.equal(named[name].grad, gradient[name]) for name in SHAPES)
 
 
+def test_clipping_holds_where_a_parameter_has_no_gradient() -> None:
+    named, child = parameters(), a_child(0.4)
+    opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=1.0, rescale=False)
+    for name, parameter in named.items():
+        parameter.grad = None if name == "b.weight" else torch.full(SHAPES[name], 1e3, dtype=torch.float64)
+    before = detached(named)
+    opt.clip_grad_norm_(1.0)
+    opt.step()
+    moved = torch.cat([(named[name].detach() - before[name]).flatten() for name in SHAPES])
+    assert float(moved.norm()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_groups_without_trained_parameters_and_with_keys_of_their_own() -> None:
+    for empty_first in (True, False):
+        named = parameters()
+        child = Child.from_masks({"a.weight": torch.eye(7, 5).bool()})
+        trained = {"params": [("a.weight", named["a.weight"])], "name": "trained", "initial_lr": 0.1}
+        frozen = {"params": [(n, p) for n, p in named.items() if n != "a.weight"], "name": "frozen"}
+        groups = [frozen, trained] if empty_first else [trained, frozen]
+        opt = ChildOptimizer(groups, child, torch.optim.AdamW, lr=0.1)
+        run(opt, named, random_gradients(2))
+        assert [group["name"] for group in opt.param_groups] == [group["name"] for group in groups]
+
+
+def test_sparse_gradients() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(10, 4, sparse=True)
+    before = embedding.weight.detach().clone()
+    child = select_child({"weight": torch.rand(10, 4)}, 0.5)
+    opt = ChildOptimizer(embedding.named_parameters(), child, torch.optim.SGD, lr=1.0, rescale=False)
+    embedding(torch.tensor([1, 1, 3])).sum().backward()
+    opt.step()
+    count = torch.tensor([0, 2, 0, 1, 0, 0, 0, 0, 0, 0]).unsqueeze(1)
+    torch.testing.assert_close(embedding.weight.detach(), before - count * child.mask("weight"))
+
+
+def test_a_tiny_learning_rate_hides_no_mixing_of_coordinates() -> None:
+    with pytest.raises(ConfigError, match="Muon"):
+        ChildOptimizer(parameters(torch.float32).items(), a_child(), torch.optim.Muon, lr=0.0)
+
+
 def test_gradients_accumulated_after_clipping_are_not_lost() -> None:
     named, child = parameters(), a_child(0.3)
     for name, parameter in named.items():

@@ -161,6 +161,9 @@ class Delta:
     def then(self, later: Delta) -> Delta:
         """Return the one delta that does what applying this and then ``later`` does.
 
+        What is frozen in a parameter that both touch cannot be hashed without the base, so the result verifies its
+        base by the other parameters only.
+
         Raises:
             DeltaError: they are for different models, or ``later`` was made on a base that this does not lead to.
         """

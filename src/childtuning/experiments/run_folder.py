@@ -66,13 +66,17 @@ def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bo
     Raises:
         ConfigError: it holds something that would be lost, or a run with other options is to be resumed.
     """
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite removes it. Pass one of them.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {str(folder)!r} is a file. Pass a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
         if resume:
             raise ConfigError(f"there is nothing to resume in {str(folder)!r}. Leave out --resume to start.")
         return
-    is_run = (folder / CONFIG).is_file()
+    if _is_bare(folder) and not resume:
+        return
+    is_run = _is_run(folder)
     if resume:
         if not is_run:
             raise ConfigError(f"{str(folder)!r} is not a run: it has no {CONFIG}. Pass the run's folder.")
@@ -85,6 +89,21 @@ def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bo
         raise ConfigError(
             f"{str(folder)!r} holds files that are not a run's, so it is not overwritten. Pass another."
         )
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether all there is in a folder is the empty one that a run makes first."""
+    return all(
+        path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()) for path in folder.iterdir()
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        RunConfig.from_options(read_toml(folder / CONFIG))
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
@@ -100,11 +119,11 @@ def _check_same(folder: Path, config: RunConfig) -> None:
 
 def clear_run(folder: Path) -> None:
     """Remove a run's own files from its folder, and nothing else."""
-    for partial in folder.glob("*.partial"):
-        partial.unlink()
-    for name in _OURS:
+    for name in (*_OURS, *(name + ".partial" for name in _OURS)):
         path = folder / name
-        if path.is_dir():
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
             shutil.rmtree(path)
         elif path.exists():
             path.unlink()
@@ -159,13 +178,20 @@ class RunFolder:
                 f"the run in {str(path)!r} is not finished. Go on with `childtuning train … --resume`."
             )
         self.config = RunConfig.from_options(read_toml(self.path / CONFIG))
-        self.about = self._json(LABELS)
-        self.metrics = self._json(METRICS)
+        self.about = self._json(
+            LABELS, "kind", "label_names", "metrics", "columns", "pairs", "base_name", "base_hash"
+        )
+        self.metrics = self._json(METRICS, "metrics", "density", "delta_bytes")
+        if not (self.path / TOKENIZER).is_dir():
+            raise CorruptFileError(f"{self.path} has no folder {TOKENIZER!r}. Copy the run's folder anew.")
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str, *keys: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as fault:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+            for key in keys:
+                content[key]
+            return content
+        except (OSError, ValueError, KeyError, TypeError) as fault:
             raise CorruptFileError(
                 f"{self.path / name} cannot be read ({fault}). Copy the run's folder anew."
             ) from None

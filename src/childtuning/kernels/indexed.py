@@ -10,13 +10,13 @@ def gather(source: Tensor, indices: Tensor, out: Tensor) -> Tensor:
     """Write ``source.flatten()[indices]`` into out.
 
     Args:
-        source: a dense tensor of any shape and layout.
+        source: a tensor of any shape and layout; a sparse gradient is made dense.
         indices: int32 or int64 [n], flat, on source's device.
         out: [n], contiguous, any floating dtype; converted on the way if it differs from source's.
     Returns:
         out.
     """
-    flat = source.reshape(-1)
+    flat = (source.to_dense() if source.is_sparse else source).reshape(-1)
     if source.dtype == out.dtype:
         return torch.index_select(flat, 0, indices, out=out)
     return out.copy_(torch.index_select(flat, 0, indices))

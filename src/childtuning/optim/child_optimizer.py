@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ class ChildOptimizer(Optimizer):
     divided by the density, before the inner optimizer's moments see it.
 
     It is a ``torch.optim.Optimizer``: schedulers, Accelerate, GradScaler and the Hugging Face Trainer use it as one.
-    Values that something else writes into the model between steps are noticed and kept.
+    Values that something else writes into the model between steps are noticed and kept (not those written through
+    ``.data``, which torch hides).
 
     Args:
         params: ``model.named_parameters()``, or groups (dicts) whose ``params`` are (name, parameter) pairs, with
@@ -90,8 +92,10 @@ class ChildOptimizer(Optimizer):
         else:
             trained, inner_groups = self._plan_compact(groups, child, scale)
             if self._buckets():
+                known = inspect.signature(inner).parameters
                 for group in groups:
-                    check_elementwise(inner, {**options, **group.options})
+                    own = {key: value for key, value in group.options.items() if key in known}
+                    check_elementwise(inner, {**options, **own})
         if not any(trained):
             raise ParameterError(
                 "the child trains no entry of these parameters. Raise the density, or pass always."
@@ -105,7 +109,11 @@ class ChildOptimizer(Optimizer):
         )
         super().__init__(
             [
-                {**group.options, "params": [(name, group.named[name]) for name in names]}
+                {
+                    **group.options,
+                    "params": [(name, group.named[name]) for name in names],
+                    **({} if names else {"param_names": []}),
+                }
                 for group, names in zip(groups, trained, strict=True)
             ],
             self.inner.defaults,

@@ -30,23 +30,23 @@ class Slot:
     start: int
     stop: int
     version: int | None = None
-    gathered: tuple[ReferenceType[Tensor], int] | None = None
+    gathered: tuple[ReferenceType[Tensor] | None, int] | None = None
 
     def remember(self) -> None:
         """Note which gradient was gathered, and its state."""
         gradient = self.parameter.grad
-        self.gathered = None if gradient is None else (ref(gradient), gradient._version)
+        self.gathered = (None, 0) if gradient is None else (ref(gradient), gradient._version)
 
     @property
     def is_current(self) -> bool:
         """Whether what was gathered is the parameter's gradient as it is now."""
+        if self.gathered is None:
+            return False
+        reference, version = self.gathered
         gradient = self.parameter.grad
-        return (
-            gradient is not None
-            and self.gathered is not None
-            and self.gathered[0]() is gradient
-            and self.gathered[1] == gradient._version
-        )
+        if gradient is None or reference is None:
+            return gradient is None and reference is None
+        return reference() is gradient and version == gradient._version
 
     def take(self, flat: Tensor) -> Tensor:
         """Return this slot's stretch of a flat tensor."""

@@ -25,6 +25,10 @@ def check_elementwise(inner: type[Optimizer], options: Mapping[str, Any]) -> Non
     Raises:
         ConfigError: it mixes coordinates (Muon, Shampoo, LBFGS, Adafactor), or cannot run on vectors at all.
     """
+    known = inspect.signature(inner).parameters
+    options = {name: value for name, value in options.items() if name != "capturable"}
+    if "lr" in known:  # a rate at which every difference shows
+        options["lr"] = 0.01
     entries = torch.arange(1, 64, 3)
     start = torch.linspace(-1.0, 1.0, 64).view(8, 8)
     matrix, vector = nn.Parameter(start.clone()), nn.Parameter(start.flatten()[entries].clone())
@@ -33,7 +37,6 @@ def check_elementwise(inner: type[Optimizer], options: Mapping[str, Any]) -> Non
             _run(inner, options, matrix)
             _run(inner, options, vector)
     except Exception as fault:
-        known = inspect.signature(inner).parameters
         unknown = [name for name in options if name not in known]
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             raise ConfigError(
