@@ -46,6 +46,11 @@ class Share:
             raise ConfigError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}. "
                               + did_you_mean(self.scope, SCOPES))  # fmt: skip
 
+        if self.granularity.kind == "parameter" and self.scope == "parameter":
+            raise ConfigError(
+                "whole parameters cannot be shared out within each parameter. Use scope='global'."
+            )
+
     def units(self, name: str) -> Granularity:
         """Return the units of one parameter."""
         unit = self.granularity

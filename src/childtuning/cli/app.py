@@ -29,6 +29,9 @@ for command in (train, predict, evaluate, score, inspect, merge, methods, demo):
     app.command(command.NAME)(command.run)
 
 
+_STOPPED = "stopped. Go on with --resume if this was a training run."
+
+
 def main() -> None:
     """Run the command line: exit code 0 done; 2 wrong use or input, in one line; 1 anything else."""
     try:
@@ -36,10 +39,13 @@ def main() -> None:
     except ChildTuningError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("stopped. Go on with --resume if this was a training run.", 1)
+        _fail(_STOPPED, 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        _fail(f"cannot read or write{where}: {error.strerror or error}. Check the path and the disk.", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
             message = error.format_message().rstrip()  # type: ignore[attr-defined]
@@ -50,6 +56,8 @@ def main() -> None:
             raise
         _fail(f"{type(error).__name__}: {error}. Set CHILDTUNING_DEBUG=1 to see where.", 1)
     else:
+        if code == 130:  # the parser's word for Ctrl-C
+            _fail(_STOPPED, 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -27,6 +27,7 @@ def run(
     """
     from childtuning.experiments import RunFolder
 
+    output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
     opened = RunFolder(run_dir)

@@ -36,6 +36,11 @@ def run(
     from childtuning.experiments import RunFolder
     from childtuning.tasks import Examples
 
+    output = output.expanduser() if output is not None else None
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(
+            f"there is no folder {str(output.parent)!r} for the output. Make it, or pass another."
+        )
     if (input is None) == (text is None):
         raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
     if input is not None and text_pair is not None:

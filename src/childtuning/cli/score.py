@@ -52,6 +52,9 @@ def run(
     }
     from childtuning.experiments import score_run
 
+    output = output.expanduser()
+    if output.is_dir():
+        raise ConfigError(f"output {str(output)!r} is a folder. Pass a file.")
     if output.exists() and not overwrite:
         raise ConfigError(f"output file {str(output)!r} exists already. Pass --overwrite, or another.")
     if eval is None and train is not None:

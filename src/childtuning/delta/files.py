@@ -33,7 +33,7 @@ def write_folder(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, T
     body = {"format": FORMAT, "version": VERSION, **about, "values_sha256": _file_hash(partial)}
     body["sha256"] = _body_hash(body)
     about_partial = folder / (ABOUT + ".partial")
-    about_partial.write_text(json.dumps(body, indent=1) + "\n")
+    about_partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / VALUES)
     os.replace(about_partial, folder / ABOUT)
 
@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise CorruptFileError(f"{folder} is not a delta: it has no {name}. {remedy}")
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         stated = about.pop("sha256")
         if about["format"] != FORMAT:
             raise CorruptFileError(f"{folder / ABOUT} is of format {about['format']!r}. {remedy}")

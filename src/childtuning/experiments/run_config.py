@@ -114,6 +114,9 @@ class RunConfig:
                 faults.append(f"{name} must not be negative, got {value}. Pass 0 for none.")
         if not 0 <= self.warmup_ratio < 1:
             faults.append(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}. Pass a share: 0.1.")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                faults.append(f"{name} must be in [0, 2^32), got {getattr(self, name)}.")
         if self.precision not in ("fp32", "bf16"):
             faults.append(f"precision must be fp32 or bf16, got {self.precision!r}.")
         if self.label_type not in ("auto", "class", "number"):
@@ -174,7 +177,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: it is missing or not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as fault:
         raise ConfigError(
             f"config file {str(path)!r} cannot be read ({fault.strerror}). Check the path."

@@ -53,11 +53,16 @@ _OURS = (
 _NOT_IDENTITY = ("save_steps",)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> None:

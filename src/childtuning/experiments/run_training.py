@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from childtuning.child import Child
 from childtuning.experiments.peak_memory import peak_memory_bytes, reset_peak_memory
 from childtuning.experiments.prediction import label_ids, predict_logits, score_logits
@@ -25,7 +27,9 @@ from childtuning.experiments.run_folder import (
     clear_run,
     remove_empty,
     write_json,
+    write_text,
 )
+from childtuning.patterns import matches
 from childtuning.tasks import (
     LengthBucketBatches,
     PaddingCollator,
@@ -137,6 +141,7 @@ def build_trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         save_strategy="epoch" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
@@ -198,6 +203,7 @@ def train_run(
         tell(f"{task.num_empty} rows have empty text; they are kept")
     loaded = load_run_model(config, task)
     reset_peak_memory()
+    labels = _labels(config, task, loaded)
     trainer = build_trainer(config, task, loaded, folder, progress=progress)
     checkpoint = _last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
@@ -212,7 +218,7 @@ def train_run(
     if overwrite:
         clear_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.to_toml(), encoding="utf-8")
+    write_text(folder / CONFIG, config.to_toml())
     if checkpoint is not None:
         tell(f"going on from {checkpoint.name}")
     start = time.perf_counter()
@@ -220,13 +226,14 @@ def train_run(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_seconds = time.perf_counter() - start
     peak = peak_memory_bytes()
-    return _finish(config, task, loaded, trainer, folder, fisher_seconds, train_seconds, peak)
+    return _finish(config, task, loaded, labels, trainer, folder, fisher_seconds, train_seconds, peak)
 
 
 def _finish(
     config: RunConfig,
     task: Task,
     loaded: LoadedModel,
+    labels: dict[str, Any],
     trainer: ChildTrainer,
     folder: Path,
     fisher_seconds: float,
@@ -240,11 +247,12 @@ def _finish(
     if isinstance(child, Child):
         child.save(folder / "child.safetensors")
     loaded.tokenizer.save_pretrained(folder / TOKENIZER)
-    write_json(folder / LABELS, _labels(config, task, loaded))
-    head = sum(
-        p.numel() for name, p in trainer.bare_model.named_parameters() if name in loaded.new_parameters
-    )
-    total = sum(p.numel() for p in trainer.bare_model.parameters())
+    write_json(folder / LABELS, labels)
+    if isinstance(child, Child):
+        child_parameters, eligible_parameters = child.num_trained, child.num_eligible
+    else:
+        beside = sum(part.num_trained for name, part in delta.parts.items() if matches(name, child.always))
+        child_parameters = eligible_parameters = delta.num_trained - beside
     result = RunResult(
         task=task.name,
         method=config.method,
@@ -253,8 +261,8 @@ def _finish(
         metrics=metrics,
         density=child.density,
         trained_parameters=delta.num_trained,
-        child_parameters=child.num_trained if isinstance(child, Child) else total - head,
-        eligible_parameters=child.num_eligible if isinstance(child, Child) else total - head,
+        child_parameters=child_parameters,
+        eligible_parameters=eligible_parameters,
         state_bytes=trainer.child_optimizer.num_state_bytes,
         delta_bytes=sum((folder / name).stat().st_size for name in ("delta.json", "delta.safetensors")),
         fisher_seconds=fisher_seconds,
@@ -300,7 +308,9 @@ def _describe(child: Any) -> str:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; broken ones are left where they are."""
-    found = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = sorted(
+        (folder / CHECKPOINTS).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])
+    )
     whole = [path for path in found if _is_json(path / "trainer_state.json")]
     return whole[-1] if whole else None
 

@@ -20,7 +20,12 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         raise DataError(
             f"without loss_fn a batch must be a dict, got {type(batch).__name__}. Pass loss_fn=f(model, batch)."
         )
-    loss = getattr(model(**batch), "loss", None)
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, Mapping):
+        loss = output.get("loss")
+    if loss is None and isinstance(output, tuple) and output:
+        loss = output[0]
     if not isinstance(loss, Tensor):
         raise DataError(
             "the model returned no loss. Put 'labels' into the batches, or pass loss_fn=f(model, batch)."

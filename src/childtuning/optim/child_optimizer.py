@@ -35,8 +35,7 @@ class ChildOptimizer(Optimizer):
     divided by the density, before the inner optimizer's moments see it.
 
     It is a ``torch.optim.Optimizer``: schedulers, Accelerate, GradScaler and the Hugging Face Trainer use it as one.
-    Values that something else writes into the model between steps are noticed and kept (not those written through
-    ``.data``, which torch hides).
+    Values that something else writes into the model between steps are noticed and kept.
 
     Args:
         params: ``model.named_parameters()``, or groups (dicts) whose ``params`` are (name, parameter) pairs, with
@@ -175,12 +174,15 @@ class ChildOptimizer(Optimizer):
             self._work.before_inner(self._num_steps)
             self.inner.step()
         else:
-            self._work.before_inner()
-            kept = self._work.held_still(self.inner.state)
-            self.inner.step()
-            for stretch, content in kept:
-                stretch.copy_(content)
-            self._work.after_inner()
+            try:
+                self._work.before_inner()
+                kept = self._work.held_still(self.inner.state)
+                self.inner.step()
+                for stretch, content in kept:
+                    stretch.copy_(content)
+                self._work.after_inner()
+            finally:
+                self._work.forget()
         self._num_steps += 1
         return loss
 
@@ -231,6 +233,10 @@ class ChildOptimizer(Optimizer):
                 "groups cannot be added to a ChildOptimizer. Build a new one with all parameters."
             )
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy whole: torch's own keeps three fields only."""
+        return self.__dict__.copy()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return what a bitwise resume needs: inner state, options, master values, step, the child's identity."""

@@ -29,7 +29,7 @@ class Slot:
     indices: Tensor
     start: int
     stop: int
-    version: int | None = None
+    known: bool = False
     gathered: tuple[ReferenceType[Tensor] | None, int] | None = None
 
     def remember(self) -> None:
@@ -95,23 +95,19 @@ class Bucket:
     def read_values(self) -> None:
         """Take over values that were changed from outside, keeping the master precision of those that were not."""
         for slot in self.slots:
-            if slot.version == slot.parameter._version:
-                continue
             known = slot.take(self.values)
             current = gather(slot.parameter, slot.indices, torch.empty_like(known))
-            if slot.version is not None and slot.parameter.dtype != known.dtype:
+            if slot.known and slot.parameter.dtype != known.dtype:
                 current = torch.where(
                     known.to(slot.parameter.dtype).to(known.dtype) == current, known, current
                 )
             known.copy_(current)
-            slot.version = slot.parameter._version
+            slot.known = True
 
     @torch.no_grad()
     def restore(self, values: Tensor) -> None:
         """Take master values from a saved state; the model's weights win where the two disagree."""
         self.values.copy_(values)
-        for slot in self.slots:
-            slot.version = -1
 
     @torch.no_grad()
     def gather_gradient(self) -> None:
@@ -135,7 +131,6 @@ class Bucket:
         for slot in self.slots:
             if slot not in self.missing:
                 scatter_(slot.parameter, slot.indices, slot.take(self.values))
-                slot.version = slot.parameter._version
 
     @property
     def num_bytes(self) -> int:
@@ -220,11 +215,15 @@ class CompactStep:
         return kept
 
     def after_inner(self) -> None:
-        """Write the child's values back into the model, and leave its gradients as they were."""
+        """Write the child's values back into the model."""
+        for bucket in self.all_buckets():
+            bucket.write_back()
+
+    def forget(self) -> None:
+        """Leave the gradients of whole parameters as they were, and gather anew next time."""
         for parameter, gradient in self._unscaled:
             parameter.grad = gradient
         self._unscaled.clear()
         for bucket in self.all_buckets():
-            bucket.write_back()
             for slot in bucket.slots:
                 slot.gathered = None

@@ -64,5 +64,8 @@ def _eligible_parameters(
     return {
         name: parameter
         for name, parameter in plain.items()
-        if parameter.is_floating_point() and name in chosen and not matches(name, always)
+        if parameter.is_floating_point()
+        and parameter.requires_grad
+        and name in chosen
+        and not matches(name, always)
     }

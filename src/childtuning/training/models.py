@@ -131,7 +131,7 @@ def _source(name: str | None) -> str:
                 f"{folder} is not a model folder: no config.json. Pass one that save_pretrained wrote."
             )
         try:
-            json.loads((folder / "config.json").read_text())
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except ValueError:
             raise ModelError(f"{folder / 'config.json'} is not JSON. Save the model anew.") from None
         return str(folder)

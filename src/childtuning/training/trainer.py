@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from transformers import Trainer
 
 from childtuning.child import Child
@@ -23,7 +24,8 @@ from childtuning.training.progress_bar import fisher_bar
 from childtuning.training.random_streams import random_state, set_random_state
 from childtuning.training.state_files import load_state, save_state
 
-CHILD_FILE = "child.safetensors"
+CHILD_FILE, CHOICE_FILE = "child.safetensors", "child.json"
+_COUNTS_ITEMS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")  # their losses do
 
 
 class ChildTrainer(Trainer):
@@ -69,9 +71,9 @@ class ChildTrainer(Trainer):
             raise ConfigError(
                 "a child cannot be trained under DeepSpeed or FSDP yet. Use one process or DDP."
             )
-        if type(self.model).__name__.endswith("ForSequenceClassification"):
-            # Their loss is the batch's mean whatever num_items_in_batch says; without this, accumulated gradients
-            # would be summed where they should be averaged.
+        if not type(self.model).__name__.endswith(_COUNTS_ITEMS):
+            # The loss is the batch's mean whatever num_items_in_batch says; without this, accumulated gradients would
+            # be summed where they should be averaged.
             self.model_accepts_loss_kwargs = False
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
@@ -115,17 +117,29 @@ class ChildTrainer(Trainer):
         """The training set once, batches of similar length, in an order that draws nothing at random."""
         dataset = self.train_dataset
         assert self.child_config is not None
+        if isinstance(dataset, IterableDataset):
+            raise ConfigError(
+                "Fisher information needs a training set of known length, got an iterable one. Pass scores=."
+            )
+        columns, collate = self._model_inputs("Fisher information")
         lengths = getattr(dataset, "lengths", None)
         limit, seed = self.child_config.fisher_examples, self.child_config.seed
         order = fisher_sample(len(dataset), limit, seed)  # type: ignore[arg-type]
         if lengths is not None:
             order.sort(key=lambda index: lengths[index])
         return DataLoader(
-            Subset(dataset, order),  # type: ignore[arg-type]
+            Subset(columns, order),
             batch_size=self.args.per_device_train_batch_size,
             shuffle=False,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
         )
+
+    def _model_inputs(self, description: str) -> tuple[Any, Any]:
+        """The training set and a collator that leave out columns which the model does not take."""
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "column_names"):
+            return self._remove_unused_columns(dataset, description), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the ``ChildOptimizer`` around the optimizer that ``TrainingArguments`` names."""
@@ -178,11 +192,12 @@ class ChildTrainer(Trainer):
         """Return the training batches, by ``train_batches`` where one was given."""
         if self.train_batches is None:
             return super().get_train_dataloader()
+        dataset, collate = self._model_inputs("training")
         return self.accelerator.prepare(
             DataLoader(
-                self.train_dataset,  # type: ignore[arg-type]
+                dataset,
                 batch_sampler=self.train_batches,
-                collate_fn=self.data_collator,
+                collate_fn=collate,
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             )
@@ -204,11 +219,18 @@ class ChildTrainer(Trainer):
         self.delta().save(folder)
         if isinstance(self.child, Child):
             self.child.save(folder / CHILD_FILE)
+        (folder / CHOICE_FILE).write_text(json.dumps(self._choice()), encoding="utf-8")
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def _choice(self) -> dict[str, Any]:
+        """Say what was asked for, so that another child is not resumed by mistake."""
+        if self.child_config is not None:
+            return self.child_config.to_dict()
+        return {"child": self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -233,6 +255,11 @@ class ChildTrainer(Trainer):
         if not (folder / "delta.json").is_file():
             raise DeltaError(
                 f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another."
+            )
+        choice = folder / CHOICE_FILE
+        if choice.is_file() and json.loads(choice.read_text(encoding="utf-8")) != self._choice():
+            raise ConfigError(
+                f"{folder} was trained with another child than this trainer's. Resume with the same one."
             )
         Delta.load(folder).apply_(self.bare_model if model is None else model)
         if (folder / CHILD_FILE).is_file():
