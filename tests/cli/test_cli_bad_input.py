@@ -250,3 +250,27 @@ def test_an_unexpected_failure_is_one_line_and_code_1(childtuning, finished, mon
     monkeypatch.delenv("CHILDTUNING_DEBUG", raising=False)
     done = childtuning("predict", finished, "--text", "a")
     assert done.code == 1 and done.err.count("\n") == 1 and "ZeroDivisionError: boom" in done.err
+
+
+def test_overwrite_keeps_what_is_not_a_runs(childtuning, train_words, finished, tmp_path) -> None:
+    project = tmp_path / "project"
+    (project / "checkpoints").mkdir(parents=True)
+    (project / "checkpoints" / "mine").write_text("weights")
+    (project / "config.toml").write_text("[server]\nport = 1\n")
+    refused(childtuning(*train_words, "--output", project, "--overwrite"), "not a run's")
+    assert (project / "checkpoints" / "mine").read_text() == "weights"
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    refused(childtuning(*train_words, "--output", run, "--overwrite", "--resume"), "one of them")
+    assert (run / "metrics.json").is_file()
+
+
+def test_paths_that_cannot_be_written(childtuning, train_words, finished, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(childtuning(*train_words, "--output", tmp_path / "file" / "run"), "file")
+    refused(childtuning("merge", finished, "--output", tmp_path / "file" / "m"), "file")
+    refused(
+        childtuning("predict", finished, "--text", "a", "--output", tmp_path / "no" / "p.jsonl"), "no folder"
+    )
+    refused(childtuning(*train_words, "--seed", -1, "--output", tmp_path / "o"), "seed must be in")
+    assert (tmp_path / "file").read_text() == "mine"

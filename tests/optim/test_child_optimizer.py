@@ -345,6 +345,26 @@ def test_values_written_from_outside_are_kept() -> None:
     assert torch.equal(named["a.weight"], torch.full((7, 5), 2.0))
 
 
+def test_values_written_through_data_are_kept() -> None:
+    named, child = parameters(torch.float32), a_child(0.3)
+    opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=0.0)
+    run(opt, named, random_gradients(1))
+    named["a.weight"].data.fill_(2.0)
+    run(opt, named, random_gradients(1))
+    assert torch.equal(named["a.weight"], torch.full((7, 5), 2.0))
+
+
+def test_a_deep_copy_goes_on_by_itself() -> None:
+    for child in (a_child(0.3), TaskFree(0.3)):
+        named = parameters()
+        opt = ChildOptimizer(named.items(), child, **ADAMW)
+        run(opt, named, random_gradients(2))
+        copied_named, copied = copy.deepcopy((named, opt))
+        run(opt, named, random_gradients(3, seed=5))
+        run(copied, copied_named, random_gradients(3, seed=5))
+        assert all(torch.equal(named[name], copied_named[name]) for name in SHAPES)
+
+
 def test_groups_schedulers_and_closures() -> None:
     named, child = parameters(), a_child(0.3)
     groups = [

@@ -271,3 +271,23 @@ def test_task_heads_and_output_axes() -> None:
     assert task_head(torch.nn.Linear(2, 2)) == ()
     axes = output_axes(GPT2LMHeadModel(config))
     assert axes["transformer.h.0.attn.c_attn.weight"] == 1 and "transformer.wte.weight" not in axes
+
+
+def test_a_dataset_with_columns_that_the_model_does_not_take(tiny_bert: Path, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        {key: value.tolist() for key, value in row.items()} | {"sentence": "a cat", "idx": i}
+        for i, row in enumerate(examples())
+    ]
+    trainer = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3), save_strategy="no", max_steps=2)
+    trainer.train_dataset = datasets.Dataset.from_list(rows)
+    trainer.train()
+    assert isinstance(trainer.select(), Child)
+
+
+def test_resume_with_another_child_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3), max_steps=7).train()
+    for other in (ChildConfig(density=0.1), ChildConfig("task-free", density=0.3), TaskFree(0.3)):
+        with pytest.raises(ConfigError, match="another child"):
+            a_trainer(tiny_bert, tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
