@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import string
 import sys
 from pathlib import Path
 
@@ -20,43 +19,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = ("plain_pytorch.py", "accelerate_loop.py", "trainer.py")
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random BERT body, no head, and a WordPiece tokenizer of single letters."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    letters = string.ascii_lowercase + string.digits + string.punctuation
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
-    inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer()
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=64,
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
 def run_example(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a script as `python script arguments` would; a SystemExit other than 0 fails the test."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -68,7 +30,7 @@ def run_example(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch
 def test_example(
     script: str,
     flags: tuple[str, ...],
-    tiny_model: Path,
+    tiny_bert: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -77,14 +39,14 @@ def test_example(
     from childtuning.training import load_classifier
 
     run_example(
-        script, "--model", tiny_model, "--max-steps", 3, "--output", tmp_path, *flags, monkeypatch=monkeypatch
+        script, "--model", tiny_bert, "--max-steps", 3, "--output", tmp_path, *flags, monkeypatch=monkeypatch
     )
     assert "accuracy" in capsys.readouterr().out
 
     delta = ct.Delta.load(tmp_path)
     task = load_task("docstrings")
     base = load_classifier(
-        str(tiny_model), num_labels=task.num_labels, label_names=task.label_names, seed=0
+        str(tiny_bert), num_labels=task.num_labels, label_names=task.label_names, seed=0
     ).model
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     for name, parameter in before.items():  # these hashes were taken of the trained model
@@ -101,7 +63,7 @@ def test_example(
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
 
     about = json.loads((tmp_path / "delta.json").read_text())
-    assert about["base"] == {"name": str(tiny_model)}
+    assert about["base"] == {"name": str(tiny_bert)}
     body = {name: part for name, part in delta.parts.items() if not name.startswith("classifier")}
     share = sum(part.num_trained for part in body.values()) / sum(part.numel for part in body.values())
     assert share == (1.0 if flags else pytest.approx(0.3, abs=1e-4))
