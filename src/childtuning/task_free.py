@@ -11,7 +11,7 @@ from torch import Tensor
 from childtuning.density import check_density
 from childtuning.errors import ConfigError
 from childtuning.granularity import Granularity
-from childtuning.kernels import keep_mask
+from childtuning.kernels import MaskDraw, keep_mask
 from childtuning.patterns import as_patterns
 
 
@@ -54,11 +54,24 @@ class TaskFree:
             shape: the parameter's shape.
             step: the optimizer step, counted from 0.
         """
-        granularity = Granularity(self.granularity, self.row_axes.get(name, 0))
-        units = keep_mask(
-            self.density, "task-free", self.seed, step, name, numel=granularity.num_units(shape)
-        )
-        return granularity.spread(units, shape)
+        granularity = self.units(name)
+        return granularity.spread(self.kept_units(name, shape, step), shape)
+
+    def units(self, name: str) -> Granularity:
+        """Return how a parameter is cut into units."""
+        return Granularity(self.granularity, self.row_axes.get(name, 0))
+
+    def kept_units(self, name: str, shape: Sequence[int], step: int) -> Tensor:
+        """Draw which units of a parameter are trained at a step: bool [num_units], on the CPU."""
+        num_units = self.units(name).num_units(shape)
+        return keep_mask(self.density, *self._coordinates(name, step), numel=num_units)
+
+    def draw(self, name: str, step: int) -> MaskDraw | None:
+        """Name the mask over a parameter's units at a step, for the kernels; ``None`` if it keeps everything."""
+        return MaskDraw.of(self.density, *self._coordinates(name, step))
+
+    def _coordinates(self, name: str, step: int) -> tuple[object, ...]:
+        return "task-free", self.seed, step, name
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields; ``TaskFree(**fields)`` is equal to this."""

@@ -174,7 +174,15 @@ def test_state_is_compact_and_frozen_parameters_need_no_gradient() -> None:
     opt = ChildOptimizer(named.items(), child, torch.optim.AdamW)
     assert [name for name, p in named.items() if p.requires_grad] == ["a.weight"]
     run(opt, named, random_gradients(2))
-    assert opt.num_state_bytes == 5 * 4 + 4  # value, gradient, two moments, index; and the step count
+    assert (
+        opt.num_state_bytes == 3 * 4 + 4 + 4
+    )  # two moments, index; the step count; a stand-in for the values
+    opt.clip_grad_norm_(1.0)
+    assert opt.num_state_bytes == 4 * 4 + 4 + 4  # the gathered gradient
+    others = parameters(torch.float32)
+    other = ChildOptimizer(others.items(), child, torch.optim.RAdam)
+    run(other, others, random_gradients(2))
+    assert other.num_state_bytes == 5 * 4 + 4  # value, gradient, two moments, index; the step count
     assert sum(p.numel() for group in opt.inner.param_groups for p in group["params"]) == 1
 
 

@@ -14,7 +14,6 @@ from childtuning.child import Child
 from childtuning.delta.files import INDEX_SUFFIX, read_folder, stream_tensor, write_folder
 from childtuning.delta.hashes import frozen_hash
 from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError
-from childtuning.kernels import gather, scatter_
 from childtuning.part import Part
 from childtuning.part_records import read_parts, write_parts
 from childtuning.patterns import canonical_names
@@ -260,15 +259,15 @@ def _read(tensor: Tensor, part: Part) -> Tensor:
     tensor = tensor.detach()
     if part.is_whole:
         return tensor.to("cpu", copy=True).contiguous()
-    indices = part.indices().to(tensor.device)
-    return gather(tensor, indices, tensor.new_empty(len(indices))).cpu()
+    places = part.places().to(tensor.device)
+    return places.gather(tensor, tensor.new_empty(len(places))).cpu()
 
 
 def _write(tensor: Tensor, part: Part, value: Tensor) -> None:
     if part.is_whole:
         tensor.detach().copy_(value)
     else:
-        scatter_(tensor.detach(), part.indices().to(tensor.device), value.to(tensor.device))
+        part.places().to(tensor.device).scatter_(tensor.detach(), value.to(tensor.device))
 
 
 def _hash(tensor: Tensor, part: Part) -> str:

@@ -11,14 +11,19 @@ in 256) do the lower 56 bits decide, and they are drawn at counter (i, 1).
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_BYTES_PER_BLOCK = 32  # one Philox4x64 block: four words of eight bytes
+from childtuning.kernels.native_library import LIBRARY, Draw, parallel
+
+BLOCK_ENTRIES = 32  # one Philox4x64 block: four words of eight bytes
+_ENTRIES_A_TASK = 1 << 18
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -35,7 +40,7 @@ def _key(*coordinates: object) -> tuple[int, int]:
 
 def _stream_bytes(key: tuple[int, int], start: int, count: int) -> NDArray[np.uint8]:
     """Bytes start … start+count of the stream; numpy's generator runs one block ahead of its counter."""
-    first, skip = divmod(start, _BYTES_PER_BLOCK)
+    first, skip = divmod(start, BLOCK_ENTRIES)
     generator = np.random.Philox(key=key[0] + key[1] * _WORD, counter=first)
     num_words = -(-(skip + count) // 8)
     words = generator.random_raw(num_words).astype("<u8", copy=False)
@@ -63,6 +68,29 @@ def _philox_word(key: tuple[int, int], counter: NDArray[np.uint64], domain: int)
     return c0
 
 
+@dataclass(frozen=True)
+class MaskDraw:
+    """A Bernoulli mask that is named, not stored.
+
+    Args:
+        key: of its stream, from ``key_of``.
+        threshold: p·2^64, below 2^64.
+    """
+
+    key: tuple[int, int]
+    threshold: int
+
+    @classmethod
+    def of(cls, density: float, *coordinates: object) -> MaskDraw | None:
+        """Name the mask of a density and coordinates; ``None`` if it keeps everything."""
+        threshold = int(Fraction(density) * _WORD)
+        return cls(_key(*coordinates), threshold) if threshold < _WORD else None
+
+    def native(self) -> Draw:
+        """Return it as the compiled kernels take it."""
+        return Draw((ctypes.c_uint64 * 2)(*self.key), self.threshold >> 56, self.threshold & ((1 << 56) - 1))
+
+
 def keep_mask(density: float, *coordinates: object, numel: int, start: int = 0) -> torch.Tensor:
     """Draw Bernoulli(density) for the entries start … start+numel of the stream that the coordinates name.
 
@@ -74,18 +102,47 @@ def keep_mask(density: float, *coordinates: object, numel: int, start: int = 0) 
     Returns:
         bool tensor [numel] on the CPU.
     """
-    threshold = int(Fraction(density) * _WORD)
-    if threshold >= _WORD:
+    draw = MaskDraw.of(density, *coordinates)
+    if draw is None:
         return torch.ones(numel, dtype=torch.bool)
-    top, rest = threshold >> 56, threshold & ((1 << 56) - 1)
-    key = _key(*coordinates)
-    drawn = _stream_bytes(key, start, numel)
+    if LIBRARY is not None:
+        return _keep_native(draw, numel, start)
+    top, rest = draw.threshold >> 56, draw.threshold & ((1 << 56) - 1)
+    drawn = _stream_bytes(draw.key, start, numel)
     keep = drawn < top
     if rest:
         tied = np.flatnonzero(drawn == top)
-        low_bits = _philox_word(key, tied.astype(np.uint64) + np.uint64(start), domain=1) >> np.uint64(8)
+        low_bits = _philox_word(draw.key, tied.astype(np.uint64) + np.uint64(start), domain=1) >> np.uint64(8)
         keep[tied] = low_bits < np.uint64(rest)
     return torch.from_numpy(keep)
+
+
+def _keep_native(draw: MaskDraw, numel: int, start: int) -> torch.Tensor:
+    assert LIBRARY is not None
+    function, bits = LIBRARY.ct_keep_mask, draw.native()
+    skip = start % BLOCK_ENTRIES
+    keep = torch.empty(skip + numel, dtype=torch.bool)
+    first, pointer = start - skip, keep.data_ptr()
+
+    def work(i: int) -> None:
+        at = i * _ENTRIES_A_TASK
+        function(pointer + at, first + at, min(_ENTRIES_A_TASK, len(keep) - at), bits)
+
+    parallel(work, -(-len(keep) // _ENTRIES_A_TASK))
+    return keep[skip:]
+
+
+def mask_scale_(gradient: torch.Tensor, draw: MaskDraw, scale: float) -> None:
+    """Multiply a contiguous float32 gradient on the CPU with its mask and a scale, in place."""
+    assert LIBRARY is not None
+    function, bits = LIBRARY.ct_mask_scale, draw.native()
+    pointer, numel = gradient.data_ptr(), gradient.numel()
+
+    def work(i: int) -> None:
+        start = i * _ENTRIES_A_TASK
+        function(pointer + 4 * start, start, min(_ENTRIES_A_TASK, numel - start), scale, bits)
+
+    parallel(work, -(-numel // _ENTRIES_A_TASK))
 
 
 def uniform(*coordinates: object, numel: int) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from childtuning.errors import ConfigError
+from childtuning.kernels.native_ranking import top_entries_native
+from childtuning.kernels.places import fits_kernels
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
@@ -48,16 +50,22 @@ def _threshold(keys: Sequence[Tensor], count: int) -> tuple[int, int]:
     return prefix, needed
 
 
-def top_entries(scores: Iterable[Tensor], count: int) -> list[Tensor]:
+def top_entries(scores: Iterable[Tensor], count: int, *, lowest: bool = False) -> list[Tensor]:
     """Find the count largest entries of all tensors together; ties go to the earlier tensor, then the lower index.
 
     Args:
         scores: float32 or float64 tensors of any shape, without NaN.
         count: how many entries to take in all.
+        lowest: find the smallest instead.
     Returns:
-        for each tensor the flat indices taken, int64, increasing, on its device.
+        for each tensor the flat indices taken, int32 or int64, increasing, on its device.
     """
-    keys = [_sortable(score) for score in scores]
+    scores = list(scores)
+    if count and fits_kernels(*scores) and all(score.numel() < 2**31 for score in scores):
+        taken = top_entries_native(scores, count, lowest=lowest)
+        if taken is not None:
+            return taken
+    keys = [_sortable(-score if lowest else score) for score in scores]
     if any(key.dtype == torch.int64 for key in keys) and any(key.dtype == torch.int32 for key in keys):
         raise ConfigError("scores must share one dtype, got float32 and float64. Convert them.")
     if count == 0:

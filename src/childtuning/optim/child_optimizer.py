@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,12 @@ from torch.optim import Optimizer
 
 from childtuning.child import Child
 from childtuning.errors import ConfigError, ParameterError
-from childtuning.optim.compact import Bucket, CompactStep
+from childtuning.optim.bucket import Bucket
+from childtuning.optim.compact import CompactStep
 from childtuning.optim.elementwise import check_elementwise
+from childtuning.optim.fused_adamw import can_fuse as can_fuse_update
 from childtuning.optim.groups import Group, named_groups
-from childtuning.optim.masked import MaskedStep
+from childtuning.optim.masked import FixedMasks, FreshMasks, MaskedStep
 from childtuning.optim.official import OfficialAdamW
 from childtuning.part import Part
 from childtuning.patterns import canonical_names, match_names
@@ -85,11 +88,12 @@ class ChildOptimizer(Optimizer):
         self._num_steps = 0
         self._built = False
         scale = 1.0 / child.density if rescale and child.density > 0 else 1.0
+        can_fuse = [can_fuse_update(inner, {**options, **group.options}) for group in groups]
         self._work: CompactStep | MaskedStep
         if isinstance(child, TaskFree) or preset:
-            trained, inner_groups = self._plan_masked(groups, child, scale)
+            trained, inner_groups = self._plan_masked(groups, child, scale, can_fuse)
         else:
-            trained, inner_groups = self._plan_compact(groups, child, scale)
+            trained, inner_groups = self._plan_compact(groups, child, scale, can_fuse)
             if self._buckets():
                 known = inspect.signature(inner).parameters
                 for group in groups:
@@ -123,7 +127,7 @@ class ChildOptimizer(Optimizer):
         self._built = True
 
     def _plan_compact(
-        self, groups: list[Group], child: Child, scale: float
+        self, groups: list[Group], child: Child, scale: float, can_fuse: list[bool]
     ) -> tuple[list[list[str]], list[list[nn.Parameter]]]:
         """Lay out the compact tensors for the child's entries."""
         parts = child.resolve({name: p.shape for group in groups for name, p in group.named.items()})
@@ -136,31 +140,31 @@ class ChildOptimizer(Optimizer):
                 if eligible_part is not None and eligible_part.is_whole and parts[name] is eligible_part:
                     scaled.append(parameter)
             members.append([(p, parts[name]) for name, p in group.named.items() if not parts[name].is_empty])
-        work = CompactStep(members, scale, scaled)
+        work = CompactStep(members, scale, scaled, can_fuse=can_fuse)
         self._work = work
         trained = [[name for name in group.named if not parts[name].is_empty] for group in groups]
         return trained, work.inner_parameters()
 
     def _plan_masked(
-        self, groups: list[Group], child: Child | TaskFree, scale: float
+        self, groups: list[Group], child: Child | TaskFree, scale: float, can_fuse: list[bool]
     ) -> tuple[list[list[str]], list[list[nn.Parameter]]]:
         """Train everything that requires a gradient, under masks."""
-        named = {name: p for group in groups for name, p in group.named.items() if p.requires_grad}
-        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        trained = [[name for name, p in group.named.items() if p.requires_grad] for group in groups]
+        names = list(chain.from_iterable(trained))
+        plain = dict(zip(names, canonical_names(names), strict=True))
+        work_groups = [
+            {plain[name]: group.named[name] for name in names}
+            for group, names in zip(groups, trained, strict=True)
+        ]
+        shapes = {name: p.shape for named in work_groups for name, p in named.items()}
         if isinstance(child, TaskFree):
-            exempt = match_names(child.always, plain) if not self.preset else set()
-
-            def mask_fn(name: str, step: int) -> Tensor | None:
-                return None if name in exempt else child.mask(name, plain[name].shape, step)
+            exempt = match_names(child.always, shapes) if not self.preset else set()
+            masks: FixedMasks | FreshMasks = FreshMasks(child, shapes, exempt)
         else:
-            parts = child.resolve({name: p.shape for name, p in plain.items()})
-
-            def mask_fn(name: str, step: int) -> Tensor | None:
-                return None if name not in child.parts or parts[name].is_whole else parts[name].mask()
-
-        self._work = MaskedStep(plain, mask_fn, scale)
-        trained = [[name for name in group.named if name in named] for group in groups]
-        return trained, [[named[name] for name in names] for names in trained]
+            parts = child.resolve(shapes)
+            masks = FixedMasks({name: parts[name] for name in child.parts})
+        self._work = MaskedStep(work_groups, masks, scale, can_fuse=can_fuse)
+        return trained, [list(named.values()) for named in work_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -170,19 +174,7 @@ class ChildOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._share_options()
-        if isinstance(self._work, MaskedStep):
-            self._work.before_inner(self._num_steps)
-            self.inner.step()
-        else:
-            try:
-                self._work.before_inner()
-                kept = self._work.held_still(self.inner.state)
-                self.inner.step()
-                for stretch, content in kept:
-                    stretch.copy_(content)
-                self._work.after_inner()
-            finally:
-                self._work.forget()
+        self._work.run(self.inner, self._num_steps)
         self._num_steps += 1
         return loss
 
@@ -244,7 +236,8 @@ class ChildOptimizer(Optimizer):
         inner = self.inner.state_dict()
         masters: list[Tensor | None] = []
         for bucket in self._buckets():
-            bucket.read_values()
+            if bucket.is_master:
+                bucket.read_values()
             masters.append(bucket.values.detach() if bucket.is_master else None)
         return {
             "state": inner["state"],

@@ -10,8 +10,9 @@ from torch import Tensor
 from childtuning.child import Child
 from childtuning.errors import ParameterError
 from childtuning.granularity import Granularity
+from childtuning.kernels import fits_kernels
 from childtuning.patterns import as_patterns, match_names, matches
-from childtuning.ranked_parts import Scope, Share, top_parts
+from childtuning.ranked_parts import Scope, Share, not_numbers, top_parts
 
 
 def select_child(
@@ -59,28 +60,31 @@ def select_child(
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
     share = Share(density, scope, unit, row_axes or {})
     always = as_patterns(always)
-    ranked = check_scores({name: score for name, score in scores.items() if not matches(name, always)})
+    ranked = check_scores(
+        {name: score for name, score in scores.items() if not matches(name, always)},
+        ranks_entries=unit.kind == "element",
+    )
     if eligible is not None:
         chosen = match_names(as_patterns(eligible), scores)
         ranked = {name: score for name, score in ranked.items() if name in chosen}
-    if lowest:
-        ranked = {name: -score for name, score in ranked.items()}
-    return Child(top_parts(ranked, share), always=always)
+    return Child(top_parts(ranked, share, lowest=lowest), always=always)
 
 
-def check_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check_scores(scores: Mapping[str, Tensor], *, ranks_entries: bool = False) -> dict[str, Tensor]:
     """Return the scores in float32 (float64 where given), each checked to hold no NaN.
 
+    Args:
+        scores: by parameter name.
+        ranks_entries: whether ``top_entries`` comes next, which looks for NaN itself where it can do so at no cost.
     Raises:
         ParameterError: there are no scores, or some are not numbers.
     """
     if not scores:
         raise ParameterError("there are no scores to select from. Check the eligible and always patterns.")
+    by_kernel = ranks_entries and fits_kernels(*scores.values())  # which finds NaN on the way
     checked: dict[str, Tensor] = {}
     for name, score in scores.items():
-        if bool(score.isnan().any()):
-            raise ParameterError(
-                f"the scores of {name!r} hold NaN. Check the loss on the batches they come from."
-            )
+        if not by_kernel and score.numel() and bool(score.min().isnan()):
+            raise not_numbers(name)
         checked[name] = score.detach() if score.dtype == torch.float64 else score.detach().float()
     return checked

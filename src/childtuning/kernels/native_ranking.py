@@ -1,0 +1,144 @@
+"""Exact ranking of float32 scores on the CPU: two passes over the scores where they lie, and no copy of them.
+
+The threshold is first bracketed from a sample [Floyd and Rivest 1975]; one pass counts what lies above the bracket and
+lists the few scores inside it, among which the threshold is found exactly; one pass collects. Whether the sample was
+a good one decides the time, never the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from childtuning.kernels.native_library import LIBRARY, parallel
+
+_ENTRIES_A_PIECE = 1 << 20
+_SAMPLE = 1 << 18
+_DEVIATIONS = 6.0  # half a bracket's width; the threshold is outside once in 10^9
+_ROOM = _ENTRIES_A_PIECE // 8  # for scores inside the bracket, by piece
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some scores that lie together: the tensor they are of, the first one's index, and how many."""
+
+    tensor: int
+    start: int
+    size: int
+    pointer: int
+
+
+class NotNumbersError(ValueError):
+    """A tensor of scores holds NaN; ``tensor`` says which, counted from 0."""
+
+    def __init__(self, tensor: int) -> None:
+        super().__init__(f"scores {tensor} hold NaN")
+        self.tensor = tensor
+
+
+def top_entries_native(scores: Sequence[Tensor], count: int, *, lowest: bool = False) -> list[Tensor] | None:
+    """Find the count largest entries of all tensors together; as ``top_entries``.
+
+    Args:
+        scores: contiguous float32 tensors on the CPU, each of fewer than 2^31 entries.
+        count: how many entries to take in all, at least 1.
+        lowest: find the smallest instead.
+    Returns:
+        for each tensor the flat indices taken, int32, increasing; ``None`` where the sample misled, which happens by
+        chance, or where very many scores are nearly alike.
+    Raises:
+        NotNumbersError: a tensor holds NaN.
+    """
+    assert LIBRARY is not None
+    library, sign = LIBRARY, -1.0 if lowest else 1.0
+    pieces = [
+        _Piece(i, start, min(_ENTRIES_A_PIECE, score.numel() - start), score.data_ptr() + 4 * start)
+        for i, score in enumerate(scores)
+        for start in range(0, score.numel(), _ENTRIES_A_PIECE)
+    ]
+    low, high = _bracket(pieces, count, sign)
+    counts = np.zeros((len(pieces), 5), np.int64)  # above the bracket, at its ends, NaN, inside
+    between: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(pieces)
+
+    def look(i: int) -> None:
+        piece, room = pieces[i], _ROOM
+        inside = np.empty(room, np.float32)
+        library.ct_bracket(
+            piece.pointer, piece.size, sign, low, high, counts[i].ctypes.data, inside.ctypes.data, room
+        )
+        between[i] = inside[: counts[i, 4]].copy()
+
+    parallel(look, len(pieces))
+    for i in np.flatnonzero(counts[:, 3]):
+        raise NotNumbersError(pieces[i].tensor)
+    needed = count - int(counts[:, 0].sum())
+    inside = np.concatenate(between)
+    if counts[:, 4].max() > _ROOM or not 0 < needed <= int(counts[:, 1:3].sum()) + len(inside):
+        return None
+    threshold, ties_left = _threshold(inside, needed, low, high, counts.sum(0))
+    above, at = counts[:, 0].copy(), np.zeros(len(pieces), np.int64)
+    for found, end in ((counts[:, 1], high), (counts[:, 2], low)):
+        above += found * (end > threshold)
+        at += found * (end == threshold)
+    above += [int((piece > threshold).sum()) for piece in between]
+    at += [int((piece == threshold).sum()) for piece in between]
+    ties = np.clip(ties_left - (np.cumsum(at) - at), 0, at)
+    sizes = above + ties
+    owners = np.array([piece.tensor for piece in pieces], np.int64)
+    totals = np.bincount(owners, sizes, minlength=len(scores)).astype(np.int64)
+    taken = [torch.empty(int(total), dtype=torch.int32) for total in totals]
+    firsts = np.cumsum(sizes) - sizes - (np.cumsum(totals) - totals)[owners]
+
+    def collect(i: int) -> None:
+        piece = pieces[i]
+        out = taken[piece.tensor].data_ptr() + 4 * int(firsts[i])
+        library.ct_collect(
+            piece.pointer, piece.size, sign, threshold, int(ties[i]), piece.start, int(sizes[i]), out
+        )
+
+    parallel(collect, len(pieces))
+    return taken
+
+
+def _bracket(pieces: Sequence[_Piece], count: int, sign: float) -> tuple[float, float]:
+    """Two scores between which, ends included, the count-th largest very probably lies."""
+    assert LIBRARY is not None
+    total = sum(piece.size for piece in pieces)
+    step = max(1, total // _SAMPLE)
+    sample = np.empty(sum(piece.size // step for piece in pieces), np.float32)
+    end = 0
+    for piece in pieces:
+        size = piece.size // step
+        LIBRARY.ct_sample(piece.pointer, size, step, sign, sample[end:].ctypes.data)
+        end += size
+    share = count / total
+    spread = 0.0 if step == 1 else _DEVIATIONS * math.sqrt(share * (1 - share) * len(sample)) + len(pieces)
+    rank = len(sample) - share * len(sample)  # counted from the smallest
+    ends = [math.floor(rank - spread), math.ceil(rank + spread)]
+    places = [min(max(end, 0), len(sample) - 1) for end in ends]
+    sample.partition(places)
+    low = -math.inf if ends[0] < 0 else float(sample[places[0]])
+    high = math.inf if ends[1] >= len(sample) and step > 1 else float(sample[places[1]])
+    return low, high
+
+
+def _threshold(
+    inside: NDArray[np.float32], needed: int, low: float, high: float, counts: NDArray[np.int64]
+) -> tuple[float, int]:
+    """The needed-th largest of what is in the bracket, and how many of the scores equal to it are needed."""
+    at_high, at_low = int(counts[1]), int(counts[2])
+    if needed <= at_high:
+        return high, needed
+    needed -= at_high
+    if needed > len(inside):
+        assert needed - len(inside) <= at_low
+        return low, needed - len(inside)
+    place = len(inside) - needed
+    threshold = np.partition(inside, place)[place]
+    return float(threshold), needed - int((inside > threshold).sum())
