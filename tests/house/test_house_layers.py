@@ -14,6 +14,7 @@ FACADE = "__init__"
 # A room is a folder or a top-level module of the package. Top-level modules are all in layer 0.
 LAYERS = {
     "kernels": 0,
+    "structured": 0,
     "selection": 1,
     "fisher": 1,
     "optim": 1,
