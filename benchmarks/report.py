@@ -1,4 +1,4 @@
-"""Put the recorded results into README's table; with --check, only say whether it is up to date.
+"""Put the recorded results into the tables of README and docs; with --check, only say whether they are up to date.
 
 python benchmarks/report.py [--check]
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- results:start -->", "<!-- results:end -->"
+from costs import costs, table
 
+ROOT = Path(__file__).resolve().parent.parent
 
 _NAMES = {"rte": "RTE", "cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B"}
 
@@ -22,12 +22,6 @@ def results(name: str) -> Any:
     """Read recorded results, or an empty list where there are none yet."""
     path = ROOT / "benchmarks" / "results" / name
     return json.loads(path.read_text()) if path.is_file() else []
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def scores() -> str:
@@ -94,10 +88,9 @@ def sizes() -> str:
 
 
 def section() -> str:
-    """Return everything that stands between the markers."""
+    """Return README's results."""
     return "\n".join(
         [
-            START,
             "`make demo`: topic of a docstring of Python's standard library, 12 areas, 400 training and 264 evaluation "
             "examples from other modules, all-MiniLM-L6-v2, two seeds:",
             "",
@@ -114,27 +107,46 @@ def section() -> str:
             "and beside another sparse method's file. `python benchmarks/delta_size.py`:",
             "",
             sizes(),
-            END,
         ]
     )
 
 
+def filled(text: str, name: str, content: str) -> str:
+    """Return a page with the content between its markers of that name; a page without them as it is."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if start not in text or end not in text:
+        return text
+    before, rest = text.split(start, 1)
+    after = rest.split(end, 1)[1]
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
 def main() -> int:
-    """Write or check README."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    wanted = before + section() + after
-    if "--check" in sys.argv[1:]:
-        if wanted != text:
-            print(
-                "README's results differ from benchmarks/results. Run: python benchmarks/report.py",
-                file=sys.stderr,
-            )
-            return 1
-        return 0
-    path.write_text(wanted, encoding="utf-8")
+    """Write or check the pages."""
+    folder = ROOT / "benchmarks" / "results"
+    pages = {
+        ROOT / "README.md": {"results": section(), "costs": costs(folder, with_target=True)},
+        ROOT / "docs" / "performance.md": {"costs": costs(folder)},
+    }
+    outdated = []
+    for path, contents in pages.items():
+        if not path.is_file():
+            continue
+        text = wanted = path.read_text(encoding="utf-8")
+        for name, content in contents.items():
+            wanted = filled(wanted, name, content)
+        if wanted == text:
+            continue
+        outdated.append(path.relative_to(ROOT))
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted, encoding="utf-8")
+    if outdated and "--check" in sys.argv[1:]:
+        names = ", ".join(str(path) for path in outdated)
+        print(
+            f"{names}: tables differ from benchmarks/results. Run: python benchmarks/report.py",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

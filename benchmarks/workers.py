@@ -1,0 +1,78 @@
+"""Measurements that need a process of their own.
+
+``python workers.py NAME '{"threads": 2, …}'`` prints one JSON object; ``call`` starts that and reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from environment import KEPT, child_environment
+
+
+def call(name: str, threads: int, *, malloc: dict[str, str] = KEPT, **given: Any) -> dict[str, Any]:
+    """Run a worker in a process of its own and return what it measured.
+
+    Raises:
+        RuntimeError: it failed, with the last line that it wrote.
+    """
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__)),
+            name,
+            json.dumps({"threads": threads, **given}),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=child_environment(threads, malloc),
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _train_memory(**given: Any) -> dict[str, Any]:
+    from bench_memory import measure
+
+    return measure(**given)
+
+
+def _fisher_memory(**given: Any) -> dict[str, Any]:
+    from bench_fisher import measure_memory
+
+    return measure_memory(**given)
+
+
+def _official_script(**given: Any) -> dict[str, Any]:
+    from references.official_script import official_run
+
+    return official_run(**given)
+
+
+WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "train-memory": _train_memory,
+    "fisher-memory": _fisher_memory,
+    "official-script": _official_script,
+}
+
+
+def main() -> None:
+    """Do what the parent process asked for."""
+    import torch
+
+    name, given = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(given.pop("threads"))
+    print(json.dumps(WORKERS[name](**given)))
+
+
+if __name__ == "__main__":
+    main()
