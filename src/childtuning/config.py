@@ -49,6 +49,8 @@ class ChildConfig:
         always: patterns over names that are trained whole beside the child; ``None``: the model's new head.
         rescale: divide the gradient by the density; ``None``: as the document does, in both variants.
         seed: names the masks, random scores and sampled labels.
+        release_gradients: free each dense gradient as soon as the child's entries of it are taken; ``None``: yes for a
+            fixed child in one process. It changes memory, not results.
         preset: ``official`` reproduces the official code's child, masks and update, for parity only.
     Raises:
         ConfigError: all the faults there are, in one line.
@@ -67,6 +69,7 @@ class ChildConfig:
     always: tuple[str, ...] | None = None
     rescale: bool | None = None
     seed: int = 0
+    release_gradients: bool | None = None
     preset: Literal["official"] | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +90,10 @@ class ChildConfig:
             )
         if self.variant == "task-free" and self.scope == "parameter":
             faults.append("scope='parameter' has no meaning for a task-free child. Leave it out.")
+        if self.release_gradients and (self.variant == "task-free" or self.preset):
+            faults.append(
+                "release_gradients needs a fixed child, which is none of the official preset's. Leave it out."
+            )
         if self.granularity == "parameter" and self.scope == "parameter":
             faults.append(
                 "granularity='parameter' cannot be shared out within each parameter. Use scope='global'."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ CHILDREN = {
     "task-driven": ChildConfig(density=0.3),
     "task-free": ChildConfig("task-free", density=0.3),
     "rows": ChildConfig(density=0.2, granularity="row"),
+    "blocks": ChildConfig(density=0.2, granularity="block"),
+    "task-free rows": ChildConfig("task-free", density=0.3, granularity="row"),
+    "kept gradients": ChildConfig(density=0.2, release_gradients=False),
     "random": ChildConfig(density=0.3, scores="random"),
     "full": ChildConfig(density=1.0),
     "official": ChildConfig(density=0.3, preset="official"),
@@ -207,7 +211,7 @@ def test_logged_norm_is_that_of_the_child(tiny_bert: Path, tmp_path: Path) -> No
     trainer = a_trainer(
         tiny_bert,
         tmp_path,
-        ChildConfig(density=0.3),
+        ChildConfig(density=0.3, release_gradients=False),
         save_strategy="no",
         max_steps=4,
         max_grad_norm=0.0,
@@ -291,3 +295,35 @@ def test_resume_with_another_child_is_refused(tiny_bert: Path, tmp_path: Path) -
     for other in (ChildConfig(density=0.1), ChildConfig("task-free", density=0.3), TaskFree(0.3)):
         with pytest.raises(ConfigError, match="another child"):
             a_trainer(tiny_bert, tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+@pytest.mark.parametrize("kind", ["rows", "task-free rows"])
+def test_layers_form_the_trained_rows_alone_while_training(
+    tiny_bert: Path, tmp_path: Path, kind: str
+) -> None:
+    class Look(TrainerCallback):
+        def __init__(self) -> None:
+            self.layers: set[str] = set()
+
+        def on_substep_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            self.layers |= {
+                type(module).__name__ for name, module in model.named_modules() if "dense" in name
+            }
+
+    look = Look()
+    options = {"save_strategy": "no", "gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 4}
+    trainer = a_trainer(tiny_bert, tmp_path, CHILDREN[kind], callbacks=[look], **options)
+    trainer.train()
+    assert look.layers != {"Linear"}
+    assert {type(m).__name__ for n, m in trainer.bare_model.named_modules() if n.endswith("dense")} == {
+        "Linear"
+    }
+    dense = a_trainer(
+        tiny_bert, tmp_path, dataclasses.replace(CHILDREN[kind], release_gradients=False), **options
+    )
+    dense.train()
+    for name, value in weights(dense).items():
+        torch.testing.assert_close(weights(trainer)[name], value, rtol=1e-4, atol=1e-5)
+    before = weights(trainer)
+    trainer.train()  # attaches again
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())

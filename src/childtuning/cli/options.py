@@ -49,6 +49,15 @@ Rescale = Annotated[
     bool | None,
     typer.Option("--rescale/--no-rescale", help="Divide gradients by the density.", rich_help_panel=_child),
 ]
+ReleaseGradients = Annotated[
+    bool | None,
+    typer.Option(
+        "--release-gradients/--keep-gradients",
+        help="Free each dense gradient once the child's entries are taken.  \\[on for a fixed child]",
+        rich_help_panel=_child,
+        show_default=False,
+    ),
+]
 Preset = Annotated[str | None, _option(_child, "official: child, masks and update of the paper's code.")]
 LearningRate = Annotated[
     float | None, _option(_training, "Peak learning rate.  \\[2e-5]", "--learning-rate", "--lr")

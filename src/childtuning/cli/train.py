@@ -35,6 +35,7 @@ def run(
     eligible: o.Eligible = None,
     always: o.Always = None,
     rescale: o.Rescale = None,
+    release_gradients: o.ReleaseGradients = None,
     preset: o.Preset = None,
     learning_rate: o.LearningRate = None,
     epochs: o.Epochs = None,

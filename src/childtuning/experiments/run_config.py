@@ -23,6 +23,7 @@ _CHILD_OPTIONS = (
     "eligible",
     "always",
     "rescale",
+    "release_gradients",
     "preset",
 )
 
@@ -41,7 +42,8 @@ class RunConfig:
         model: a model folder or hub name; ``None``: the packaged all-MiniLM-L6-v2.
         method: see ``childtuning methods``.
         density: p; ``None``: the method's own default.
-        granularity, scope, estimator, fisher_labels, fisher_examples, eligible, always, rescale, preset: the rest
+        granularity, scope, estimator, fisher_labels, fisher_examples, eligible, always, rescale, release_gradients,
+            preset: the rest
             of ``ChildConfig``.
         learning_rate: peak, after the warm-up and before a linear decay to 0.
         epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
@@ -74,6 +76,7 @@ class RunConfig:
     eligible: tuple[str, ...] | None = None
     always: tuple[str, ...] | None = None
     rescale: bool | None = None
+    release_gradients: bool | None = None
     preset: str | None = None
     learning_rate: float = 2e-5
     epochs: float = 3.0

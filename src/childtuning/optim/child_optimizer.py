@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -17,11 +16,9 @@ from childtuning.optim.bucket import Bucket
 from childtuning.optim.compact import CompactStep
 from childtuning.optim.elementwise import check_elementwise
 from childtuning.optim.fused_adamw import can_fuse as can_fuse_update
-from childtuning.optim.groups import Group, named_groups
-from childtuning.optim.masked import FixedMasks, FreshMasks, MaskedStep
+from childtuning.optim.groups import named_groups
 from childtuning.optim.official import OfficialAdamW
-from childtuning.part import Part
-from childtuning.patterns import canonical_names, match_names
+from childtuning.optim.planning import check_released, check_trained, plan_compact, plan_masked
 from childtuning.task_free import TaskFree
 
 
@@ -50,6 +47,14 @@ class ChildOptimizer(Optimizer):
             under ``preset="official"``.
         preset: ``"official"`` reproduces the official code for parity: masks instead of frozen entries, decay on
             everything, no exemption for heads in the task-free variant, and its AdamW.
+        release_gradients: for a fixed child: take its entries' gradient out of each parameter's as the backward pass
+            forms it, and free that, so that at most one dense gradient lives at a time. ``.grad`` of partly trained
+            parameters is then always ``None``, ``param_groups`` shows the flat tensors in their place, ``step()``
+            uses the gradient up, and clipping goes through ``clip_grad_norm_``.
+        model: for a child of rows or blocks, fixed or task-free: the model whose layers are to form the gradients of
+            the trained rows or tiles alone, which is where computation is saved. Its ``Linear``, ``Conv``, ``Conv1D``
+            and ``Embedding`` layers change their class to a subclass until ``remove()``; every other use of a weight
+            stays right. Implies ``release_gradients`` for a fixed child.
         options: passed to the inner optimizer (lr, weight_decay, betas, …).
     Raises:
         ConfigError: the inner optimizer mixes coordinates, or an option is unknown.
@@ -76,12 +81,15 @@ class ChildOptimizer(Optimizer):
         *,
         rescale: bool | None = None,
         preset: Literal["official"] | None = None,
+        release_gradients: bool = False,
+        model: nn.Module | None = None,
         **options: Any,
     ) -> None:
         if preset not in (None, "official"):
             raise ConfigError(f"preset must be None or 'official', got {preset!r}. Leave it out.")
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
         rescale = (preset is None or isinstance(child, TaskFree)) if rescale is None else rescale
+        check_released(child, release_gradients, preset is not None)
         groups = named_groups(params)
         self.child = child
         self.preset = preset
@@ -89,86 +97,58 @@ class ChildOptimizer(Optimizer):
         self._built = False
         scale = 1.0 / child.density if rescale and child.density > 0 else 1.0
         can_fuse = [can_fuse_update(inner, {**options, **group.options}) for group in groups]
-        self._work: CompactStep | MaskedStep
         if isinstance(child, TaskFree) or preset:
-            trained, inner_groups = self._plan_masked(groups, child, scale, can_fuse)
+            official = preset is not None
+            plan = plan_masked(groups, child, scale, can_fuse, official=official, model=model)
         else:
-            trained, inner_groups = self._plan_compact(groups, child, scale, can_fuse)
+            plan = plan_compact(
+                groups, child, scale, can_fuse, release_gradients=release_gradients, model=model
+            )
+        self._work, self._changed = plan.work, plan.changed
+        try:
+            check_trained(plan)
             if self._buckets():
                 known = inspect.signature(inner).parameters
                 for group in groups:
                     own = {key: value for key, value in group.options.items() if key in known}
                     check_elementwise(inner, {**options, **own})
-        if not any(trained):
-            raise ParameterError(
-                "the child trains no entry of these parameters. Raise the density, or pass always."
+            self.inner = inner(
+                [{"params": given, **group.options} for given, group in zip(plan.inner, groups, strict=True)],
+                **options,
             )
-        self.inner = inner(
-            [
-                {"params": inner_params, **group.options}
-                for inner_params, group in zip(inner_groups, groups, strict=True)
-            ],
-            **options,
-        )
+        except BaseException:
+            self.remove()
+            raise
         super().__init__(
             [
-                {
-                    **group.options,
-                    "params": [(name, group.named[name]) for name in names],
-                    **({} if names else {"param_names": []}),
-                }
-                for group, names in zip(groups, trained, strict=True)
+                {**group.options, "params": shown, **({} if shown else {"param_names": []})}
+                for group, shown in zip(groups, plan.shown, strict=True)
             ],
             self.inner.defaults,
         )
         self.state = self.inner.state
-        if isinstance(self._work, CompactStep):
-            _freeze_others(groups, trained)
+        plan.freeze()
         self._built = True
 
-    def _plan_compact(
-        self, groups: list[Group], child: Child, scale: float, can_fuse: list[bool]
-    ) -> tuple[list[list[str]], list[list[nn.Parameter]]]:
-        """Lay out the compact tensors for the child's entries."""
-        parts = child.resolve({name: p.shape for group in groups for name, p in group.named.items()})
-        plain = dict(zip(parts, canonical_names(parts), strict=True))
-        members: list[list[tuple[nn.Parameter, Part]]] = []
-        scaled: list[nn.Parameter] = []
-        for group in groups:
-            for name, parameter in group.named.items():
-                eligible_part = child.parts.get(plain[name])
-                if eligible_part is not None and eligible_part.is_whole and parts[name] is eligible_part:
-                    scaled.append(parameter)
-            members.append([(p, parts[name]) for name, p in group.named.items() if not parts[name].is_empty])
-        work = CompactStep(members, scale, scaled, can_fuse=can_fuse)
-        self._work = work
-        trained = [[name for name in group.named if not parts[name].is_empty] for group in groups]
-        return trained, work.inner_parameters()
+    def remove(self) -> None:
+        """Give the model its layers and gradients back as they were; call it before another optimizer takes over.
 
-    def _plan_masked(
-        self, groups: list[Group], child: Child | TaskFree, scale: float, can_fuse: list[bool]
-    ) -> tuple[list[list[str]], list[list[nn.Parameter]]]:
-        """Train everything that requires a gradient, under masks."""
-        trained = [[name for name, p in group.named.items() if p.requires_grad] for group in groups]
-        names = list(chain.from_iterable(trained))
-        plain = dict(zip(names, canonical_names(names), strict=True))
-        work_groups = [
-            {plain[name]: group.named[name] for name in names}
-            for group, names in zip(groups, trained, strict=True)
-        ]
-        shapes = {name: p.shape for named in work_groups for name, p in named.items()}
-        if isinstance(child, TaskFree):
-            exempt = match_names(child.always, shapes) if not self.preset else set()
-            masks: FixedMasks | FreshMasks = FreshMasks(child, shapes, exempt)
-        else:
-            parts = child.resolve(shapes)
-            masks = FixedMasks({name: parts[name] for name in child.parts})
-        self._work = MaskedStep(work_groups, masks, scale, can_fuse=can_fuse)
-        return trained, [list(named.values()) for named in work_groups]
+        Only ``release_gradients`` and ``model`` need it. What was trained stays; ``attach()`` goes on.
+        """
+        if self._changed is not None:
+            self._changed.remove()
+
+    def attach(self) -> None:
+        """Undo ``remove()``."""
+        if self._changed is not None:
+            self._changed.attach()
+            self._work.draw(self._num_steps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the child by one step; a closure is evaluated once, before it."""
+        if self._changed is not None and not self._changed.attached:
+            raise ParameterError("the optimizer was removed from its model. Call attach() before going on.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,7 +167,8 @@ class ChildOptimizer(Optimizer):
         """Clip the norm of what this step will use, in place of ``torch.nn.utils.clip_grad_norm_``.
 
         For a fixed child that is the gradient of the child's entries alone (before the division by the density);
-        for a task-free one, and under the official preset, the whole unmasked gradient, as in the paper.
+        for a task-free one, and under the official preset, the whole unmasked gradient, as in the paper. Where only
+        drawn rows have a gradient, the whole one's norm is estimated from them, Σ|g|ᵏ/p in place of Σ|g|ᵏ.
 
         Args:
             max_norm: the largest norm allowed; infinite only measures.
@@ -196,12 +177,21 @@ class ChildOptimizer(Optimizer):
             the norm before clipping, a scalar tensor.
         """
         gradients = self._work.gradients()
+        sampled, share = self._work.sampled_gradients()
         norm = nn.utils.get_total_norm(gradients, norm_type)
+        if sampled:
+            part = nn.utils.get_total_norm(sampled, norm_type) * share ** (-1 / norm_type)
+            norm = torch.linalg.vector_norm(torch.stack([norm.to(part.device), part]), norm_type)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if max_norm != float("inf"):
-            for gradient in gradients:
+            for gradient in [*gradients, *sampled]:
                 gradient.mul_(factor.to(gradient.device))
         return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, also those that were released or formed for the child alone."""
+        super().zero_grad(set_to_none)
+        self._work.zero_grad()
 
     @property
     def num_state_bytes(self) -> int:
@@ -228,6 +218,11 @@ class ChildOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy whole: torch's own keeps three fields only."""
+        if self._changed is not None:
+            raise ParameterError(
+                "an optimizer that takes gradients from its model's layers cannot be copied. "
+                "Build another and load this one's state_dict()."
+            )
         return self.__dict__.copy()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
@@ -268,15 +263,7 @@ class ChildOptimizer(Optimizer):
         for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update({key: value for key, value in inner.items() if key != "params"})
         self._num_steps = about["num_steps"]
+        self._work.draw(self._num_steps)
         for bucket, masters in zip(self._buckets(), about["masters"], strict=True):
             if masters is not None:
                 bucket.restore(masters)
-
-
-def _freeze_others(groups: list[Group], trained: list[list[str]]) -> None:
-    """Let a parameter require a gradient exactly if it has trained entries."""
-    for group, names in zip(groups, trained, strict=True):
-        for name, parameter in group.named.items():
-            parameter.requires_grad_(name in names)
-            if name not in names:
-                parameter.grad = None

@@ -85,6 +85,16 @@ class CompactStep:
             self._gather(bucket)
         return [p.grad for group in self.inner_parameters() for p in group if p.grad is not None]
 
+    def sampled_gradients(self) -> tuple[list[Tensor], float]:
+        """Return none: a fixed child's gradients are whole."""
+        return [], 1.0
+
+    def draw(self, step: int) -> None:
+        """Do nothing: a fixed child stays."""
+
+    def zero_grad(self) -> None:
+        """Do nothing: a flat gradient that ``param_groups`` shows is forgotten with it."""
+
     @torch.no_grad()
     def run(self, inner: Optimizer, step: int) -> None:
         """Update the child by one step of the inner optimizer."""

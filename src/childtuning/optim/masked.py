@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +18,18 @@ from childtuning.kernels import (
     fits_kernels,
     mask_scale_,
 )
+from childtuning.optim.fresh_masks import FixedMasks, FreshMasks
+from childtuning.optim.fresh_rows import FreshRows
 from childtuning.optim.fused_adamw import next_step
-from childtuning.part import Part
-from childtuning.task_free import TaskFree
 
 
-class FixedMasks:
-    """The same masks at every step: the official code's task-driven child."""
+@dataclass
+class _Tasks:
+    """What the kernels are to do in a step, and which gradients parameters are to have when it is over."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        self._parts = {name: part for name, part in parts.items() if not part.is_whole}
-
-    def mask(self, name: str, step: int) -> Tensor | None:
-        """Return the part's mask."""
-        return self._parts[name].mask() if name in self._parts else None
-
-
-class FreshMasks:
-    """A fresh mask at every step, on all parameters but those exempt."""
-
-    def __init__(self, free: TaskFree, shapes: Mapping[str, Sequence[int]], exempt: set[str]) -> None:
-        self.free, self._shapes, self._exempt = free, dict(shapes), exempt
-
-    def covers(self, name: str) -> bool:
-        """Tell whether a parameter is masked at all."""
-        return name not in self._exempt and self.free.density < 1
-
-    def mask(self, name: str, step: int) -> Tensor | None:
-        """Draw the parameter's mask."""
-        return self.free.mask(name, self._shapes[name], step) if self.covers(name) else None
+    by_entry: list[tuple[WholeTensors, MaskDraw]] = field(default_factory=list)
+    by_row: list[tuple[WholeTensors, Tensor]] = field(default_factory=list)
+    after: list[tuple[nn.Parameter, Tensor | None]] = field(default_factory=list)
 
 
 class MaskedStep:
@@ -58,6 +43,7 @@ class MaskedStep:
         masks: on them.
         scale: what a masked gradient is multiplied with (1/p, or 1).
         can_fuse: for each group, whether the kernels know the inner optimizer's update.
+        rows: the parameters of which only this step's rows have a gradient, if there are any.
     """
 
     def __init__(
@@ -67,79 +53,127 @@ class MaskedStep:
         scale: float,
         *,
         can_fuse: Sequence[bool],
+        rows: FreshRows | None = None,
     ) -> None:
         self._groups = groups
         self._masks = masks
         self._scale = scale
         self._can_fuse = can_fuse
+        self._rows = rows
+        self.draw(0)
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients as they are, unmasked."""
-        return [p.grad for group in self._groups for p in group.values() if p.grad is not None]
+        """Return the gradients as they are, unmasked, but for those of which only some rows were formed."""
+        return [
+            p.grad
+            for named in self._groups
+            for name, p in named.items()
+            if p.grad is not None and not self._has_rows(name)
+        ]
+
+    def sampled_gradients(self) -> tuple[list[Tensor], float]:
+        """Return the gradients of which a random share was formed, and that share."""
+        return ([], 1.0) if self._rows is None else (self._rows.gradients(), self._rows.free.density)
+
+    def draw(self, step: int) -> None:
+        """Make ready for the forward passes of a step."""
+        if self._rows is not None:
+            self._rows.draw(step)
+
+    def zero_grad(self) -> None:
+        """Forget gradients that lie elsewhere than in the parameters."""
+        if self._rows is not None:
+            self._rows.clear()
+
+    def _has_rows(self, name: str) -> bool:
+        return self._rows is not None and name in self._rows
 
     @torch.no_grad()
     def run(self, inner: Optimizer, step: int) -> None:
         """Update every parameter by one step of the inner optimizer, under this step's masks."""
-        by_entry: list[tuple[WholeTensors, MaskDraw]] = []
-        by_row: list[tuple[WholeTensors, Tensor]] = []
-        hidden: list[tuple[nn.Parameter, Tensor]] = []
+        tasks = _Tasks()
         for named, group, fuse in zip(self._groups, inner.param_groups, self._can_fuse, strict=True):
             for name, parameter in named.items():
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                unit = self._kernel_unit(name, parameter, gradient) if fuse else None
-                if unit is None:
-                    self._mask_(name, gradient, step)
-                    continue
-                numbers, first, second = next_step(inner, group, parameter, parameter.shape, self._scale)
-                tensors = WholeTensors(parameter, gradient, first, second, numbers)
-                if unit == "row":
-                    by_row.append((tensors, self._row_places(name, parameter, step)))
-                else:
-                    by_entry.append((tensors, self._draw(name, step)))
-                hidden.append((parameter, gradient))
-        if by_entry:
-            adamw_masked_(by_entry)
-        if by_row:
-            adamw_rows_(by_row)
+                if self._has_rows(name):
+                    self._plan_drawn_rows(tasks, inner, group, name, parameter, fuse=fuse)
+                elif parameter.grad is not None and not (
+                    fuse and self._plan_fused(tasks, inner, group, name, parameter, parameter.grad, step)
+                ):
+                    self._mask_(name, parameter.grad, step)
+        if tasks.by_entry:
+            adamw_masked_(tasks.by_entry)
+        if tasks.by_row:
+            adamw_rows_(tasks.by_row)
         try:
-            for parameter, _ in hidden:
-                parameter.grad = None
             inner.step()
         finally:
-            for parameter, gradient in hidden:
+            for parameter, gradient in tasks.after:
                 parameter.grad = gradient
+        self.draw(step + 1)
 
-    def _kernel_unit(self, name: str, parameter: nn.Parameter, gradient: Tensor) -> str | None:
-        """Say in which units the kernels can draw a parameter's mask: "element", "row", or ``None``."""
-        if not isinstance(self._masks, FreshMasks) or not self._masks.covers(name):
-            return None
-        if not parameter.numel() or not fits_kernels(parameter, gradient):
-            return None
-        units = self._masks.free.units(name)
-        if units.kind == "element" or (units.kind == "row" and parameter.dim() < 2):
-            return "element"
-        return "row" if units.is_run(parameter.shape) else None
+    def _plan_fused(
+        self,
+        tasks: _Tasks,
+        inner: Optimizer,
+        group: Mapping[str, Any],
+        name: str,
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        step: int,
+    ) -> bool:
+        """Leave a parameter's whole update to the kernels and hide its gradient, or return False."""
+        masks, shape = self._masks, parameter.shape
+        if not isinstance(masks, FreshMasks) or not masks.covers(name) or not parameter.numel():
+            return False
+        units = masks.free.units(name)
+        by_entry = units.kind == "element" or (units.kind == "row" and len(shape) < 2)
+        if not (by_entry or units.is_run(shape)) or not fits_kernels(parameter, gradient):
+            return False
+        numbers, first, second = next_step(inner, group, parameter, shape, self._scale)
+        tensors = WholeTensors(parameter, gradient, first, second, numbers)
+        if by_entry:
+            draw = masks.free.draw(name, step)
+            assert draw is not None  # a density below 1 does not keep everything
+            tasks.by_entry.append((tensors, draw))
+        else:
+            kept = masks.free.kept_units(name, shape, step)
+            rows = torch.arange(len(kept), dtype=torch.int32)
+            tasks.by_row.append((tensors, torch.where(kept, rows, -1)))
+        parameter.grad = None
+        tasks.after.append((parameter, gradient))
+        return True
 
-    def _draw(self, name: str, step: int) -> MaskDraw:
-        assert isinstance(self._masks, FreshMasks)
-        draw = self._masks.free.draw(name, step)
-        assert draw is not None  # a density below 1 keeps not everything
-        return draw
-
-    def _row_places(self, name: str, parameter: nn.Parameter, step: int) -> Tensor:
-        assert isinstance(self._masks, FreshMasks)
-        kept = self._masks.free.kept_units(name, parameter.shape, step)
-        return torch.where(kept, torch.arange(len(kept), dtype=torch.int32), -1)
+    def _plan_drawn_rows(
+        self,
+        tasks: _Tasks,
+        inner: Optimizer,
+        group: Mapping[str, Any],
+        name: str,
+        parameter: nn.Parameter,
+        *,
+        fuse: bool,
+    ) -> None:
+        """Leave a parameter of which some rows have a gradient to the kernels, or spread that gradient out."""
+        assert self._rows is not None
+        drawn = self._rows.take(name)
+        if drawn is None:
+            return
+        rows, gradient = drawn
+        if fuse and self._rows.free.units(name).is_run(parameter.shape) and fits_kernels(parameter, gradient):
+            place = torch.full((len(parameter),), -1, dtype=torch.int32)
+            place[rows] = torch.arange(len(rows), dtype=torch.int32)
+            numbers, first, second = next_step(inner, group, parameter, parameter.shape, self._scale)
+            tasks.by_row.append((WholeTensors(parameter, gradient, first, second, numbers), place))
+        else:
+            parameter.grad = self._rows.spread(name, rows, gradient * self._scale)
+            tasks.after.append((parameter, None))
 
     def _mask_(self, name: str, gradient: Tensor, step: int) -> None:
         """Mask and scale a gradient in place."""
         masks = self._masks
         if isinstance(masks, FreshMasks) and masks.covers(name) and fits_kernels(gradient):
-            units = masks.free.units(name)
             draw = masks.free.draw(name, step)
-            if units.kind == "element" and draw is not None:
+            if masks.free.units(name).kind == "element" and draw is not None:
                 mask_scale_(gradient, draw, self._scale)
                 return
         mask = masks.mask(name, step)

@@ -99,6 +99,16 @@ def choose_child(
     )
 
 
+def saves_computation(child: Child | TaskFree) -> bool:
+    """Tell whether layers can form the gradients of a child's rows or blocks alone."""
+    if isinstance(child, TaskFree):
+        return child.granularity == "row" and child.density < 1
+    return any(
+        part.granularity.kind in ("row", "block") and not (part.is_whole or part.is_empty)
+        for part in child.parts.values()
+    )
+
+
 def fisher_scores(
     config: ChildConfig,
     model: nn.Module,

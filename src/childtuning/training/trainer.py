@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from childtuning.child import Child
 from childtuning.config import ChildConfig
@@ -19,13 +20,26 @@ from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
 from childtuning.task_free import TaskFree
-from childtuning.training.child_choice import Progress, choose_child, fisher_sample, task_head
+from childtuning.training.child_choice import (
+    Progress,
+    choose_child,
+    fisher_sample,
+    saves_computation,
+    task_head,
+)
 from childtuning.training.progress_bar import fisher_bar
 from childtuning.training.random_streams import random_state, set_random_state
 from childtuning.training.state_files import load_state, save_state
 
 CHILD_FILE, CHOICE_FILE = "child.safetensors", "child.json"
 _COUNTS_ITEMS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")  # their losses do
+
+
+class _ForgetGradients(TrainerCallback):
+    """After a step that a GradScaler skipped, gradients that lie outside the model are still there."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["optimizer"].zero_grad()
 
 
 class ChildTrainer(Trainer):
@@ -75,6 +89,7 @@ class ChildTrainer(Trainer):
             # The loss is the batch's mean whatever num_items_in_batch says; without this, accumulated gradients would
             # be summed where they should be averaged.
             self.model_accepts_loss_kwargs = False
+        self.add_callback(_ForgetGradients())
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.train_batches = train_batches
@@ -156,20 +171,39 @@ class ChildTrainer(Trainer):
                 {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
             ]
             inner, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
-            preset = self.child_config.preset if self.child_config else None
+            config = self.child_config
+            preset = config.preset if config else None
             if preset == "official":
                 inner = None
                 options = {key: value for key, value in options.items() if key in ("lr", "betas", "eps")}
-            rescale = self.child_config.rescale if self.child_config else None
+            one_process = self.args.world_size == 1 and self.args.n_gpu <= 1
+            may_release = one_process and preset is None
+            wanted = config.release_gradients if config else None
+            release = may_release and isinstance(child, Child) if wanted is None else wanted
+            structured = may_release and wanted is not False and saves_computation(child)
+            if isinstance(child, TaskFree) and self.args.fp16:
+                structured = False  # a GradScaler sees the parameters' own gradients alone
             self.optimizer = ChildOptimizer(
                 [group for group in groups if group["params"]],
                 child,
                 inner,
-                rescale=rescale,
+                rescale=config.rescale if config else None,
                 preset=preset,
+                release_gradients=release,
+                model=module if structured else None,
                 **options,
             )
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as ``transformers.Trainer`` does; afterwards the model's layers are its own again."""
+        if self.optimizer is not None:
+            self.child_optimizer.attach()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.optimizer is not None:
+                self.child_optimizer.remove()
 
     @property
     def child_optimizer(self) -> ChildOptimizer:
