@@ -86,14 +86,17 @@ class FreshRows:
         return [gradient for gradient in found if gradient is not None]
 
     def take(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a parameter's drawn rows [r] and their gradient, or ``None`` if none was formed.
+        """Return a parameter's drawn rows [r] and their gradient, or ``None`` if the loss did not reach them.
 
-        The gradient has the parameter's shape but for r rows.
+        The gradient has the parameter's shape but for r rows. Where no row was drawn, the loss counts as having
+        reached the parameter, whose momentum then moves it as in any other step.
         """
         drawn = self._drawn[name]
         gradient = _whole_gradient(drawn)
-        if gradient is None:
+        if gradient is None and len(drawn.rows):
             return None
+        if gradient is None:
+            gradient = drawn.parameter.detach().reshape(-1)[:0]
         shape = list(drawn.parameter.shape)
         shape[drawn.units.axis % len(shape)] = len(drawn.rows)
         return drawn.rows, gradient.view(shape)
