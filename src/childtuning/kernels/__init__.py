@@ -1,9 +1,17 @@
 """Layer 0: the few inner loops, each behind one function that looks the same on every device."""
 
-from childtuning.kernels.adamw import AdamWStep, ChildTable, WholeTensors, adamw_masked_, adamw_rows_
+from childtuning.kernels.adamw import AdamWStep, ChildTable, WholeTensors
+from childtuning.kernels.by_device import (
+    adamw_masked_,
+    adamw_rows_,
+    child_table,
+    has_kernels,
+    mask_scale_,
+)
 from childtuning.kernels.gap_code import decode_gaps, encode_gaps
+from childtuning.kernels.gpu import fits_gpu_kernels
 from childtuning.kernels.native_ranking import NotNumbersError
-from childtuning.kernels.philox import MaskDraw, keep_mask, mask_scale_, uniform
+from childtuning.kernels.philox import MaskDraw, keep_mask, uniform
 from childtuning.kernels.places import Places, fits_kernels
 from childtuning.kernels.ranking import top_entries, top_units
 
@@ -16,9 +24,12 @@ __all__ = [
     "WholeTensors",
     "adamw_masked_",
     "adamw_rows_",
+    "child_table",
     "decode_gaps",
     "encode_gaps",
+    "fits_gpu_kernels",
     "fits_kernels",
+    "has_kernels",
     "keep_mask",
     "mask_scale_",
     "top_entries",

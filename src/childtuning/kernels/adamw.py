@@ -95,6 +95,7 @@ class ChildTable:
         first: Tensor,
         second: Tensor,
         step: AdamWStep,
+        values: None = None,
     ) -> None:
         """Update the child's entries in place; nothing else is written to.
 
@@ -103,6 +104,7 @@ class ChildTable:
             gradients: of each parameter's shape, or compact [n], or ``None`` to leave the parameter as it is.
             first, second: the moments, flat.
             step: hyperparameters.
+            values: master values, of which float32 weights have no need.
         """
         tasks, chosen = self._filled(gradients, first)
         tasks["weight"] = _pointers(weights)[self._owner]
@@ -129,12 +131,13 @@ class ChildTable:
             [
                 gradient is not None and gradient.dim() == 1 and len(gradient) == len(place)
                 for gradient, place in zip(gradients, self._keep, strict=True)
-            ]
+            ],
+            dtype=bool,
         )[self._owner]
         tasks["gradient"] = _pointers(gradients)[self._owner] + compact * _BYTES * self._offset
         tasks["first"] = first.data_ptr() + _BYTES * self._flat
         tasks["compact_gradient"] = compact
-        return tasks, np.array([gradient is not None for gradient in gradients])[self._owner]
+        return tasks, np.array([gradient is not None for gradient in gradients], dtype=bool)[self._owner]
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> NDArray[np.int64]:

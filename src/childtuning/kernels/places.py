@@ -59,10 +59,6 @@ class Places:
         flat[self.units] = values
         target.copy_(flat.view(target.shape))
 
-    def fits_kernels(self, *tensors: Tensor) -> bool:
-        """Tell whether the compiled kernels can work on float32 tensors laid out as the parameter."""
-        return self.units.dtype == torch.int32 and fits_kernels(*tensors)
-
 
 def fits_kernels(*tensors: Tensor) -> bool:
     """Tell whether the compiled kernels are there and these are contiguous float32 tensors on the CPU."""

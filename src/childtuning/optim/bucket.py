@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.errors import ParameterError
-from childtuning.kernels import AdamWStep, ChildTable, Places, fits_kernels
+from childtuning.kernels import AdamWStep, Places, child_table, has_kernels
 from childtuning.part import Part
 
 
@@ -50,7 +50,7 @@ class Slot:
 class Bucket:
     """The child's entries of several parameters, flat: values, gradient, and the inner optimizer's state, each [n].
 
-    Where the one-pass kernels do the step (``fused``) the values stay in the parameters alone, ``values`` being a
+    Where the one-pass kernels do the step (``fused``), float32 values stay in the parameters alone, ``values`` being a
     stand-in of that shape, and a gradient is gathered only where someone needs to see it.
 
     Args:
@@ -70,16 +70,19 @@ class Bucket:
             self.slots.append(Slot(parameter, places, start, stop))
         first = self.slots[0].parameter
         self.dtype = torch.promote_types(first.dtype, torch.float32)
+        self._weight_dtype = first.dtype
         self.is_master = self.dtype != first.dtype
         self.released = released
-        self.fused = can_fuse and all(slot.places.fits_kernels(slot.parameter) for slot in self.slots)
-        values = torch.empty(1 if self.fused else stop, dtype=self.dtype, device=first.device)
+        self.fused = can_fuse and all(
+            slot.places.units.dtype == torch.int32 and has_kernels(slot.parameter) for slot in self.slots
+        )
+        self._stands_in = self.fused and not self.is_master
+        values = torch.empty(1 if self._stands_in else stop, dtype=self.dtype, device=first.device)
         self.values = nn.Parameter(values.expand(stop))
         self._gradient: Tensor | None = None
-        self._table = ChildTable([slot.places for slot in self.slots]) if self.fused else None
+        self._table = child_table([slot.places for slot in self.slots]) if self.fused else None
         self.missing: list[Slot] = []
-        if not self.fused:
-            self.read_values()
+        self.read_values()
 
     @property
     def gradient(self) -> Tensor:
@@ -101,7 +104,9 @@ class Bucket:
                     f"the model was moved from {self.values.device} to {slot.parameter.device} after its optimizer was "
                     "built. Move it first, then build the optimizer."
                 )
-            if self.fused and not fits_kernels(slot.parameter):
+            if self.fused and not (
+                has_kernels(slot.parameter) and slot.parameter.dtype == self._weight_dtype
+            ):
                 raise ParameterError(
                     f"a parameter was cast to {slot.parameter.dtype} or laid out anew after its optimizer was built. "
                     "Cast the model first, then build the optimizer."
@@ -110,7 +115,7 @@ class Bucket:
     @torch.no_grad()
     def read_values(self) -> None:
         """Take over values that were changed from outside, keeping the master precision of those that were not."""
-        if self.fused:
+        if self._stands_in:
             return
         for slot in self.slots:
             known = slot.take(self.values)
@@ -145,7 +150,7 @@ class Bucket:
 
     def _collect(self, slot: Slot, gradient: Tensor, *, add: bool) -> None:
         """Bring the entries of a dense gradient into the slot's stretch."""
-        if self._table is not None and fits_kernels(gradient):
+        if self._table is not None and has_kernels(gradient):
             self._table.gather_one(self.slots.index(slot), gradient, self.gradient, add=add)
         else:
             slot.places.gather(gradient, slot.take(self.gradient), add=add)
@@ -159,7 +164,7 @@ class Bucket:
             self.missing = [slot for slot in self.slots if slot.parameter.grad is None]
             dense = [slot.parameter.grad for slot in self.slots]
             in_table = [
-                g if self._table is not None and g is not None and fits_kernels(g) else None for g in dense
+                g if self._table is not None and g is not None and has_kernels(g) else None for g in dense
             ]
             if self._table is not None:
                 self._table.gather(in_table, self.gradient)
@@ -188,10 +193,12 @@ class Bucket:
             gradient = None if self.released else slot.parameter.grad
             if self.released or slot.is_current:
                 gradient = None if slot in self.missing else slot.take(self.gradient)
-            elif gradient is not None and not fits_kernels(gradient):
+            elif gradient is not None and not has_kernels(gradient):
                 gradient = slot.places.gather(gradient, slot.take(self.gradient))
             gradients.append(gradient)
-        self._table.adamw_([slot.parameter for slot in self.slots], gradients, first, second, step)
+        values = self.values.detach() if self.is_master else None
+        weights = [slot.parameter for slot in self.slots]
+        self._table.adamw_(weights, gradients, first, second, step, values)  # type: ignore[arg-type]
 
     @property
     def num_bytes(self) -> int:

@@ -1,10 +1,10 @@
 """The compact step: a fixed child's entries live in a few flat tensors, and only those are optimised.
 
 For each (group, device, dtype) one bucket holds the child's entries of every partly trained parameter. With Adam and
-AdamW in float32 on the CPU one pass over the gradient, the weights and the compact moments does the step; for any
-other inner optimizer the gradients are gathered, the inner optimizer updates flat values, and these are written back.
-Entries outside the child are never written. A parameter that is trained whole is handed to the inner optimizer as it
-is.
+AdamW, in float32 on the CPU and on a GPU, one pass over the gradient, the weights and the compact moments does the
+step; for any other inner optimizer the gradients are gathered, the inner optimizer updates flat values, and these are
+written back. Entries outside the child are never written. A parameter that is trained whole is handed to the inner
+optimizer as it is.
 """
 
 from __future__ import annotations

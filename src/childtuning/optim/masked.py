@@ -15,7 +15,7 @@ from childtuning.kernels import (
     WholeTensors,
     adamw_masked_,
     adamw_rows_,
-    fits_kernels,
+    has_kernels,
     mask_scale_,
 )
 from childtuning.optim.fresh_masks import FixedMasks, FreshMasks
@@ -35,8 +35,8 @@ class _Tasks:
 class MaskedStep:
     """Mask gradients on their way to the inner optimizer.
 
-    With Adam and AdamW in float32 on the CPU mask, moments and update are one pass over memory, for single entries
-    and for rows; the gradients are only read. Otherwise gradients are masked in place.
+    With Adam and AdamW, in float32 on the CPU and on a GPU, mask, moments and update are one pass over memory, for
+    single entries and for rows; the gradients are only read. Otherwise gradients are masked in place.
 
     Args:
         groups: for each parameter group the trained parameters, by name before any wrapper.
@@ -127,7 +127,7 @@ class MaskedStep:
             return False
         units = masks.free.units(name)
         by_entry = units.kind == "element" or (units.kind == "row" and len(shape) < 2)
-        if not (by_entry or units.is_run(shape)) or not fits_kernels(parameter, gradient):
+        if not (by_entry or units.is_run(shape)) or not has_kernels(parameter, gradient):
             return False
         numbers, first, second = next_step(inner, group, parameter, shape, self._scale)
         tensors = WholeTensors(parameter, gradient, first, second, numbers)
@@ -159,9 +159,9 @@ class MaskedStep:
         if drawn is None:
             return
         rows, gradient = drawn
-        if fuse and self._rows.free.units(name).is_run(parameter.shape) and fits_kernels(parameter, gradient):
-            place = torch.full((len(parameter),), -1, dtype=torch.int32)
-            place[rows] = torch.arange(len(rows), dtype=torch.int32)
+        if fuse and self._rows.free.units(name).is_run(parameter.shape) and has_kernels(parameter, gradient):
+            place = torch.full((len(parameter),), -1, dtype=torch.int32, device=rows.device)
+            place[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
             numbers, first, second = next_step(inner, group, parameter, parameter.shape, self._scale)
             tasks.by_row.append((WholeTensors(parameter, gradient, first, second, numbers), place))
         else:
@@ -171,7 +171,7 @@ class MaskedStep:
     def _mask_(self, name: str, gradient: Tensor, step: int) -> None:
         """Mask and scale a gradient in place."""
         masks = self._masks
-        if isinstance(masks, FreshMasks) and masks.covers(name) and fits_kernels(gradient):
+        if isinstance(masks, FreshMasks) and masks.covers(name) and has_kernels(gradient):
             draw = masks.free.draw(name, step)
             if masks.free.units(name).kind == "element" and draw is not None:
                 mask_scale_(gradient, draw, self._scale)

@@ -1,0 +1,53 @@
+"""One name for each kernel, whatever the device: compiled C on the CPU, Triton on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from childtuning.kernels import adamw, philox
+from childtuning.kernels.gpu import (
+    adamw_masked_gpu_,
+    adamw_rows_gpu_,
+    fits_gpu_kernels,
+    mask_scale_gpu_,
+)
+from childtuning.kernels.gpu_child import GpuChildTable
+from childtuning.kernels.places import Places, fits_kernels
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Tell whether the one-pass kernels can work on these tensors, which are on one device."""
+    return fits_kernels(*tensors) or fits_gpu_kernels(*tensors)
+
+
+def child_table(places: Sequence[Places]) -> adamw.ChildTable | GpuChildTable:
+    """Return the tasks of a fixed child on the device that its places are on."""
+    on_gpu = len(places) > 0 and places[0].units.is_cuda
+    return GpuChildTable(places) if on_gpu else adamw.ChildTable(places)
+
+
+def adamw_masked_(members: Sequence[tuple[adamw.WholeTensors, philox.MaskDraw]]) -> None:
+    """Update parameters under masks of single entries that are drawn on the way; gradients are not written to."""
+    on_gpu = [member for member in members if member[0].weight.is_cuda]
+    on_cpu = [member for member in members if not member[0].weight.is_cuda]
+    if on_gpu:
+        adamw_masked_gpu_(on_gpu)
+    if on_cpu:
+        adamw.adamw_masked_(on_cpu)
+
+
+def adamw_rows_(members: Sequence[tuple[adamw.WholeTensors, Tensor]]) -> None:
+    """Update parameters [R, …] of which some rows have a gradient: row r ``gradient[place[r]]``, if not negative."""
+    on_gpu = [member for member in members if member[0].weight.is_cuda]
+    on_cpu = [member for member in members if not member[0].weight.is_cuda]
+    if on_gpu:
+        adamw_rows_gpu_(on_gpu)
+    if on_cpu:
+        adamw.adamw_rows_(on_cpu)
+
+
+def mask_scale_(gradient: Tensor, draw: philox.MaskDraw, scale: float) -> None:
+    """Multiply a contiguous gradient with its mask and a scale, in place; on the CPU it is float32."""
+    (mask_scale_gpu_ if gradient.is_cuda else philox.mask_scale_)(gradient, draw, scale)

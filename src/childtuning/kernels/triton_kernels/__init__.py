@@ -1,0 +1,1 @@
+"""What runs on the GPU. These modules import Triton; ``kernels/gpu.py`` imports them with the first call."""
