@@ -71,7 +71,9 @@ WarmupRatio = Annotated[float | None, _option(_training, "Share of the steps to 
 WeightDecay = Annotated[float | None, _option(_training, "Decay of trained weights.  \\[0.01]")]
 MaxGradNorm = Annotated[float | None, _option(_training, "Clip gradients to this norm; 0: never.  \\[1]")]
 MaxLength = Annotated[int | None, _option(_training, "Tokens an example.  \\[128]")]
-Precision = Annotated[str | None, _option(_training, "fp32, or bf16 autocast.  \\[fp32]")]
+Precision = Annotated[
+    str | None, _option(_training, "fp32, bf16 autocast, or auto: bf16 where native.  \\[fp32]")
+]
 Seed = Annotated[int | None, _option(_training, "Of head, order, dropout and masks.  \\[0]")]
 DataSeed = Annotated[int | None, _option(_data, "Of what --train-limit draws.  \\[0]")]
 SaveSteps = Annotated[int | None, _option(_training, "Steps between checkpoints.  \\[every epoch]")]

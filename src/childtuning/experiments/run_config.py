@@ -14,6 +14,7 @@ import tomli_w
 from childtuning.config import ChildConfig
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.methods import find_method
+from childtuning.training.precision import has_fast_bf16
 
 _CHILD_OPTIONS = (
     "granularity",
@@ -48,7 +49,7 @@ class RunConfig:
         learning_rate: peak, after the warm-up and before a linear decay to 0.
         epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
             ``max_length`` in tokens.
-        precision: ``fp32``, or ``bf16`` autocast.
+        precision: ``fp32``, ``bf16`` autocast, or ``auto``: bf16 where the machine computes in it natively.
         seed: of the head's start, data order, dropout, and masks.
         data_seed: of what ``train_limit`` draws.
         save_steps: a checkpoint every so many optimizer steps; ``None``: every epoch.
@@ -120,8 +121,8 @@ class RunConfig:
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 faults.append(f"{name} must be in [0, 2^32), got {getattr(self, name)}.")
-        if self.precision not in ("fp32", "bf16"):
-            faults.append(f"precision must be fp32 or bf16, got {self.precision!r}.")
+        if self.precision not in ("fp32", "bf16", "auto"):
+            faults.append(f"precision must be fp32, bf16 or auto, got {self.precision!r}.")
         if self.label_type not in ("auto", "class", "number"):
             faults.append(f"label_type must be auto, class or number, got {self.label_type!r}.")
         return faults
@@ -139,7 +140,7 @@ class RunConfig:
         return method.child(ChildConfig(**options))
 
     def resolved(self) -> RunConfig:
-        """Return the same run with the method's default density and absolute paths filled in."""
+        """Return the same run with what depends on method and machine filled in: density, precision, full paths."""
         paths = {
             name: str(Path(value).expanduser().resolve())
             for name in ("train", "eval", "data_dir")
@@ -147,7 +148,10 @@ class RunConfig:
         }
         if self.model is not None and Path(self.model).expanduser().is_dir():
             paths["model"] = str(Path(self.model).expanduser().resolve())
-        return replace(self, density=self.child().density, **paths)
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16" if has_fast_bf16() else "fp32"
+        return replace(self, density=self.child().density, precision=precision, **paths)
 
     def to_toml(self) -> str:
         """Return the options that are set, as TOML."""

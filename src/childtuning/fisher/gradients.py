@@ -82,7 +82,9 @@ def _without_trailing_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor
     """Cut the terms after the last one that counts: above the pooled token, only it has a gradient."""
     if left.is_cuda or left.shape[1] == 1:  # on a GPU, waiting for the answer costs more than it saves
         return left, right
-    if bool((left[:, -1].any(1) & right[:, -1].any(1)).any()):  # the usual case, found without a pass over all terms
+    if bool(
+        (left[:, -1].any(1) & right[:, -1].any(1)).any()
+    ):  # the usual case, found without a pass over all terms
         return left, right
     counts = left.ne(0).any(2).any(0) & right.ne(0).any(2).any(0)
     used = counts.nonzero()

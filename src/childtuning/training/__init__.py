@@ -9,6 +9,7 @@ from childtuning.training.child_choice import (
 )
 from childtuning.training.method import Method
 from childtuning.training.models import LoadedModel, load_classifier, packaged_model
+from childtuning.training.precision import has_fast_bf16
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "choose_child",
     "fisher_sample",
     "fisher_scores",
+    "has_fast_bf16",
     "load_classifier",
     "output_axes",
     "packaged_model",
