@@ -65,8 +65,10 @@ class KernelBuildHook(BuildHookInterface):
     """Put the compiled kernels into the wheel, which is then one for this platform."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile before the files are collected."""
-        if self.target_name == "wheel" and compile_kernels():
+        """Compile before the files are collected; leave no older library where that fails."""
+        if not compile_kernels():
+            LIBRARY.unlink(missing_ok=True)
+        else:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
