@@ -1,53 +1,111 @@
-"""The table of costs, from the recorded results of ``run.py``."""
+"""The tables of costs, from the recorded results of ``run.py``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_FILES = ("step", "select", "fisher", "train", "memory", "script", "import")
+from floors import machine_name, measured_machine, ratio_floor, work_of
+
+_COMMANDS = {
+    "step": "step",
+    "select": "select",
+    "fisher": "fisher",
+    "train": "train",
+    "memory": "memory",
+    "script": "train --script",
+    "import": "import",
+}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def table(header: list[str], rows: list[list[str]], *, text: Sequence[int] = (0,)) -> str:
+    """Return a Markdown table; columns are numbers but for those of text."""
+    rule = ["---" if column in text else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def costs(folder: Path, *, with_target: bool = False) -> str:
-    """Return the ratios of every recorded benchmark, or those that have a target; nothing where none is recorded.
+def costs(folder: Path, *, short: bool = False) -> str:
+    """Return the ratios of every recorded benchmark; nothing where none is recorded.
 
     Args:
         folder: holds NAME.json as ``run.py --output`` writes it; a file that is missing has no rows.
-        with_target: leave out what has no target.
+        short: only what has a target, without the floors.
     """
-    paths = [folder / f"{name}.json" for name in _FILES]
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    rows = [
-        _row(row)
-        for record in records
-        for row in record["ratios"]
-        if row["at_most"] is not None or not with_target
-    ]
+    records = _records(folder)
+    machine = measured_machine(folder)
+    rows = []
+    for name, record in records.items():
+        work = work_of(record)
+        here = machine if machine and machine.name == machine_name(record) else None
+        for row in record["ratios"]:
+            if row["at_most"] is None and short:
+                continue
+            median = " (median)" if row["statistic"] == "median" else ""
+            limit = "" if row["at_most"] is None else f"{row['at_most']:g}"
+            floor = [] if short else [_shown(ratio_floor(row, work, here), "")]
+            rows.append([row["name"] + median, *floor, _shown(row["value"]), limit, f"`{_COMMANDS[name]}`"])
     if not rows:
         return "Nothing is recorded yet."
+    header = ["cost", *([] if short else ["floor"]), "measured", "at most", "command"]
     return "\n".join(
         [
-            f"Side by side in alternating runs on {_machines(records)}. A ratio is one of minima over the samples, "
-            "unless it says median. `python benchmarks/run.py NAME`; every sample, the settings and what could not "
-            "run are in `benchmarks/results`:",
+            f"Side by side in alternating runs on {_machines(list(records.values()))}. A ratio is one of minima over "
+            "the samples, unless it says median. The command is `python benchmarks/run.py` and what the last column "
+            "says; samples, settings and what could not run are in `benchmarks/results`:",
             "",
-            table(["cost", "measured", "at most"], rows),
+            table(header, rows, text=(0, len(header) - 1)),
         ]
     )
 
 
-def _row(row: dict[str, Any]) -> list[str]:
-    value, limit = row["value"], row["at_most"]
-    shown = "—" if value is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
-    median = " (median)" if row["statistic"] == "median" else ""
-    return [row["name"] + median, shown, "" if limit is None else f"{limit:g}"]
+def floors(folder: Path) -> str:
+    """Return the floor of each case that has one, and how far from it the fastest sample is."""
+    machine = measured_machine(folder)
+    rows = []
+    for record in _records(folder).values():
+        here = machine if machine and machine.name == machine_name(record) else None
+        for case, work in work_of(record).items():
+            measured = min(record["samples"][case]["values"])
+            floor = here.seconds(work) if here else None
+            rows.append(
+                [
+                    case,
+                    f"{work.num_bytes / 1e6:,.0f}" if work.num_bytes else "",
+                    f"{work.operations / 1e9:,.0f}" if work.operations else "",
+                    "—" if floor is None else f"{floor * 1e3:.1f}",
+                    f"{measured * 1e3:.1f}",
+                    "—" if floor is None else f"{measured / floor:.2f}",
+                ]
+            )
+    if not rows:
+        return "Nothing is recorded yet."
+    if machine:
+        rates = (
+            f"Best rates measured on this machine: {machine.bytes_per_second / 1e9:.1f}·10⁹ bytes and "
+            f"{machine.operations_per_second / 1e9:.0f}·10⁹ operations a second"
+        )
+    else:
+        rates = "The machine's rates are not recorded yet, so that the floors in time and the distances are missing"
+    return "\n".join(
+        [
+            f"{rates} (`python benchmarks/run.py floors`). The distance is measured ÷ floor:",
+            "",
+            table(["case", "10⁶ bytes", "10⁹ operations", "floor, ms", "measured, ms", "distance"], rows),
+        ]
+    )
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    paths = {name: folder / f"{name}.json" for name in _COMMANDS}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()
+    }
+
+
+def _shown(value: float | None, missing: str = "—") -> str:
+    return missing if value is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def _machines(records: list[dict[str, Any]]) -> str:

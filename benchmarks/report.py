@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from costs import costs, table
+from costs import costs, floors, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,8 +125,8 @@ def main() -> int:
     """Write or check the pages."""
     folder = ROOT / "benchmarks" / "results"
     pages = {
-        ROOT / "README.md": {"results": section(), "costs": costs(folder, with_target=True)},
-        ROOT / "docs" / "performance.md": {"costs": costs(folder)},
+        ROOT / "README.md": {"results": section(), "costs": costs(folder, short=True)},
+        ROOT / "docs" / "performance.md": {"costs": costs(folder), "floors": floors(folder)},
     }
     outdated = []
     for path, contents in pages.items():

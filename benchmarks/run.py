@@ -4,8 +4,9 @@
     python benchmarks/run.py train --script --data-dir DATA --train-limit 1000 --epochs 1 --repeats 3
     python benchmarks/run.py fisher --quick
 
-With --json the one JSON object goes to standard output; the table for a reader goes to standard error. The exit status
-is 1 where something of childtuning's own could not run; references that cannot run are named with the reason.
+Without a name it lists the benchmarks. With --json the one JSON object goes to standard output; the table for a
+reader goes to standard error. The exit status is 1 where something of childtuning's own could not run; references that
+cannot run are named with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from pathlib import Path
 
 from environment import ROOT, environment, restart_with_settings
 
-BENCHMARKS = ("step", "fisher", "select", "memory", "train", "import")
+BENCHMARKS = {
+    "step": "the optimizer step alone, beside torch's AdamW, the official twin and memory-saving optimizers",
+    "fisher": "per-example Fisher information, beside the batch-of-one loop and other libraries",
+    "select": "choosing a child from scores, beside numpy and torch",
+    "memory": "peak memory of a training step, beside full fine-tuning and PEFT",
+    "train": "the whole training step, beside the same; with --script, whole runs",
+    "import": "import childtuning, beside import torch",
+    "floors": "the machine's memory bandwidth and matmul rate, which floors are computed from",
+}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +37,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("benchmark", choices=BENCHMARKS)
+    add("benchmark", nargs="?", choices=BENCHMARKS, help="which; none: list them")
     add("--json", action="store_true", help="print the JSON object on standard output")
     add("--output", type=Path, help="write the JSON object to this file as well")
     add("--repeats", type=int, help="samples of each case  [7; 2 with --quick]")
@@ -59,6 +68,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run one benchmark."""
     given = parse()
+    if given.benchmark is None:
+        for name, measures in BENCHMARKS.items():
+            print(f"{name:<8} {measures}")
+        return 0
     restart_with_settings(given.threads)
 
     import torch
