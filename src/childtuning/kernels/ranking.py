@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from childtuning.errors import ConfigError
-from childtuning.kernels.native_ranking import top_entries_native
+from childtuning.kernels.native_ranking import NotNumbersError, top_entries_native
 from childtuning.kernels.places import fits_kernels
 
 _DIGIT_BITS = 16
@@ -54,17 +54,22 @@ def top_entries(scores: Iterable[Tensor], count: int, *, lowest: bool = False) -
     """Find the count largest entries of all tensors together; ties go to the earlier tensor, then the lower index.
 
     Args:
-        scores: float32 or float64 tensors of any shape, without NaN.
+        scores: float32 or float64 tensors of any shape.
         count: how many entries to take in all.
         lowest: find the smallest instead.
     Returns:
         for each tensor the flat indices taken, int32 or int64, increasing, on its device.
+    Raises:
+        NotNumbersError: a score is NaN.
     """
     scores = list(scores)
     if count and fits_kernels(*scores) and all(score.numel() < 2**31 for score in scores):
         taken = top_entries_native(scores, count, lowest=lowest)
         if taken is not None:
             return taken
+    for position, score in enumerate(scores):
+        if score.numel() and bool(score.min().isnan()):
+            raise NotNumbersError(position)
     keys = [_sortable(-score if lowest else score) for score in scores]
     if any(key.dtype == torch.int64 for key in keys) and any(key.dtype == torch.int32 for key in keys):
         raise ConfigError("scores must share one dtype, got float32 and float64. Convert them.")

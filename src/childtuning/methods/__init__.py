@@ -1,15 +1,22 @@
-"""Layer 3: ways to fine-tune, one a file, by name."""
+"""Layer 3: ways to fine-tune, one a file, by name, and their combinations."""
 
-from childtuning.methods import child_d, child_f, child_lowest, child_random, full
-from childtuning.methods.registry import all_methods, find_method, register
+from childtuning.methods.child_d import ChildD
+from childtuning.methods.child_f import ChildF
+from childtuning.methods.child_lowest import ChildLowest
+from childtuning.methods.child_random import ChildRandom
+from childtuning.methods.combination import Combination
+from childtuning.methods.full import Full
+from childtuning.methods.registry import ENTRY_POINTS, all_methods, find_method, register
 
 __all__ = [
+    "ENTRY_POINTS",
+    "ChildD",
+    "ChildF",
+    "ChildLowest",
+    "ChildRandom",
+    "Combination",
+    "Full",
     "all_methods",
-    "child_d",
-    "child_f",
-    "child_lowest",
-    "child_random",
     "find_method",
-    "full",
     "register",
 ]

@@ -1,23 +1,27 @@
-"""The child of lowest Fisher information: the paper's ablation."""
+"""child-lowest: the child of lowest Fisher information, the paper's ablation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from childtuning.config import ChildConfig
 from childtuning.methods.registry import register
+from childtuning.training import Method
 
 
 @register
-class ChildLowest:
+@dataclass(frozen=True)
+class ChildLowest(Method):
     """The share p of lowest Fisher information, and the new head."""
 
     name = "child-lowest"
     summary = "train the entries that matter least to the task (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "the bottom share p by Fisher information, fixed"
+    memory = "about 4n: state, values, indices"
+    part = "child"
     density = 0.3
 
-    def child(self, options: ChildConfig) -> ChildConfig:
-        """Return the child of lowest scores."""
-        return replace(options, variant="task-driven", scores="fisher", lowest=True)
+    def child(self, config: ChildConfig) -> ChildConfig:
+        """Return the child."""
+        return replace(config, variant="task-driven", scores="fisher", lowest=True)

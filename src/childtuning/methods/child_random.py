@@ -1,23 +1,27 @@
-"""A fixed random child: the paper's ablation."""
+"""child-random: a fixed random child, the paper's ablation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from childtuning.config import ChildConfig
 from childtuning.methods.registry import register
+from childtuning.training import Method
 
 
 @register
-class ChildRandom:
+@dataclass(frozen=True)
+class ChildRandom(Method):
     """A share p drawn at random once, and the new head."""
 
     name = "child-random"
     summary = "train a fixed random share (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "a random share p, fixed"
+    memory = "about 4n: state, values, indices"
+    part = "child"
     density = 0.3
 
-    def child(self, options: ChildConfig) -> ChildConfig:
-        """Return the fixed random child."""
-        return replace(options, variant="task-driven", scores="random", lowest=False)
+    def child(self, config: ChildConfig) -> ChildConfig:
+        """Return the child."""
+        return replace(config, variant="task-driven", scores="random", lowest=False)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from childtuning.config import ChildConfig
-from childtuning.errors import ConfigError
 from childtuning.methods.registry import register
+from childtuning.methods.whole import check_whole
+from childtuning.training import Method
 
 
 @register
-class Full:
-    """Every parameter, by the inner optimizer as it is: the child is the network itself."""
+@dataclass(frozen=True)
+class Full(Method):
+    """Every parameter that requires a gradient, by the inner optimizer as it is: the child is the network itself."""
 
     name = "full"
     summary = "train every parameter (vanilla fine-tuning)"
     source = "—"
     trains = "everything"
-    density = 1.0
+    memory = "2n state"
+    part = "child"
 
-    def child(self, options: ChildConfig) -> ChildConfig:
+    def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child that is everything."""
-        if options.density != 1.0:
-            raise ConfigError(
-                f"method 'full' trains everything, got density {options.density:g}. Leave it out."
-            )
-        return replace(options, variant="task-driven", rescale=False)
+        check_whole(self.name, config)
+        return replace(config, variant="task-driven", rescale=False)

@@ -1,40 +1,70 @@
-"""Which methods there are."""
+"""Which methods there are: those of this folder, those that packages declare, and those that a program registers."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from childtuning.errors import ConfigError, did_you_mean
-from childtuning.training import Method
+from childtuning.training import PARTS, Method
 
-_methods: dict[str, Method] = {}
+ENTRY_POINTS = "childtuning.methods"
+_NEEDED = ("name", "summary", "source", "trains", "memory", "part")
+_methods: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=Method)
 
 
 def register(method: type[M]) -> type[M]:
-    """Make a method known by its name; a class decorator.
+    """Make a method known by its name; a class decorator, above ``@dataclass(frozen=True)``.
+
+    A package makes its methods known without being imported first by the entry-point group ``childtuning.methods``.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken or holds a sign that combinations use, or the class does not describe itself.
     """
-    instance = method()
-    if instance.name in _methods:
-        raise ConfigError(f"there is a method {instance.name!r} already. Choose another name.")
-    _methods[instance.name] = instance
+    missing = [name for name in _NEEDED if not hasattr(method, name)]
+    if missing:
+        raise ConfigError(
+            f"method {method.__name__} says nothing of its {missing[0]}. Set the class attribute {missing[0]!r}."
+        )
+    if any(sign in method.name for sign in "+:,= "):
+        raise ConfigError(f"a method's name holds none of '+:,= ', got {method.name!r}. Use letters and '-'.")
+    if method.part not in PARTS:
+        raise ConfigError(f"a method's part is one of {', '.join(PARTS)}, got {method.part!r}. Set another.")
+    known = _methods.get(method.name)
+    if known is not None and (known.__module__, known.__qualname__) != (
+        method.__module__,
+        method.__qualname__,
+    ):
+        raise ConfigError(f"there is a method {method.name!r} already. Choose another name.")
+    fields(method)  # type: ignore[arg-type]  # a TypeError here says that it is no dataclass
+    _methods[method.name] = method
     return method
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> type[Method]:
     """Return the method of this name.
 
     Raises:
         ConfigError: there is none; the nearest is suggested.
     """
+    _load_declared()
     if name not in _methods:
-        raise ConfigError(f"there is no method {name!r}. {did_you_mean(name, _methods)}")
+        raise ConfigError(f"there is no method {name!r}. {did_you_mean(name, sorted(_methods))}")
     return _methods[name]
 
 
-def all_methods() -> list[Method]:
+def all_methods() -> list[type[Method]]:
     """Return every registered method, by name."""
+    _load_declared()
     return [_methods[name] for name in sorted(_methods)]
+
+
+@cache
+def _load_declared() -> None:
+    for entry in entry_points(group=ENTRY_POINTS):
+        declared = entry.load()
+        if isinstance(declared, type) and issubclass(declared, Method):
+            register(declared)

@@ -10,7 +10,6 @@ from torch import Tensor
 from childtuning.child import Child
 from childtuning.errors import ParameterError
 from childtuning.granularity import Granularity
-from childtuning.kernels import fits_kernels
 from childtuning.patterns import as_patterns, match_names, matches
 from childtuning.ranked_parts import Scope, Share, not_numbers, top_parts
 
@@ -75,16 +74,15 @@ def check_scores(scores: Mapping[str, Tensor], *, ranks_entries: bool = False) -
 
     Args:
         scores: by parameter name.
-        ranks_entries: whether ``top_entries`` comes next, which looks for NaN itself where it can do so at no cost.
+        ranks_entries: whether ``top_entries`` comes next, which looks for NaN itself.
     Raises:
         ParameterError: there are no scores, or some are not numbers.
     """
     if not scores:
         raise ParameterError("there are no scores to select from. Check the eligible and always patterns.")
-    by_kernel = ranks_entries and fits_kernels(*scores.values())  # which finds NaN on the way
     checked: dict[str, Tensor] = {}
     for name, score in scores.items():
-        if not by_kernel and score.numel() and bool(score.min().isnan()):
+        if not ranks_entries and score.numel() and bool(score.min().isnan()):
             raise not_numbers(name)
         checked[name] = score.detach() if score.dtype == torch.float64 else score.detach().float()
     return checked

@@ -7,20 +7,29 @@ from childtuning.training.child_choice import (
     output_axes,
     task_head,
 )
-from childtuning.training.method import Method
+from childtuning.training.layers import Layers, find_layers
+from childtuning.training.method import PARTS, LossStep, Method, Prepared, logits_of
+from childtuning.training.method_state import MethodCallback
 from childtuning.training.models import LoadedModel, load_classifier, packaged_model
 from childtuning.training.precision import has_fast_bf16
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
     "ChildTrainer",
+    "Layers",
     "LoadedModel",
+    "LossStep",
     "Method",
+    "MethodCallback",
+    "PARTS",
+    "Prepared",
     "choose_child",
+    "find_layers",
     "fisher_sample",
     "fisher_scores",
     "has_fast_bf16",
     "load_classifier",
+    "logits_of",
     "output_axes",
     "packaged_model",
     "task_head",

@@ -1,42 +1,164 @@
-"""What a fine-tuning method decides; the methods themselves are registered one layer up."""
+"""What a way to fine-tune may change about a training; the ways themselves are registered one layer up."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from childtuning.config import ChildConfig
 
+if TYPE_CHECKING:
+    from childtuning.training.method_state import MethodCallback
+    from childtuning.training.trainer import ChildTrainer
 
-class Method(Protocol):
-    """One way to fine-tune: it says which child of the network is trained.
+Part = Literal["start", "modules", "child", "loss", "update"]
+PARTS: tuple[Part, ...] = ("start", "modules", "child", "loss", "update")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model as a method will train it.
 
     Attributes:
+        model: the pretrained model with its head, and whatever methods added.
+        always: names of the parameters that are trained whole beside the child: the new head, and what methods made
+            anew.
+        eligible: names of the parameters that a child is chosen from; ``None``: all others that require a gradient.
+    """
+
+    model: nn.Module
+    always: tuple[str, ...]
+    eligible: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LossStep:
+    """One forward pass of the training, for methods that add to its loss.
+
+    Attributes:
+        model: as the trainer calls it.
+        inputs: what it was called with, labels among them where the batch has them.
+        outputs: what it returned.
+        weight: the share of the batch in an accumulated gradient's mean where the trainer does not divide by the
+            number of batches itself; else 1. A term that is a mean over the batch is multiplied by it.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    outputs: Any
+    weight: float = 1.0
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits."""
+        return logits_of(self.outputs)
+
+    def forward(self) -> Tensor:
+        """Return the logits of another pass over the same inputs, with fresh dropout."""
+        return logits_of(self.model(**{key: value for key, value in self.inputs.items() if key != "labels"}))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits of what a model returned: a field, a key, or the first of a tuple behind the loss."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        return outputs["logits"]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return next(entry for entry in outputs if isinstance(entry, Tensor) and entry.ndim > 0)
+
+
+class Method:
+    """One way to fine-tune, or one ingredient of a combination.
+
+    A subclass is a frozen dataclass: its fields are the method's hyperparameters, the first of them is what stands
+    behind the colon in ``name:value``. Every hook below does nothing unless it is overridden, so that methods compose.
+
+    Class attributes:
         name: the word a user types.
         summary: one line for listings.
         source: the paper it comes from.
         trains: what is trained, in a few words.
-        density: the density it has when the user names none.
+        memory: what it holds beside the model, in a few words; n is the number of trained entries.
+        part: what it decides: the ``child`` (which parameters are trained), added ``modules`` (the pretrained network
+            is frozen), the ``start`` (weights or layers before training), a term of the ``loss``, or the ``update``.
+        density: p where the user names none.
+        chooses: it says itself what a child is chosen from, so that ``eligible`` patterns have no place.
+        whole_gradients: it reads every trained parameter's gradient after the backward pass, so that gradients are
+            neither released nor formed for rows alone.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    trains: ClassVar[str]
+    memory: ClassVar[str]
+    part: ClassVar[Part]
+    density: ClassVar[float] = 1.0
+    chooses: ClassVar[bool] = False
+    whole_gradients: ClassVar[bool] = False
 
-    @property
-    def summary(self) -> str: ...
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def trains(self) -> str: ...
-
-    @property
-    def density(self) -> float: ...
-
-    def child(self, options: ChildConfig) -> ChildConfig:
+    def child(self, config: ChildConfig) -> ChildConfig:
         """Return what is trained, given the user's options.
 
         Raises:
             ConfigError: an option that this method does not take.
         """
-        ...
+        return config
+
+    def prepare(self, prepared: Prepared) -> Prepared:
+        """Change the model before anything is chosen or trained; also when a finished run is opened again.
+
+        It may use torch's random numbers, and must add the same parameters in the same order every time.
+
+        Raises:
+            ModelError: the method does not apply to this model; the message says why.
+        """
+        return prepared
+
+    def begin(self, model: nn.Module, always: tuple[str, ...]) -> None:
+        """Change the model for the time of training; it still holds the values that training starts from."""
+
+    def end(self, model: nn.Module) -> None:
+        """Undo ``begin``."""
+
+    def loss(self, loss: Tensor, step: LossStep) -> Tensor:
+        """Return the loss with this method's term."""
+        return loss
+
+    def inner(
+        self, inner: type[Optimizer], options: dict[str, Any]
+    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        """Return the inner optimizer's class and options."""
+        return inner, options
+
+    def group_options(
+        self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Return optimizer options by parameter name, where they differ from the inner optimizer's ``options``."""
+        return {}
+
+    def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:
+        """Run forward and backward pass of one batch, by calling ``step`` once or more; return the loss."""
+        return step()
+
+    def callback(self, trainer: ChildTrainer) -> MethodCallback | None:
+        """Return what is told of the training's events, and has a state that checkpoints keep."""
+        return None
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what others need to use the result in a format of their own, beside the delta."""
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return the tuned model in the base model's own architecture.
+
+        Raises:
+            ModelError: what was added cannot be folded into it.
+        """
+        return model

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +14,11 @@ from transformers.trainer_utils import TrainOutput
 
 from childtuning.child import Child
 from childtuning.config import ChildConfig
-from childtuning.delta import Delta
-from childtuning.errors import ConfigError, DeltaError
+from childtuning.errors import ConfigError
 from childtuning.optim import ChildOptimizer
+from childtuning.patterns import canonical_names
 from childtuning.task_free import TaskFree
+from childtuning.training.checkpoint_files import CheckpointFiles
 from childtuning.training.child_choice import (
     Progress,
     choose_child,
@@ -27,11 +26,9 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
+from childtuning.training.method import LossStep, Method
 from childtuning.training.progress_bar import fisher_bar
-from childtuning.training.random_streams import random_state, set_random_state
-from childtuning.training.state_files import load_state, save_state
 
-CHILD_FILE, CHOICE_FILE = "child.safetensors", "child.json"
 _COUNTS_ITEMS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")  # their losses do
 
 
@@ -42,7 +39,7 @@ class _ForgetGradients(TrainerCallback):
         kwargs["optimizer"].zero_grad()
 
 
-class ChildTrainer(Trainer):
+class ChildTrainer(CheckpointFiles, Trainer):
     """A ``transformers.Trainer`` that trains a child network; ``child=`` is the one argument more.
 
     The child is chosen when training starts, from the training set, before anything random is drawn; the pass
@@ -57,6 +54,8 @@ class ChildTrainer(Trainer):
         always: parameter names or patterns trained whole beside the child where the configuration names none;
             ``None``: the model's task head (``task_head``).
         scores: ready scores by parameter name, in place of a Fisher pass.
+        methods: what else is done beside training a child: terms of the loss, changes of the update. What they
+            ``prepare`` has been done to the model.
         train_batches: a batch sampler for the training set (with ``set_epoch`` if its order changes by epoch).
         base_name: the base model's name, written into deltas.
         progress: of the Fisher pass: ``None`` follows ``disable_tqdm``; else as for ``fisher_information``.
@@ -71,6 +70,7 @@ class ChildTrainer(Trainer):
         child: ChildConfig | Child | TaskFree,
         always: Iterable[str] | None = None,
         scores: dict[str, Tensor] | None = None,
+        methods: Sequence[Method] = (),
         train_batches: Sampler[list[int]] | None = None,
         base_name: str | None = None,
         progress: bool | Progress | None = None,
@@ -92,6 +92,12 @@ class ChildTrainer(Trainer):
         self.add_callback(_ForgetGradients())
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
+        self.methods = tuple(methods)
+        self._method_callbacks = [
+            callback for m in self.methods if (callback := m.callback(self)) is not None
+        ]
+        for callback in self._method_callbacks:
+            self.add_callback(callback)
         self.train_batches = train_batches
         self._always = tuple(always) if always is not None else None
         self._scores = scores
@@ -107,18 +113,24 @@ class ChildTrainer(Trainer):
         assert isinstance(model, nn.Module)
         return model
 
+    @property
+    def always(self) -> tuple[str, ...]:
+        """Names or patterns of what is trained whole beside the child, unless its configuration names others."""
+        if self.child_config is not None and self.child_config.always is not None:
+            return self.child_config.always
+        return self._always if self._always is not None else task_head(self.bare_model)
+
     def select(self) -> Child | TaskFree:
         """Return the child, choosing it now if that has not been done."""
         if self.child is None:
             assert self.child_config is not None
-            always = self._always if self._always is not None else task_head(self.bare_model)
             progress = not self.args.disable_tqdm if self._progress is None else self._progress
             with fisher_bar() as bar:
                 self.child = choose_child(
                     self.child_config,
                     self.bare_model,
                     self._fisher_batches,
-                    always=always,
+                    always=self.always,
                     scores=self._scores,
                     progress=False
                     if not self.is_world_process_zero()
@@ -161,30 +173,25 @@ class ChildTrainer(Trainer):
         if self.optimizer is None:
             module = self.bare_model if model is None else model
             child = self.select()
-            decayed = set(self.get_decay_parameter_names(module))
-            named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
-            groups = [
-                {
-                    "params": [pair for pair in named if pair[0] in decayed],
-                    "weight_decay": self.args.weight_decay,
-                },
-                {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
-            ]
             inner, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
+            groups = self._groups(module, options)
+            for method in self.methods:
+                inner, options = method.inner(inner, options)
             config = self.child_config
             preset = config.preset if config else None
             if preset == "official":
                 inner = None
                 options = {key: value for key, value in options.items() if key in ("lr", "betas", "eps")}
             one_process = self.args.world_size == 1 and self.args.n_gpu <= 1
-            may_release = one_process and preset is None
+            whole_gradients = any(method.whole_gradients for method in self.methods)
+            may_release = one_process and preset is None and not whole_gradients
             wanted = config.release_gradients if config else None
             release = may_release and isinstance(child, Child) if wanted is None else wanted
             structured = may_release and wanted is not False and saves_computation(child)
             if isinstance(child, TaskFree) and self.args.fp16:
                 structured = False  # a GradScaler sees the parameters' own gradients alone
             self.optimizer = ChildOptimizer(
-                [group for group in groups if group["params"]],
+                groups,
                 child,
                 inner,
                 rescale=config.rescale if config else None,
@@ -195,15 +202,77 @@ class ChildTrainer(Trainer):
             )
         return self.optimizer
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _groups(self, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parameters by what the optimizer does to them: weight decay, and what methods ask for."""
+        decayed = set(self.get_decay_parameter_names(model))
+        named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        own: dict[str, dict[str, Any]] = {
+            name: {"weight_decay": self.args.weight_decay if name in decayed else 0.0} for name in named
+        }
+        plain = dict(zip(canonical_names(named), named, strict=True))
+        for method in self.methods:
+            asked = method.group_options(model, self.always, options)
+            for name, extra in asked.items():
+                if plain.get(name) is not None:
+                    own[plain[name]] |= extra
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, parameter in named.items():
+            group = groups.setdefault(tuple(sorted(own[name].items())), {**own[name], "params": []})
+            group["params"].append((name, parameter))
+        return list(groups.values())
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as ``transformers.Trainer`` does; afterwards the model's layers are its own again."""
+        if self.methods and not resume_from_checkpoint:
+            self.select()
         if self.optimizer is not None:
             self.child_optimizer.attach()
+        begun: list[Method] = []
         try:
-            return super().train(*args, **kwargs)
+            for method in self.methods:
+                begun.append(method)
+                method.begin(self.bare_model, self.always)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            for method in reversed(begun):
+                method.end(self.bare_model)
             if self.optimizer is not None:
                 self.child_optimizer.remove()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of one batch, as often as the methods want it."""
+
+        def step() -> Tensor:
+            return Trainer.training_step(self, model, dict(inputs), num_items_in_batch)  # type: ignore[arg-type]
+
+        for method in self.methods:
+            step = partial(method.training_step, self, step)
+        return step()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss, with the methods' terms while training."""
+        given = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[arg-type]
+        if model.training and self.methods:
+            step = LossStep(model, given, outputs, self._weight(given, num_items_in_batch))
+            for method in self.methods:
+                loss = method.loss(loss, step)
+        return (loss, outputs) if return_outputs else loss
+
+    def _weight(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> float:
+        """The share of a batch's mean in the gradient that accumulates, where the model divides by items itself."""
+        labels = inputs.get("labels")
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or labels is None:
+            return 1.0
+        return float((labels[..., 1:] != -100).sum() / num_items_in_batch)
 
     @property
     def child_optimizer(self) -> ChildOptimizer:
@@ -236,83 +305,3 @@ class ChildTrainer(Trainer):
                 pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             )
         )
-
-    # What is saved
-
-    def delta(self) -> Delta:
-        """Return the trained values, as they are now."""
-        child = self.select()
-        if self.child_config is not None and self.child_config.preset == "official":
-            child = TaskFree(1.0)  # decay moves every parameter there
-        return Delta.capture(self.bare_model, child, base=self._base_name)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        if not self.args.should_save:
-            return
-        self.delta().save(folder)
-        if isinstance(self.child, Child):
-            self.child.save(folder / CHILD_FILE)
-        (folder / CHOICE_FILE).write_text(json.dumps(self._choice()), encoding="utf-8")
-        config = getattr(self.model, "config", None)
-        if config is not None and hasattr(config, "save_pretrained"):
-            config.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _choice(self) -> dict[str, Any]:
-        """Say what was asked for, so that another child is not resumed by mistake."""
-        if self.child_config is not None:
-            return self.child_config.to_dict()
-        return {"child": self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)}
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())
-            save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.args.should_save and self.accelerator.scaler is not None:
-            save_state(Path(output_dir) / "scaler.safetensors", self.accelerator.scaler.state_dict())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        os.makedirs(output_dir, exist_ok=True)
-        save_state(self._random_file(output_dir), random_state())
-
-    def _random_file(self, folder: str) -> Path:
-        return Path(folder) / f"random-{self.args.process_index}.safetensors"
-
-    # What is loaded
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if not (folder / "delta.json").is_file():
-            raise DeltaError(
-                f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another."
-            )
-        choice = folder / CHOICE_FILE
-        if choice.is_file() and json.loads(choice.read_text(encoding="utf-8")) != self._choice():
-            raise ConfigError(
-                f"{folder} was trained with another child than this trainer's. Resume with the same one."
-            )
-        Delta.load(folder).apply_(self.bare_model if model is None else model)
-        if (folder / CHILD_FILE).is_file():
-            self.child = Child.load(folder / CHILD_FILE)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        Delta.load(self.state.best_model_checkpoint).apply_(self.bare_model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        path = Path(checkpoint or "") / "scaler.safetensors"
-        if checkpoint is not None and self.accelerator.scaler is not None and path.is_file():
-            self.accelerator.scaler.load_state_dict(load_state(path))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._random_file(checkpoint).is_file():
-            set_random_state(load_state(self._random_file(checkpoint)))

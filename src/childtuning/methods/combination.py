@@ -1,0 +1,149 @@
+"""Methods joined by ``+``: what a user types, read and checked, and what it makes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from childtuning.config import ChildConfig
+from childtuning.errors import ConfigError, did_you_mean
+from childtuning.methods.compatibility import refusal
+from childtuning.methods.full import Full
+from childtuning.methods.registry import find_method
+from childtuning.training import PARTS, Method, Prepared
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One or several methods that are used together.
+
+    Args:
+        methods: in the order in which they act: what changes the start first, the update last.
+    Raises:
+        ConfigError: two of them do not go together; the message says why.
+    """
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        given = tuple(sorted(self.methods, key=lambda method: PARTS.index(method.part)))
+        object.__setattr__(self, "methods", given)
+        for index, first in enumerate(given):
+            for second in given[index + 1 :]:
+                reason = refusal(type(first), type(second))
+                if reason:
+                    raise ConfigError(
+                        f"methods {first.name!r} and {second.name!r} do not go together: {reason}. "
+                        "Leave one of them out."
+                    )
+
+    @classmethod
+    def parse(cls, text: str) -> Combination:
+        """Read ``name``, ``name:value``, ``name:key=value,key=value``, and several of these joined by ``+``.
+
+        Raises:
+            ConfigError: an unknown method or option, a value out of range, or methods that do not go together.
+
+        Example:
+            >>> [method.name for method in Combination.parse("child-d").methods]
+            ['child-d']
+        """
+        words = [word.strip() for word in text.split("+")]
+        if not all(words):
+            raise ConfigError(f"method {text!r} has an empty part. Write for example child-d+r3f.")
+        return cls(tuple(_parse_one(word) for word in words))
+
+    @property
+    def density(self) -> float:
+        """The density where the user names none."""
+        return next((method.density for method in self.methods if method.part == "child"), 1.0)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a method settles what a child is chosen from."""
+        return any(method.chooses for method in self.methods)
+
+    def child(self, config: ChildConfig) -> ChildConfig:
+        """Return what is trained, given the user's options.
+
+        Raises:
+            ConfigError: options that a method does not take.
+        """
+        if self.chooses and config.eligible is not None:
+            name = next(method.name for method in self.methods if method.chooses)
+            raise ConfigError(f"method {name!r} settles itself what is trained. Leave out eligible.")
+        children = [method for method in self.methods if method.part == "child"]
+        if not children and config.density != 1.0:
+            raise ConfigError(
+                f"nothing in {'+'.join(method.name for method in self.methods)!r} chooses a child, "
+                f"got density {config.density:g}. Leave it out, or add child-d or child-f."
+            )
+        for method in children or [Full()]:
+            config = method.child(config)
+        return config
+
+    def prepare(self, model: nn.Module, always: Iterable[str]) -> Prepared:
+        """Change a pretrained model as the methods do before training.
+
+        Args:
+            model: with a new head.
+            always: names of the head's parameters, which are trained whole.
+        Raises:
+            ModelError: a method does not apply to this model.
+        """
+        prepared = Prepared(model, tuple(always))
+        for method in self.methods:
+            prepared = method.prepare(prepared)
+        return prepared
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return a tuned model in the base model's own architecture.
+
+        Raises:
+            ModelError: what was added cannot be folded into it.
+        """
+        for method in reversed(self.methods):
+            model = method.merge(model)
+        return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what the methods leave beside the delta."""
+        for method in self.methods:
+            method.save(model, folder)
+
+
+def _parse_one(word: str) -> Method:
+    name, colon, given = word.partition(":")
+    method = find_method(name.strip())
+    types = {field.name: str(field.type) for field in fields(method)}  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
+    for position, piece in enumerate(given.split(",") if colon else ()):
+        key, equals, value = piece.partition("=")
+        if not equals:
+            if position or not types:
+                takes = f"It takes {', '.join(types)}." if types else "It takes none."
+                raise ConfigError(f"method {name!r} got {piece!r} without an option's name. {takes}")
+            key, value = next(iter(types)), piece
+        key = key.strip().replace("-", "_")
+        if key not in types:
+            raise ConfigError(f"method {name!r} has no option {key!r}. {did_you_mean(key, types)}")
+        if key in options:
+            raise ConfigError(f"method {name!r} got {key!r} twice. Pass it once.")
+        options[key] = _typed(name, key, value.strip(), types[key])
+    return method(**options)
+
+
+def _typed(method: str, key: str, value: str, kind: str) -> Any:
+    try:
+        if kind == "bool":
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value]
+        if kind in ("int", "float"):
+            return {"int": int, "float": float}[kind](value)
+    except (ValueError, KeyError):
+        words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        raise ConfigError(f"{key} of method {method!r} must be {words[kind]}, got {value!r}.") from None
+    return value

@@ -1,0 +1,132 @@
+"""The files of a ChildTrainer's checkpoints: a delta, the child, and compact state, as safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from childtuning.child import Child
+from childtuning.config import ChildConfig
+from childtuning.delta import Delta
+from childtuning.errors import ConfigError, DeltaError
+from childtuning.task_free import TaskFree
+from childtuning.training.method_state import MethodCallback
+from childtuning.training.random_streams import random_state, set_random_state
+from childtuning.training.state_files import load_state, save_state
+
+CHILD_FILE, CHOICE_FILE, METHODS_FILE = "child.safetensors", "child.json", "methods.safetensors"
+
+
+class CheckpointFiles:
+    """What ``ChildTrainer`` writes where ``transformers.Trainer`` would pickle, and how it goes on from there."""
+
+    child: Child | TaskFree | None
+    child_config: ChildConfig | None
+    _base_name: str | None
+    _method_callbacks: Sequence[MethodCallback]
+
+    if TYPE_CHECKING:  # of ChildTrainer and Trainer
+        args: Any
+        model: Any
+        state: Any
+        accelerator: Any
+        optimizer: Any
+        lr_scheduler: Any
+        processing_class: Any
+
+        @property
+        def bare_model(self) -> nn.Module: ...
+
+        def select(self) -> Child | TaskFree: ...
+
+    # What is saved
+
+    def delta(self) -> Delta:
+        """Return the trained values, as they are now."""
+        child = self.select()
+        if self.child_config is not None and self.child_config.preset == "official":
+            child = TaskFree(1.0)  # decay moves every parameter there
+        return Delta.capture(self.bare_model, child, base=self._base_name)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if not self.args.should_save:
+            return
+        self.delta().save(folder)
+        if isinstance(self.child, Child):
+            self.child.save(folder / CHILD_FILE)
+        (folder / CHOICE_FILE).write_text(json.dumps(self._choice()), encoding="utf-8")
+        config = getattr(self.model, "config", None)
+        if config is not None and hasattr(config, "save_pretrained"):
+            config.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _choice(self) -> dict[str, Any]:
+        """Say what was asked for, so that another child is not resumed by mistake."""
+        if self.child_config is not None:
+            return self.child_config.to_dict()
+        return {"child": self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())
+            save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
+            if self._method_callbacks:
+                states = {str(i): callback.state_dict() for i, callback in enumerate(self._method_callbacks)}
+                save_state(Path(output_dir) / METHODS_FILE, states)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.args.should_save and self.accelerator.scaler is not None:
+            save_state(Path(output_dir) / "scaler.safetensors", self.accelerator.scaler.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        save_state(self._random_file(output_dir), random_state())
+
+    def _random_file(self, folder: str) -> Path:
+        return Path(folder) / f"random-{self.args.process_index}.safetensors"
+
+    # What is loaded
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / "delta.json").is_file():
+            raise DeltaError(
+                f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another."
+            )
+        choice = folder / CHOICE_FILE
+        if choice.is_file() and json.loads(choice.read_text(encoding="utf-8")) != self._choice():
+            raise ConfigError(
+                f"{folder} was trained with another child than this trainer's. Resume with the same one."
+            )
+        Delta.load(folder).apply_(self.bare_model if model is None else model)
+        if (folder / CHILD_FILE).is_file():
+            self.child = Child.load(folder / CHILD_FILE)
+        if self._method_callbacks:
+            states = load_state(folder / METHODS_FILE)
+            for position, callback in enumerate(self._method_callbacks):
+                callback.load_state_dict(states[str(position)])
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        Delta.load(self.state.best_model_checkpoint).apply_(self.bare_model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        path = Path(checkpoint or "") / "scaler.safetensors"
+        if checkpoint is not None and self.accelerator.scaler is not None and path.is_file():
+            self.accelerator.scaler.load_state_dict(load_state(path))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._random_file(checkpoint).is_file():
+            set_random_state(load_state(self._random_file(checkpoint)))
