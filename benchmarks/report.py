@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import transfer_tables
 from costs import costs, floors, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,10 @@ def main() -> int:
     pages = {
         ROOT / "README.md": {"results": section(), "costs": costs(folder, short=True)},
         ROOT / "docs" / "performance.md": {"costs": costs(folder), "floors": floors(folder)},
+        ROOT / "docs" / "transfer.md": {
+            "cnn": transfer_tables.cnn(folder),
+            "decoder": transfer_tables.decoder(folder),
+        },
     }
     outdated = []
     for path, contents in pages.items():

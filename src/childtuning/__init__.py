@@ -5,7 +5,7 @@ from childtuning.config import ChildConfig
 from childtuning.delta import Delta
 from childtuning.fisher import fisher_information
 from childtuning.optim import ChildOptimizer
-from childtuning.selection import magnitude_scores, random_child, select_child
+from childtuning.selection import density_for_mass, magnitude_scores, random_child, select_child
 from childtuning.task_free import TaskFree
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ChildOptimizer",
     "Delta",
     "TaskFree",
+    "density_for_mass",
     "fisher_information",
     "magnitude_scores",
     "random_child",

@@ -37,7 +37,9 @@ class ChildConfig:
 
     Args:
         variant: ``task-driven`` (fixed, chosen by scores: D) or ``task-free`` (a fresh random mask a step: F).
-        density: p, the share of the eligible entries, in (0, 1].
+        density: p, the share of the eligible entries, in (0, 1]; ``auto``: the smallest that holds the share ``mass``
+            of the scores' total.
+        mass: for ``density="auto"``, in (0, 1].
         granularity: what is chosen as one unit: ``element``, ``row``, ``block``, ``parameter``.
         scope: rank all parameters together (``global``) or give each its share (``parameter``).
         scores: what ranks the entries: ``fisher``, or for ablation ``magnitude`` or ``random``.
@@ -57,7 +59,8 @@ class ChildConfig:
     """
 
     variant: Literal["task-driven", "task-free"] = "task-driven"
-    density: float = 0.3
+    density: float | Literal["auto"] = 0.3
+    mass: float = 0.9
     granularity: Literal["element", "row", "block", "parameter"] = "element"
     scope: Literal["global", "parameter"] = "global"
     scores: Literal["fisher", "magnitude", "random"] = "fisher"
@@ -76,7 +79,10 @@ class ChildConfig:
         for name in ("eligible", "always"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_patterns(getattr(self, name)))
-        faults = [fault for fault in (density_fault(self.density),) if fault]
+        fault = None if self.density == "auto" else density_fault(self.density)
+        faults = [fault] if fault else []
+        if not 0 < self.mass <= 1:
+            faults.append(f"mass must be a share in (0, 1], got {self.mass}. Pass for example mass=0.9.")
         for name, known in _CHOICES.items():
             got = getattr(self, name)
             if got not in known:
@@ -88,6 +94,17 @@ class ChildConfig:
             faults.append(
                 f"fisher_examples must be at least 1, got {self.fisher_examples}. Leave it out for all."
             )
+        if self.density == "auto":
+            needs = {
+                "variant='task-driven'": self.variant == "task-driven",
+                "scope='global'": self.scope == "global",
+                "scores other than random ones": self.scores != "random",
+                "no preset": self.preset is None,
+                "the highest scores": not self.lowest,
+            }
+            faults += [
+                f"density='auto' needs {need}. Pass a number." for need, holds in needs.items() if not holds
+            ]
         if self.variant == "task-free" and self.scope == "parameter":
             faults.append("scope='parameter' has no meaning for a task-free child. Leave it out.")
         if self.release_gradients and (self.variant == "task-free" or self.preset):

@@ -245,7 +245,7 @@ def test_predict_wants_one_kind_of_input(childtuning, finished, sentiment, tmp_p
 def test_an_unexpected_failure_is_one_line_and_code_1(childtuning, finished, monkeypatch) -> None:
     from childtuning.experiments import RunFolder
 
-    def broken(self, examples):
+    def broken(self, examples, options):
         raise ZeroDivisionError("boom")
 
     monkeypatch.setattr(RunFolder, "predict", broken)

@@ -258,6 +258,7 @@ def test_what_cannot_be_released_is_refused() -> None:
     opt = ChildOptimizer(net.named_parameters(), child, release_gradients=True)
     with pytest.raises(ParameterError, match="cannot be copied"):
         copy.deepcopy(opt)
+    opt.remove()
     structured = random_child(net, 0.3, granularity="row")
     first = ChildOptimizer(net.named_parameters(), structured, model=net)
     with pytest.raises(ParameterError, match="remove"):

@@ -112,7 +112,7 @@ def test_numeric_gradients(name: str, kind: str) -> None:
         trained.leaf = values
         weight = start.clone()
         weight.view(-1)[part.indices()] = values.detach()
-        layer.weight = nn.Parameter(weight)
+        layer.weight = trained.weight = nn.Parameter(weight)
         return layer(*inputs or (x,))
 
     values = start.view(-1)[part.indices()].requires_grad_()

@@ -171,3 +171,21 @@ def test_train_limit(tmp_path):
     path = write_labels(tmp_path / "a.jsonl", ["x", "y"] * 20)
     task = task_from_files(path, path, train_limit=10, seed=1)
     assert len(task.train) == 10 and len(task.dev) == 40
+
+
+def test_the_kind_can_be_forced(tmp_path):
+    path = write_labels(tmp_path / "a.jsonl", [0.5, 1, 2])
+    assert task_from_files(path, path, kind="classification").label_names == ("0.5", "1", "2")
+    assert task_from_files(write_labels(path, [0, 1]), path, kind="regression").kind == "regression"
+    with pytest.raises(ConfigError, match="labels of the type 'class', got label_type 'number'"):
+        task_from_files(path, path, kind="classification", label_type="number")
+    with pytest.raises(DataError, match="got 'regresion'. Did you mean 'regression'"):
+        task_from_files(path, path, kind="regresion")
+
+
+def test_a_file_of_two_kinds_asks_which(tmp_path):
+    row = {"tokens": ["a", "b"], "tags": ["X", "Y"], "prompt": "a", "response": "b"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ConfigError, match="--task-kind"):
+        task_from_files(path, path)
+    assert task_from_files(path, path, kind="causal-lm").kind == "causal-lm"

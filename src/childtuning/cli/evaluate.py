@@ -15,7 +15,7 @@ NAME = "evaluate"
 
 def run(
     run_dir: o.RunDir,
-    eval: Annotated[Path, typer.Option("--eval", help="File of labelled examples.")],
+    eval: Annotated[Path, typer.Option("--eval", help="File or folder of labelled examples.")],
     as_json: o.AsJson = False,
 ) -> None:
     """Measure a run's model on labelled examples.
@@ -26,7 +26,7 @@ def run(
     """
     from childtuning.experiments import RunFolder
 
-    opened = RunFolder(run_dir, progress=is_terminal())
+    opened = RunFolder(run_dir, progress=is_terminal(), tell=tell)
     examples = opened.read_input(eval, labelled=True)
     if examples.num_empty:
         tell(f"{examples.num_empty} rows have empty text")

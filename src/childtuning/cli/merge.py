@@ -31,14 +31,14 @@ def run(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
     opened = RunFolder(run_dir)
-    model, tokenizer = opened.merged(), opened.tokenizer()
+    model, processor = opened.merged(), opened.processor()
     if not is_terminal():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    processor.save_pretrained(output)
     if as_json:
         print_json({"run": str(run_dir), "output": str(output)})
     else:
-        print(f"AutoModelForSequenceClassification.from_pretrained({str(output)!r})")
+        print(f"{opened.kind.auto_model}.from_pretrained({str(output)!r})")

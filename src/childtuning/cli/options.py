@@ -19,21 +19,45 @@ _data, _model, _child, _training = "Data", "Model", "Child", "Training"
 Task = Annotated[
     str | None, _option(_data, "A task by name: a GLUE name, a folder of --data-dir, or docstrings.")
 ]
-TrainFile = Annotated[
-    str | None, _option(_data, "Training examples: csv, tsv, jsonl or parquet, each also .gz.", "--train")
+TaskKind = Annotated[
+    str | None,
+    _option(
+        _data,
+        "classification, regression, token-classification, causal-lm or image-classification.  "
+        "\\[as the training file looks]",
+    ),
 ]
-EvalFile = Annotated[str | None, _option(_data, "Examples to measure on, of the same columns.", "--eval")]
-Text = Annotated[str | None, _option(_data, "Column of the text; guessed when left out.")]
+TrainFile = Annotated[
+    str | None,
+    _option(
+        _data,
+        "Training examples: csv, tsv, jsonl, parquet, conll or txt, each also .gz; "
+        "or images: a folder, npz or idx.",
+        "--train",
+    ),
+]
+EvalFile = Annotated[str | None, _option(_data, "Examples to measure on, in the same form.", "--eval")]
+Text = Annotated[str | None, _option(_data, "Column of the text, tokens or prompt; guessed when left out.")]
 TextPair = Annotated[str | None, _option(_data, "Column of the second text, for pairs.")]
-Label = Annotated[str | None, _option(_data, "Column of the label.  \\[label]")]
+Label = Annotated[
+    str | None, _option(_data, "Column of the label, tags or response.  \\[label, tags, response]")
+]
 LabelType = Annotated[str | None, _option(_data, "class, number, or auto.  \\[auto]")]
 DataDir = Annotated[
-    str | None, _option(_data, "Folder that holds TASK/{train,dev}.jsonl.gz; asked before the hub.")
+    str | None, _option(_data, "Folder that holds TASK/ with both splits; asked before the hub.")
 ]
 TrainLimit = Annotated[int | None, _option(_data, "Use this many training examples at most.")]
 Model = Annotated[str | None, _option(_model, "Model folder or hub name.  \\[packaged all-MiniLM-L6-v2]")]
+InitFrom = Annotated[
+    str | None, _option(_model, "Start from this run's tuned network, or this model folder, with a new head.")
+]
 Method = Annotated[str | None, _option(_child, "See `childtuning methods`.  \\[child-d]")]
-Density = Annotated[float | None, _option(_child, "Share of the entries in the child, in (0, 1].")]
+Density = Annotated[
+    str | None, _option(_child, "Share of the entries in the child, in (0, 1]; auto: what --mass needs.")
+]
+Mass = Annotated[
+    float | None, _option(_child, "With --density auto: share of the scores to hold, in (0, 1].  \\[0.9]")
+]
 Granularity = Annotated[
     str | None, _option(_child, "What is chosen as one: element, row, block or parameter.  \\[element]")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,14 +18,17 @@ NAME = "predict"
 def run(
     run_dir: o.RunDir,
     input: Annotated[
-        Path | None, typer.Option(help="File of examples: csv, tsv, jsonl or parquet, each also .gz.")
+        Path | None, typer.Option(help="File or folder of examples, of what types `train` reads.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="One text to label, in place of a file.")] = None,
+    text: Annotated[str | None, typer.Option(help="One text or prompt, in place of a file.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Its second text, for runs on pairs.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="The most tokens of a response, where the run's model writes one.", min=1)
+    ] = 64,
     output: Annotated[Path | None, typer.Option(help="Write predictions here as JSON Lines.")] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Label new examples with a run's model, rebuilt from the base and the delta.
+    """Answer new examples with a run's model, rebuilt from the base and the delta.
 
     Example:
 
@@ -34,7 +37,7 @@ def run(
         childtuning predict runs/mine --text "What a lovely day."
     """
     from childtuning.experiments import RunFolder
-    from childtuning.tasks import Examples
+    from childtuning.tasks import Answers
 
     output = output.expanduser() if output is not None else None
     if output is not None and not output.parent.is_dir():
@@ -49,21 +52,15 @@ def run(
         )
     if output is not None and output.exists():
         raise ConfigError(f"output file {str(output)!r} exists already. Pass another.")
-    opened = RunFolder(run_dir, progress=is_terminal())
+    opened = RunFolder(run_dir, progress=is_terminal(), tell=tell)
     if text is not None:
-        examples = Examples([text], None if text_pair is None else [text_pair], None)
+        examples = opened.kind.of_text(text, text_pair)
     else:
         assert input is not None
         examples = opened.read_input(input, labelled=False)
     if examples.num_empty:
         tell(f"{examples.num_empty} rows have empty text")
-    predicted = opened.predict(examples)
-    rows: list[dict[str, Any]] = []
-    for index, label in enumerate(predicted.labels):
-        row: dict[str, Any] = {"prediction": label}
-        if predicted.confidences is not None:
-            row["confidence"] = predicted.confidences[index]
-        rows.append({**row, "logits": predicted.logits[index].tolist()})
+    rows = opened.predict(examples, Answers(max_new_tokens))
     if output is not None:
         output.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
@@ -72,10 +69,5 @@ def run(
     if as_json:
         print_json({"run": str(run_dir), "label_names": opened.label_names, "predictions": rows})
     elif output is None:
-        for row, shown in zip(rows, examples.text, strict=True):
-            value = (
-                f"{row['prediction']:.4f}"
-                if predicted.confidences is None
-                else f"{row['prediction']}\t{row['confidence']:.3f}"
-            )
-            print(f"{value}\t{' '.join(shown.split())[:100]}")
+        for index, row in enumerate(rows):
+            print(opened.kind.line(row, examples.shown(index)))

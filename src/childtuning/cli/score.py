@@ -17,6 +17,7 @@ NAME = "score"
 def run(
     output: Annotated[Path, typer.Option(help="Write the scores here, as safetensors.")],
     task: o.Task = None,
+    task_kind: o.TaskKind = None,
     train: o.TrainFile = None,
     eval: o.EvalFile = None,
     text: o.Text = None,
@@ -26,7 +27,9 @@ def run(
     data_dir: o.DataDir = None,
     train_limit: o.TrainLimit = None,
     model: o.Model = None,
+    init_from: o.InitFrom = None,
     density: o.Density = None,
+    mass: o.Mass = None,
     estimator: o.Estimator = None,
     fisher_labels: o.FisherLabels = None,
     fisher_examples: o.FisherExamples = None,

@@ -15,6 +15,7 @@ NAME = "train"
 
 def run(
     task: o.Task = None,
+    task_kind: o.TaskKind = None,
     train: o.TrainFile = None,
     eval: o.EvalFile = None,
     text: o.Text = None,
@@ -25,8 +26,10 @@ def run(
     train_limit: o.TrainLimit = None,
     data_seed: o.DataSeed = None,
     model: o.Model = None,
+    init_from: o.InitFrom = None,
     method: o.Method = None,
     density: o.Density = None,
+    mass: o.Mass = None,
     granularity: o.Granularity = None,
     scope: o.Scope = None,
     estimator: o.Estimator = None,

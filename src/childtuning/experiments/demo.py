@@ -9,8 +9,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from childtuning.experiments.run_config import RunConfig
-from childtuning.experiments.run_folder import CONFIG, RunFolder
-from childtuning.experiments.run_training import RunResult, train_run
+from childtuning.experiments.run_files import CONFIG
+from childtuning.experiments.run_folder import RunFolder
+from childtuning.experiments.run_result import RunResult
+from childtuning.experiments.run_training import train_run
 from childtuning.tasks import Examples
 
 METHODS = ("full", "child-f", "child-d")
@@ -87,6 +89,5 @@ def summarize(results: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 def label_sentence(run: str | Path, sentence: str) -> tuple[str, float]:
     """Return what a run's model calls a sentence, and how sure it is."""
-    predicted = RunFolder(run).predict(Examples([sentence], None, None))
-    assert predicted.confidences is not None
-    return predicted.labels[0], predicted.confidences[0]
+    predicted = RunFolder(run).predict(Examples([sentence], None, None))[0]
+    return predicted["prediction"], predicted["confidence"]

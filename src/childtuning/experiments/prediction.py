@@ -1,62 +1,78 @@
-"""Run a model over examples, in order."""
+"""Run a model over examples, in order: what it says of them, and how right it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from childtuning.tasks import Examples, LengthBucketBatches, PaddingCollator, Task, compute_metrics, encode
+from childtuning.tasks import Answers, Kind, LengthBucketBatches, Split
 
 
-def predict_logits(
-    model: Any,
-    tokenizer: Any,
-    examples: Examples,
-    *,
-    max_length: int,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> NDArray[np.float32]:
-    """Return the logits [n, num_labels], float32, in the order of the examples.
+@dataclass(frozen=True)
+class Reader:
+    """A kind of task and what it needs to put examples to a model.
 
-    Batches are consecutive examples, padded to their longest. ``progress`` draws a bar on standard error.
+    Attributes:
+        kind: the kind of task.
+        processor: the tokenizer or image processor.
+        label_names: class names in the order of their ids.
+        max_length: the most tokens of an example.
+        progress: draw a bar on standard error.
+        tell: called with lines for the user.
     """
-    unlabelled = Examples(examples.text, examples.text_pair, None)
-    encoded = encode(tokenizer, unlabelled, max_length=max_length)
-    batches = LengthBucketBatches(encoded.lengths, batch_size, seed=0, shuffle=False)
-    collator = PaddingCollator(tokenizer, pad_to_multiple_of=None)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    rows: list[NDArray[np.float32]] = []
-    try:
-        with torch.inference_mode():
-            loader = DataLoader(encoded, batch_sampler=batches, collate_fn=collator)
-            for batch in tqdm(loader, desc="Prediction", unit=" batches", disable=not progress):
-                logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-                rows.append(logits.float().cpu().numpy())
-    finally:
-        model.train(was_training)
-    return np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
 
+    kind: Kind
+    processor: Any
+    label_names: Sequence[str]
+    max_length: int
+    progress: bool = False
+    tell: Callable[[str], None] = lambda line: None
 
-def score_logits(
-    task_kind: str, metrics: Sequence[str], logits: NDArray[np.float32], labels: Sequence[Any]
-) -> dict[str, float]:
-    """Return the metrics of logits against labels (class ids, or numbers for regression)."""
-    predictions = logits[:, 0] if task_kind == "regression" else logits.argmax(1)
-    if task_kind != "regression" and not np.isfinite(logits).all():
-        predictions = np.full(len(logits), np.nan)
-    return compute_metrics(metrics, predictions, np.asarray(labels))
+    def encode(self, split: Split, where: str) -> Any:
+        """Turn examples into rows of numbers; the user is told what the length limit cuts."""
+        encoded = self.kind.encode(
+            self.processor, split, max_length=self.max_length, label_names=self.label_names
+        )
+        if encoded.num_cut:
+            self.tell(
+                f"{encoded.num_cut} {self.kind.cut_words} of {where} were cut at {self.max_length} tokens"
+            )
+        return encoded
 
+    def measure(
+        self, model: Any, split: Split, metrics: Sequence[str], encoded: Any = None
+    ) -> dict[str, float]:
+        """Return the metrics of a model on labelled examples, which may be encoded already."""
+        encoded = self.encode(split, "the examples") if encoded is None else encoded
+        outputs = self._over(model, encoded, self.kind.outputs)
+        return self.kind.measure(metrics, outputs, encoded, split, self.label_names)
 
-def label_ids(task: Task, examples: Examples) -> list[Any]:
-    """Return the examples' labels as the model's targets."""
-    ids = task.label_ids
-    return [label if ids is None else ids[label] for label in examples.labels or []]  # type: ignore[index]
+    def predict(self, model: Any, split: Split, options: Answers) -> list[dict[str, Any]]:
+        """Return by example what a model answers, as it is written for users."""
+        encoded = self.encode(split, "the input")
+        answer = partial(self.kind.answers, processor=self.processor, options=options)
+        return self.kind.predictions(self._over(model, encoded, answer), encoded, split, self.label_names)
+
+    def _over(self, model: Any, encoded: Any, read_fn: Callable[[Any, Any], list[Any]]) -> list[Any]:
+        """Put consecutive examples to a model, padded to their longest, and return what is read of each."""
+        batches = LengthBucketBatches(encoded.lengths, self.kind.batch_size, seed=0, shuffle=False)
+        loader = DataLoader(
+            encoded, batch_sampler=batches, collate_fn=self.kind.collator(self.processor, exact=True)
+        )
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        found: list[Any] = []
+        try:
+            with torch.inference_mode():
+                for batch in tqdm(loader, desc="Prediction", unit=" batches", disable=not self.progress):
+                    found += read_fn(model, {key: value.to(device) for key, value in batch.items()})
+        finally:
+            model.train(was_training)
+        return found

@@ -17,6 +17,7 @@ from childtuning.methods import Combination
 from childtuning.training.precision import has_fast_bf16
 
 _CHILD_OPTIONS = (
+    "mass",
     "granularity",
     "scope",
     "estimator",
@@ -35,17 +36,20 @@ class RunConfig:
 
     Args:
         task: a task by name, from ``data_dir`` or the hub; or leave it out and name files:
-        train, eval: files of examples (csv, tsv, jsonl, parquet, each also .gz).
-        text, text_pair, label: their columns; ``None`` guesses the usual names.
+        task_kind: a name in ``tasks.KINDS``; ``None``: what the training file looks like.
+        train, eval: files or folders of examples, of what types the kind of task reads.
+        text, text_pair, label: their columns; ``None`` takes the usual names.
         label_type: ``auto``, ``class`` or ``number``.
-        data_dir: a folder with ``<task>/{train,dev}.jsonl.gz``.
+        data_dir: a folder with ``<task>/`` and in it the two splits.
         train_limit: use this many training examples at most, drawn by ``data_seed``.
         model: a model folder or hub name; ``None``: the packaged all-MiniLM-L6-v2.
+        init_from: a finished run's folder: start from its tuned network instead of the base model's, with a new head;
+            or a model folder, which is then the model.
         method: one of ``childtuning methods``, with options behind a colon, or several joined by ``+``.
-        density: p; ``None``: the method's own default.
+        density: p, or ``auto``; ``None``: the method's own default.
+        mass: for ``density="auto"``: the share of the Fisher information that the child holds.
         granularity, scope, estimator, fisher_labels, fisher_examples, eligible, always, rescale, release_gradients,
-            preset: the rest
-            of ``ChildConfig``.
+            preset: the rest of ``ChildConfig``.
         learning_rate: peak, after the warm-up and before a linear decay to 0.
         epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
             ``max_length`` in tokens.
@@ -58,17 +62,20 @@ class RunConfig:
     """
 
     task: str | None = None
+    task_kind: str | None = None
     train: str | None = None
     eval: str | None = None
     text: str | None = None
     text_pair: str | None = None
-    label: str = "label"
+    label: str | None = None
     label_type: str = "auto"
     data_dir: str | None = None
     train_limit: int | None = None
     model: str | None = None
+    init_from: str | None = None
     method: str = "child-d"
-    density: float | None = None
+    density: float | str | None = None
+    mass: float = 0.9
     granularity: str = "element"
     scope: str = "global"
     estimator: str = "per-example"
@@ -151,7 +158,7 @@ class RunConfig:
         """Return the same run with what depends on method and machine filled in: density, precision, full paths."""
         paths = {
             name: str(Path(value).expanduser().resolve())
-            for name in ("train", "eval", "data_dir")
+            for name in ("train", "eval", "data_dir", "init_from")
             if (value := getattr(self, name)) is not None
         }
         if self.model is not None and Path(self.model).expanduser().is_dir():
@@ -201,11 +208,20 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {str(path)!r} is not TOML ({fault}). Correct that line.") from None
 
 
+def _density(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ConfigError(f"density must be a number in (0, 1], or auto, got {text!r}.") from None
+
+
 def _typed(name: str, value: Any, declared: str) -> Any:
     if value is None:
         return None
     if "tuple" in declared:
         return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+    if name == "density" and isinstance(value, str):
+        return _density(value)
     wanted = next(kind for kind in ("bool", "int", "float", "str") if kind in declared)
     kinds = {"bool": bool, "int": int, "float": (int, float), "str": str}[wanted]
     if not isinstance(value, kinds) or (isinstance(value, bool) and wanted != "bool"):

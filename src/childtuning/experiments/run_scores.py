@@ -11,9 +11,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from childtuning.child import Child
+from childtuning.experiments.prediction import Reader
 from childtuning.experiments.run_config import RunConfig
-from childtuning.experiments.run_training import load_run_model, read_run_task
-from childtuning.tasks import LengthBucketBatches, PaddingCollator, encode
+from childtuning.experiments.run_inputs import load_run_model, read_run_task
+from childtuning.experiments.run_start import apply_start
+from childtuning.tasks import LengthBucketBatches
 from childtuning.training import choose_child, fisher_sample, fisher_scores
 
 
@@ -39,14 +41,15 @@ def score_run(
     config = replace(config.resolved(), method="child-d", density=config.density)
     child_config = config.child()
     task = read_run_task(config)
-    loaded = load_run_model(config, task)
+    loaded = load_run_model(config, task.how, task.label_names)
+    apply_start(config, loaded)
     chosen = fisher_sample(len(task.train), child_config.fisher_examples, child_config.seed)
-    examples = task.train.subset(chosen)
-    encoded = encode(loaded.tokenizer, examples, max_length=config.max_length, label_ids=task.label_ids)
+    reader = Reader(task.how, loaded.processor, task.label_names, config.max_length, tell=tell)
+    encoded = reader.encode(task.train.subset(chosen), "the training examples")
     batches = DataLoader(
         encoded,
         batch_sampler=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
-        collate_fn=PaddingCollator(loaded.tokenizer),
+        collate_fn=task.how.collator(loaded.processor),
     )
     always = loaded.new_parameters if child_config.always is None else child_config.always
     scores = fisher_scores(child_config, loaded.model, batches, always=always, progress=progress)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,124 +13,35 @@ import torch
 
 from childtuning.child import Child
 from childtuning.experiments.peak_memory import peak_memory_bytes, reset_peak_memory
-from childtuning.experiments.prediction import label_ids, predict_logits, score_logits
+from childtuning.experiments.prediction import Reader
 from childtuning.experiments.run_config import RunConfig
-from childtuning.experiments.run_folder import (
+from childtuning.experiments.run_files import (
     CHECKPOINTS,
     CONFIG,
     LABELS,
     METHOD_FILES,
     METRICS,
-    TOKENIZER,
-    RunFolder,
+    START,
     check_output,
     clear_run,
+    last_checkpoint,
     remove_empty,
     write_json,
     write_text,
 )
-from childtuning.methods import Combination
+from childtuning.experiments.run_folder import RunFolder
+from childtuning.experiments.run_inputs import load_run_model, prepare_run_model, read_run_task
+from childtuning.experiments.run_result import RunResult
+from childtuning.experiments.run_start import apply_start
 from childtuning.patterns import matches
-from childtuning.tasks import (
-    LengthBucketBatches,
-    PaddingCollator,
-    Task,
-    encode,
-    guess_columns,
-    load_task,
-    read_rows,
-)
-from childtuning.tasks import task_from_files as read_task
-from childtuning.tasks.rows import columns_of
-from childtuning.training import ChildTrainer, LoadedModel, Prepared, load_classifier
+from childtuning.tasks import Kind, LengthBucketBatches, Task
+from childtuning.training import ChildTrainer, LoadedModel
 
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run reports.
-
-    Attributes:
-        task, method, seed: as configured.
-        metric: name and value of the task's main metric on the dev split.
-        metrics: all of the task's metrics.
-        density: the share of the eligible entries in the child.
-        trained_parameters: entries that were trained, the new head included.
-        child_parameters: those of them that are eligible.
-        eligible_parameters: entries that the selection could choose from.
-        state_bytes: the optimizer's memory beside the model and its gradients.
-        delta_bytes: size of the delta's two files.
-        fisher_seconds, train_seconds: wall time of the scores and of training.
-        peak_memory_bytes: of the GPU where there is one, else of the process, during choice and training.
-        train_examples, eval_examples, empty_texts: counts.
-        output: the run's folder.
-    """
-
-    task: str
-    method: str
-    seed: int
-    metric: dict[str, Any]
-    metrics: dict[str, float]
-    density: float
-    trained_parameters: int
-    child_parameters: int
-    eligible_parameters: int
-    state_bytes: int
-    delta_bytes: int
-    fisher_seconds: float
-    train_seconds: float
-    peak_memory_bytes: int
-    train_examples: int
-    eval_examples: int
-    empty_texts: int
-    output: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready fields."""
-        return asdict(self)
-
-
-def read_run_task(config: RunConfig) -> Task:
-    """Load the examples that a run trains on and is measured on."""
-    if config.task is not None:
-        return load_task(
-            config.task, data_dir=config.data_dir, train_limit=config.train_limit, seed=config.data_seed
-        )
-    assert config.train is not None and config.eval is not None
-    return read_task(
-        config.train,
-        config.eval,
-        text=config.text,
-        text_pair=config.text_pair,
-        label=config.label,
-        label_type=config.label_type,  # type: ignore[arg-type]
-        train_limit=config.train_limit,
-        seed=config.data_seed,
-    )
-
-
-def load_run_model(config: RunConfig, task: Task) -> LoadedModel:
-    """Load the base model with a head for the task."""
-    return load_classifier(
-        config.model,
-        num_labels=task.num_labels,
-        label_names=task.label_names,
-        regression=task.kind == "regression",
-        seed=config.seed,
-    )
-
-
-def prepare_run_model(config: RunConfig, methods: Combination, loaded: LoadedModel) -> Prepared:
-    """Let the methods change the loaded model, under the run's seed."""
-    import transformers
-
-    transformers.set_seed(config.seed)
-    return methods.prepare(loaded.model, loaded.new_parameters)
-
-
 def build_trainer(
-    config: RunConfig, task: Task, loaded: LoadedModel, folder: Path, *, progress: bool
+    config: RunConfig, kind: Kind, encoded: Any, loaded: LoadedModel, folder: Path, *, progress: bool
 ) -> ChildTrainer:
     """Return the trainer of a run, ready to be started."""
     from transformers import TrainingArguments
@@ -139,7 +49,6 @@ def build_trainer(
 
     from childtuning.experiments.run_log import RunLog
 
-    encoded = encode(loaded.tokenizer, task.train, max_length=config.max_length, label_ids=task.label_ids)
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=config.batch_size,
@@ -170,7 +79,7 @@ def build_trainer(
         prepared.model,
         arguments,
         train_dataset=encoded,
-        data_collator=PaddingCollator(loaded.tokenizer),
+        data_collator=kind.collator(loaded.processor),
         child=child,
         always=prepared.always,
         methods=methods.methods,
@@ -217,11 +126,15 @@ def train_run(
     task = read_run_task(config)
     if task.num_empty:
         tell(f"{task.num_empty} rows have empty text; they are kept")
-    loaded = load_run_model(config, task)
+    loaded = load_run_model(config, task.how, task.label_names)
+    beginning = apply_start(config, loaded, folder if resume else None)
+    reader = Reader(task.how, loaded.processor, task.label_names, config.max_length, tell=tell)
+    train = reader.encode(task.train, "the training examples")
+    dev = reader.encode(task.dev, "the evaluation examples")
     reset_peak_memory()
-    labels = _labels(config, task, loaded)
-    trainer = build_trainer(config, task, loaded, folder, progress=progress)
-    checkpoint = _last_checkpoint(folder) if resume else None
+    labels = _labels(task, loaded)
+    trainer = build_trainer(config, task.how, train, loaded, folder, progress=progress)
+    checkpoint = last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
     start = time.perf_counter()
     if checkpoint is None:
@@ -234,6 +147,8 @@ def train_run(
     if overwrite:
         clear_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if beginning is not None and checkpoint is None:
+        beginning.save(folder / START)
     write_text(folder / CONFIG, config.to_toml())
     if checkpoint is not None:
         tell(f"going on from {checkpoint.name}")
@@ -241,36 +156,56 @@ def train_run(
     transformers.set_seed(config.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_seconds = time.perf_counter() - start
-    peak = peak_memory_bytes()
-    return _finish(config, task, loaded, labels, trainer, folder, fisher_seconds, train_seconds, peak)
+    costs = {
+        "fisher_seconds": fisher_seconds,
+        "train_seconds": train_seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "train_examples": len(train),
+        "eval_examples": len(dev),
+        "empty_texts": task.num_empty,
+        "cut_by_length": train.num_cut + dev.num_cut,
+    }
+    metrics = reader.measure(trainer.model, task.dev, task.metrics, dev)
+    _save(config, task.how, loaded, labels, trainer, folder)
+    result = _result(config, task, metrics, trainer, folder, costs)
+    write_json(folder / METRICS, result.to_dict())
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return result
 
 
-def _finish(
+def _save(
     config: RunConfig,
-    task: Task,
+    kind: Kind,
     loaded: LoadedModel,
     labels: dict[str, Any],
     trainer: ChildTrainer,
     folder: Path,
-    fisher_seconds: float,
-    train_seconds: float,
-    peak: int,
-) -> RunResult:
-    logits = predict_logits(trainer.model, loaded.tokenizer, task.dev, max_length=config.max_length)
-    metrics = score_logits(task.kind, task.metrics, logits, label_ids(task, task.dev))
-    delta, child = trainer.delta(), trainer.select()
-    delta.save(folder)
+) -> None:
+    """Write everything by which the trained model is had again."""
+    child = trainer.select()
+    trainer.delta().save(folder)
     if isinstance(child, Child):
         child.save(folder / "child.safetensors")
-    loaded.tokenizer.save_pretrained(folder / TOKENIZER)
+    loaded.processor.save_pretrained(folder / kind.processor_folder)
     config.methods().save(trainer.bare_model, folder / METHOD_FILES)
     write_json(folder / LABELS, labels)
+
+
+def _result(
+    config: RunConfig,
+    task: Task,
+    metrics: dict[str, float],
+    trainer: ChildTrainer,
+    folder: Path,
+    costs: dict[str, Any],
+) -> RunResult:
+    child, delta = trainer.select(), trainer.delta()
     if isinstance(child, Child):
         child_parameters, eligible_parameters = child.num_trained, child.num_eligible
     else:
         beside = sum(part.num_trained for name, part in delta.parts.items() if matches(name, child.always))
         child_parameters = eligible_parameters = delta.num_trained - beside
-    result = RunResult(
+    return RunResult(
         task=task.name,
         method=config.method,
         seed=config.seed,
@@ -282,33 +217,19 @@ def _finish(
         eligible_parameters=eligible_parameters,
         state_bytes=trainer.child_optimizer.num_state_bytes,
         delta_bytes=sum((folder / name).stat().st_size for name in ("delta.json", "delta.safetensors")),
-        fisher_seconds=fisher_seconds,
-        train_seconds=train_seconds,
-        peak_memory_bytes=peak,
-        train_examples=len(task.train),
-        eval_examples=len(task.dev),
-        empty_texts=task.num_empty,
+        **costs,
         output=str(folder),
     )
-    write_json(folder / METRICS, result.to_dict())
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return result
 
 
-def _labels(config: RunConfig, task: Task, loaded: LoadedModel) -> dict[str, Any]:
-    columns: dict[str, Any] = {"text": None, "text_pair": None, "label": "label"}
-    if config.train is not None:
-        text, text_pair = config.text, config.text_pair
-        if text is None:
-            text, guessed = guess_columns(columns_of(read_rows(config.train)))
-            text_pair = text_pair or guessed
-        columns = {"text": text, "text_pair": text_pair, "label": config.label}
+def _labels(task: Task, loaded: LoadedModel) -> dict[str, Any]:
+    columns = task.columns
     return {
         "kind": task.kind,
         "label_names": list(task.label_names),
         "metrics": list(task.metrics),
-        "columns": columns,
-        "pairs": task.train.text_pair is not None,
+        "columns": {"text": columns.text, "text_pair": columns.text_pair, "label": columns.label},
+        "form": task.train.form,
         "base_name": loaded.name,
         "base_hash": loaded.base_hash,
         "new_parameters": list(loaded.new_parameters),
@@ -321,20 +242,3 @@ def _describe(child: Any) -> str:
             f"the child trains {child.num_trained:,} of {child.num_eligible:,} entries ({child.density:.1%})"
         )
     return f"each step trains a fresh random {child.density:.1%} of the entries"
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; broken ones are left where they are."""
-    found = sorted(
-        (folder / CHECKPOINTS).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])
-    )
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]
-    return whole[-1] if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

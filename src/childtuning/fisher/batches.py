@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -21,8 +21,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        return _rebuilt(batch, (to_device(value, device) for value in batch))
     return batch
+
+
+def _rebuilt(batch: Any, values: Iterable[Any]) -> Any:
+    """A sequence of the batch's own type; a named tuple takes its values one by one."""
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def num_examples(batch: Any) -> int:
@@ -66,8 +71,8 @@ def _rows(batch: Any, indices: list[int], size: int) -> Any:
         return {key: _rows(value, indices, size) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         if len(batch) == size and not any(isinstance(value, Tensor) for value in batch):
-            return type(batch)(batch[index] for index in indices)
-        return type(batch)(_rows(value, indices, size) for value in batch)
+            return _rebuilt(batch, (batch[index] for index in indices))
+        return _rebuilt(batch, (_rows(value, indices, size) for value in batch))
     return batch
 
 
@@ -103,6 +108,20 @@ def own_labels(batch: Any) -> Any:
 def is_token_level(labels: Any) -> TypeGuard[Tensor]:
     """Tell whether the labels are a class for each position: whole numbers [B, T]."""
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def class_labels(batch: Any, size: int) -> list[tuple[int, ...]]:
+    """Return each example's class: its entry of ``labels``, or of every tensor with one whole number an example."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    tensors = [labels] if isinstance(labels, Tensor) else _tensors(batch)
+    columns = [
+        tensor.tolist()
+        for tensor in tensors
+        if tensor.dim() == 1
+        and len(tensor) == size
+        and not (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    return list(zip(*columns, strict=True)) if columns else [()] * size
 
 
 def contrasting_pair(batch: Any, size: int) -> list[int]:

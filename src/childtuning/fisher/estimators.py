@@ -170,14 +170,21 @@ class PerExample:
         self._hand_over(reasons)
 
     def _settle_weights(self, batch: Any, size: int) -> bool:
-        """Where weightings that fitted so far differ on this batch, ask two of its examples; tell whether one fits."""
-        if size == 1 or not self.weights.differ(batch, size):
+        """Where weightings that fitted so far differ on this batch, or it has classes that were not weighed together
+        yet, ask some of its examples; tell whether a weighting fits.
+        """
+        if size == 1:
             return True
-        pair = contrasting_pair(batch, size)
+        asked = set(self.weights.strangers(batch, size))
+        if self.weights.differ(batch, size):
+            asked |= set(contrasting_pair(batch, size))
+        if not asked:
+            return True
+        indices = sorted(asked)
         with torch.no_grad():
-            losses = [float(self.loss_fn(self.model, example(batch, index, size))) for index in pair]
-            two = examples(batch, pair, size)
-            fits = self.weights.fit(two, self.loss_fn(self.model, two), losses)
+            losses = [float(self.loss_fn(self.model, example(batch, index, size))) for index in indices]
+            few = examples(batch, indices, size)
+            fits = self.weights.fit(few, self.loss_fn(self.model, few), losses)
         if not fits:
             self._hand_over(dict.fromkeys(self.parameters, _NO_WEIGHTS))
         return fits

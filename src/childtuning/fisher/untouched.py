@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from childtuning.structured import set_aside
+
 
 @contextmanager
 def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put the model in one mode with no parameter requiring a gradient; put everything back after.
+
+    Layers that form the gradients of a child alone form whole ones inside.
 
     Args:
         model: the model, whose module modes, ``requires_grad`` flags, ``.grad`` fields and buffers are restored,
@@ -29,7 +33,7 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
         model.train(training)
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), set_aside(model):
             yield
     finally:
         random.setstate(python_state)

@@ -5,14 +5,16 @@ Shapes: B examples, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from childtuning.errors import DataError
-from childtuning.fisher.batches import IGNORED_LABEL, is_token_level
+from childtuning.fisher.batches import IGNORED_LABEL, class_labels, is_token_level
+
+_MOST_CLASSES = 256  # more values than these are no classes that a loss may weigh
 
 Weighting = Callable[[Any, int], "Tensor | None"]
 
@@ -57,6 +59,7 @@ class ExampleWeights:
         by_label = [mean_of_next_labels, mean_of_labels] if shifted else [mean_of_labels, mean_of_next_labels]
         self.candidates: list[Weighting] = [mean_of_examples, sum_of_examples]
         self.candidates = [*by_label, *self.candidates] if own_loss else [*self.candidates, *by_label]
+        self.group_of: dict[Hashable, int] = {}  # classes whose examples were weighed together share a number
 
     def fit(self, batch: Any, loss: Tensor, losses: Sequence[float]) -> bool:
         """Keep the weightings under which the examples' losses give the batch's; tell whether there are any."""
@@ -68,7 +71,26 @@ class ExampleWeights:
             if (weights := candidate(batch, len(losses))) is not None
             and abs(float(weights @ alone) - float(loss.detach())) <= tolerance * float(weights @ alone.abs())
         ]
+        met = class_labels(batch, len(losses))
+        groups = {self.group_of.get(label) for label in met} - {None}
+        number = 1 + max(self.group_of.values(), default=0)
+        self.group_of |= {label: number for label, group in self.group_of.items() if group in groups}
+        self.group_of |= dict.fromkeys(met, number)
         return bool(self.candidates)
+
+    def strangers(self, batch: Any, size: int) -> list[int]:
+        """Return an example of each class, or set of classes, that no loss has been seen to weigh beside the others.
+
+        A loss may weigh classes unlike each other, which batches of one class do not show.
+        """
+        if len(self.group_of) > _MOST_CLASSES:
+            return []
+        found: dict[Hashable, int] = {}
+        for index, label in enumerate(class_labels(batch, size)):
+            found.setdefault(
+                ("met", self.group_of[label]) if label in self.group_of else ("new", label), index
+            )
+        return list(found.values()) if len(found) > 1 else []
 
     def differ(self, batch: Any, size: int) -> bool:
         """Tell whether the weightings still in question disagree on this batch."""

@@ -88,6 +88,10 @@ class ChildTable:
         self._tasks = np.zeros(len(rows), STRETCH)
         self._tasks["index"], self._tasks["count"], self._tasks["width"] = columns[3:]
 
+    def __reduce__(self) -> tuple[type[ChildTable], tuple[list[Places]]]:
+        """Copy as a table of the copied places: the tasks hold addresses."""
+        return type(self), (self._keep,)
+
     def adamw_(
         self,
         weights: Sequence[Tensor],

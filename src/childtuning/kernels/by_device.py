@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from childtuning.kernels import adamw, philox
 from childtuning.kernels.gpu import (
@@ -36,6 +37,7 @@ def adamw_masked_(members: Sequence[tuple[adamw.WholeTensors, philox.MaskDraw]])
         adamw_masked_gpu_(on_gpu)
     if on_cpu:
         adamw.adamw_masked_(on_cpu)
+    _written(members)
 
 
 def adamw_rows_(members: Sequence[tuple[adamw.WholeTensors, Tensor]]) -> None:
@@ -46,8 +48,15 @@ def adamw_rows_(members: Sequence[tuple[adamw.WholeTensors, Tensor]]) -> None:
         adamw_rows_gpu_(on_gpu)
     if on_cpu:
         adamw.adamw_rows_(on_cpu)
+    _written(members)
 
 
 def mask_scale_(gradient: Tensor, draw: philox.MaskDraw, scale: float) -> None:
     """Multiply a contiguous gradient with its mask and a scale, in place; on the CPU it is float32."""
     (mask_scale_gpu_ if gradient.is_cuda else philox.mask_scale_)(gradient, draw, scale)
+    increment_version(gradient)
+
+
+def _written(members: Sequence[tuple[adamw.WholeTensors, object]]) -> None:
+    """Tell autograd that the weights were changed in place, of which a kernel's writes tell it nothing."""
+    increment_version([tensors.weight for tensors, _ in members])

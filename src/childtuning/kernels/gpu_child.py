@@ -30,6 +30,10 @@ class GpuChildTable:
         self._records["width"] = [place.width for place in places]
         self._records["start"] = np.cumsum([0, *self._sizes])[:-1]
 
+    def __reduce__(self) -> tuple[type[GpuChildTable], tuple[list[Places]]]:
+        """Copy as a table of the copied places: the records hold addresses."""
+        return type(self), (self._keep,)
+
     def adamw_(
         self,
         weights: Sequence[Tensor],

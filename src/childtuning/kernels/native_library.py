@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -110,7 +110,10 @@ def parallel(work: Callable[[int], None], count: int) -> None:
 
     threads = _threads(num_threads - 1, os.getpid())  # by process: threads do not survive a fork
     others = [threads.submit(share, first) for first in range(1, num_threads)]
-    share(0)
+    try:
+        share(0)
+    finally:
+        wait(others)  # whatever happened, they work on memory that the caller may free
     for other in others:
         other.result()
 

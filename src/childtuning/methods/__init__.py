@@ -1,21 +1,57 @@
 """Layer 3: ways to fine-tune, one a file, by name, and their combinations."""
 
+from childtuning.methods.adapter import Adapter
+from childtuning.methods.bitfit import BitFit
 from childtuning.methods.child_d import ChildD
+from childtuning.methods.child_dynamic import ChildDynamic
 from childtuning.methods.child_f import ChildF
 from childtuning.methods.child_lowest import ChildLowest
 from childtuning.methods.child_random import ChildRandom
 from childtuning.methods.combination import Combination
+from childtuning.methods.freeze import Freeze
 from childtuning.methods.full import Full
+from childtuning.methods.head import Head
+from childtuning.methods.l2_sp import L2SP
+from childtuning.methods.last_k import LastK
+from childtuning.methods.llrd import LayerwiseDecay
+from childtuning.methods.lora import Lora
+from childtuning.methods.mixout import Mixout
+from childtuning.methods.prefix import Prefix
+from childtuning.methods.prompt import Prompt
+from childtuning.methods.r3f import R3F
+from childtuning.methods.r_drop import RDrop
+from childtuning.methods.recadam import RecallAdam
 from childtuning.methods.registry import ENTRY_POINTS, all_methods, find_method, register
+from childtuning.methods.reinit import Reinit
+from childtuning.methods.sam import Sam
+from childtuning.methods.smart import Smart
 
 __all__ = [
-    "ENTRY_POINTS",
+    "Adapter",
+    "BitFit",
     "ChildD",
+    "ChildDynamic",
     "ChildF",
     "ChildLowest",
     "ChildRandom",
     "Combination",
+    "ENTRY_POINTS",
+    "Freeze",
     "Full",
+    "Head",
+    "L2SP",
+    "LastK",
+    "LayerwiseDecay",
+    "Lora",
+    "Mixout",
+    "Prefix",
+    "Prompt",
+    "R3F",
+    "RDrop",
+    "RecallAdam",
+    "Reinit",
+    "Sam",
+    "Smart",
     "all_methods",
     "find_method",
     "register",

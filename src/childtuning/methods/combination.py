@@ -80,7 +80,7 @@ class Combination:
         if not children and config.density != 1.0:
             raise ConfigError(
                 f"nothing in {'+'.join(method.name for method in self.methods)!r} chooses a child, "
-                f"got density {config.density:g}. Leave it out, or add child-d or child-f."
+                f"got density {config.density}. Leave it out, or add child-d or child-f."
             )
         for method in children or [Full()]:
             config = method.child(config)
@@ -138,6 +138,7 @@ def _parse_one(word: str) -> Method:
 
 
 def _typed(method: str, key: str, value: str, kind: str) -> Any:
+    kind = kind.removesuffix(" | None")
     try:
         if kind == "bool":
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from childtuning.config import ChildConfig
 from childtuning.methods.registry import register
-from childtuning.methods.whole import check_whole
+from childtuning.methods.whole import whole_child
 from childtuning.training import Method
 
 
@@ -24,5 +24,4 @@ class Full(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child that is everything."""
-        check_whole(self.name, config)
-        return replace(config, variant="task-driven", rescale=False)
+        return whole_child(self.name, config)

@@ -5,32 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from torch import nn
+
 from childtuning.config import ChildConfig
 from childtuning.errors import ConfigError, ModelError
 from childtuning.patterns import canonical_names
 from childtuning.training import Prepared
 
 
-def check_whole(name: str, config: ChildConfig) -> None:
-    """Refuse a density: nothing is chosen entry by entry.
+def whole_child(name: str, config: ChildConfig) -> ChildConfig:
+    """Return the child that consists of whole parameters.
 
     Raises:
-        ConfigError: a density was given.
+        ConfigError: a density was given; nothing is chosen entry by entry.
     """
     if config.density != 1.0:
         raise ConfigError(
-            f"method {name!r} trains parameters whole, got density {config.density:g}. Leave it out."
+            f"method {name!r} trains parameters whole, got density {config.density}. Leave it out."
         )
+    return replace(config, variant="task-driven", rescale=False)
+
+
+def output_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's output layer: its output embeddings, or the last module with parameters.
+
+    Output embeddings that are tied to the input's are trained as both.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is None:
+        owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+        output = owners[-1]
+    inside = {id(parameter) for parameter in output.parameters()}
+    named = dict(model.named_parameters())
+    plain = canonical_names(named)
+    return tuple(name for name, p in zip(plain, named.values(), strict=True) if id(p) in inside)
 
 
 def train_only(prepared: Prepared, names: Iterable[str]) -> Prepared:
-    """Return the prepared model with these parameters trained beside what is always trained.
+    """Return the prepared model with these parameters, as far as they are eligible, and what is always trained.
 
     Raises:
         ModelError: that would be nothing.
     """
     wanted = set(names)
     plain = canonical_names(name for name, _ in prepared.model.named_parameters())
+    if prepared.eligible is not None:
+        wanted &= set(prepared.eligible)
     eligible = tuple(name for name in plain if name in wanted and name not in prepared.always)
     if not eligible and not prepared.always:
         raise ModelError("nothing would be trained. Name parameters with always, or use another method.")

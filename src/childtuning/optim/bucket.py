@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from childtuning.errors import ParameterError
 from childtuning.kernels import AdamWStep, Places, child_table, has_kernels
@@ -23,8 +24,12 @@ class Slot:
     start: int
     stop: int
     known: bool = False
+    shape: torch.Size = field(init=False)
     gathered: tuple[ReferenceType[Tensor] | None, int] | None = None
     filled: bool = False  # whether the flat gradient holds a released gradient of this parameter
+
+    def __post_init__(self) -> None:
+        self.shape = self.parameter.shape
 
     def remember(self) -> None:
         """Note which gradient was gathered, and its state."""
@@ -97,12 +102,17 @@ class Bucket:
         return all(slot.is_current for slot in self.slots)
 
     def check_unmoved(self) -> None:
-        """Raise a ParameterError if the model was moved or cast since."""
+        """Raise a ParameterError if the model was moved, cast or resized since."""
         for slot in self.slots:
             if slot.parameter.device != self.values.device:
                 raise ParameterError(
                     f"the model was moved from {self.values.device} to {slot.parameter.device} after its optimizer was "
                     "built. Move it first, then build the optimizer."
+                )
+            if slot.parameter.shape != slot.shape:
+                raise ParameterError(
+                    f"a parameter of shape {list(slot.shape)} became {list(slot.parameter.shape)} after its optimizer "
+                    "was built. Resize the model first, then choose its child and build the optimizer."
                 )
             if self.fused and not (
                 has_kernels(slot.parameter) and slot.parameter.dtype == self._weight_dtype
@@ -159,6 +169,12 @@ class Bucket:
     def gather_gradient(self) -> None:
         """Collect the child's gradient; parameters without one count as zero and are kept still."""
         if self.released:
+            for slot in self.slots:
+                if (
+                    slot.parameter.grad is not None
+                ):  # put there by hand, or before the backward pass was watched
+                    self.accept(slot, slot.parameter.grad)
+                    slot.parameter.grad = None
             self.missing = [slot for slot in self.slots if self.values.grad is None or not slot.filled]
         else:
             self.missing = [slot for slot in self.slots if slot.parameter.grad is None]
@@ -199,6 +215,7 @@ class Bucket:
         values = self.values.detach() if self.is_master else None
         weights = [slot.parameter for slot in self.slots]
         self._table.adamw_(weights, gradients, first, second, step, values)  # type: ignore[arg-type]
+        increment_version(weights)
 
     @property
     def num_bytes(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,17 @@ from torch.optim import Optimizer
 
 from childtuning.child import Child
 from childtuning.errors import ConfigError, ParameterError
+from childtuning.kernels import Places
 from childtuning.optim.bucket import Bucket
 from childtuning.optim.compact import CompactStep
 from childtuning.optim.elementwise import check_elementwise
+from childtuning.optim.fresh_rows import FreshRows
 from childtuning.optim.fused_adamw import can_fuse as can_fuse_update
 from childtuning.optim.groups import named_groups
 from childtuning.optim.official import OfficialAdamW
 from childtuning.optim.planning import check_released, check_trained, plan_compact, plan_masked
+from childtuning.optim.reselect import carry_state
+from childtuning.patterns import canonical_names
 from childtuning.task_free import TaskFree
 
 
@@ -97,12 +102,16 @@ class ChildOptimizer(Optimizer):
         self._built = False
         scale = 1.0 / child.density if rescale and child.density > 0 else 1.0
         can_fuse = [can_fuse_update(inner, {**options, **group.options}) for group in groups]
+        self._plan_again = partial(
+            plan_compact, groups, can_fuse=can_fuse, release_gradients=False, model=None
+        )
+        self._rescales, self._named, self._options = rescale, groups, options
         if isinstance(child, TaskFree) or preset:
             official = preset is not None
             plan = plan_masked(groups, child, scale, can_fuse, official=official, model=model)
         else:
             plan = plan_compact(
-                groups, child, scale, can_fuse, release_gradients=release_gradients, model=model
+                groups, child, scale, can_fuse=can_fuse, release_gradients=release_gradients, model=model
             )
         self._work, self._changed = plan.work, plan.changed
         try:
@@ -127,8 +136,49 @@ class ChildOptimizer(Optimizer):
             self.inner.defaults,
         )
         self.state = self.inner.state
+        if isinstance(self._changed, FreshRows):
+            self._step_supports_amp_scaling = True  # a GradScaler then says in step() that it is there
         plan.freeze()
         self._built = True
+
+    @torch.no_grad()
+    def reselect(self, child: Child, second_moments: Mapping[str, Tensor] | None = None) -> None:
+        """Train another fixed child from the next step on; entries that stay keep their optimizer state.
+
+        Entries that leave keep the value they have. Schedulers go on: ``param_groups`` are the same dicts.
+
+        Args:
+            child: over the same parameters.
+            second_moments: by parameter name, dense estimates of the squared gradient (before any division by the
+                density), which Adam's second moment of the entries that join starts from; zero where there is none.
+        Raises:
+            ConfigError: the optimizer trains no fixed child, or does not see whole gradients.
+            ParameterError: the child does not fit, or trains nothing.
+        """
+        if not isinstance(self._work, CompactStep) or self._changed is not None:
+            raise ConfigError(
+                "another child can be trained only by a fixed child's optimizer that sees whole gradients. "
+                "Leave out release_gradients, model and preset."
+            )
+        self._share_options()
+        scale = 1.0 / child.density if self._rescales and child.density > 0 else 1.0
+        plan = self._plan_again(child, scale)
+        check_trained(plan)
+        assert isinstance(plan.work, CompactStep)
+        groups = [
+            {**{key: value for key, value in group.items() if key != "params"}, "params": given}
+            for group, given in zip(self.inner.param_groups, plan.inner, strict=True)
+        ]
+        inner = type(self.inner)(groups, **self._options)
+        named = {name: p for group in self._named for name, p in group.named.items()}
+        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        moments = {plain[name]: value * scale**2 for name, value in (second_moments or {}).items()}
+        carry_state(self._work, self.inner, plan.work, inner, moments)
+        self.child, self._work, self.inner, self.state = child, plan.work, inner, inner.state
+        for group, shown in zip(self.param_groups, plan.shown, strict=True):
+            group["params"] = [parameter for _, parameter in shown]
+            group["param_names"] = [name for name, _ in shown]
+        plan.freeze()
 
     def remove(self) -> None:
         """Give the model its layers and gradients back as they were; call it before another optimizer takes over.
@@ -140,7 +190,7 @@ class ChildOptimizer(Optimizer):
 
     def attach(self) -> None:
         """Undo ``remove()``."""
-        if self._changed is not None:
+        if self._changed is not None and not self._changed.attached:
             self._changed.attach()
             self._work.draw(self._num_steps)
 
@@ -149,6 +199,12 @@ class ChildOptimizer(Optimizer):
         """Update the child by one step; a closure is evaluated once, before it."""
         if self._changed is not None and not self._changed.attached:
             raise ParameterError("the optimizer was removed from its model. Call attach() before going on.")
+        if isinstance(self._changed, FreshRows) and "found_inf" in vars(self):
+            del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
+            raise ConfigError(
+                "a GradScaler does not see the gradients of a task-free child's rows alone. "
+                "Leave out model, or the scaler."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -193,6 +249,10 @@ class ChildOptimizer(Optimizer):
         super().zero_grad(set_to_none)
         self._work.zero_grad()
 
+    def trained(self) -> list[tuple[nn.Parameter, Places | None]]:
+        """Return what is trained: each parameter with the places of its entries in it, or ``None`` for all of it."""
+        return list(self._work.trained())
+
     @property
     def num_state_bytes(self) -> int:
         """Bytes held beside the model and its gradients: the inner state, values, indices and flat gradients."""
@@ -217,13 +277,13 @@ class ChildOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy whole: torch's own keeps three fields only."""
+        """Copy whole, where torch's own keeps three fields only; but not a ``step`` that a scheduler wrapped."""
         if self._changed is not None:
             raise ParameterError(
                 "an optimizer that takes gradients from its model's layers cannot be copied. "
                 "Build another and load this one's state_dict()."
             )
-        return self.__dict__.copy()
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return what a bitwise resume needs: inner state, options, master values, step, the child's identity."""

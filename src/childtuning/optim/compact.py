@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from childtuning.kernels import Places
+from childtuning.optim.anchored import START
 from childtuning.optim.bucket import Bucket, Slot
 from childtuning.optim.fused_adamw import next_step
 from childtuning.part import Part
@@ -74,6 +76,13 @@ class CompactStep:
             for slot in bucket.slots:
                 yield bucket, slot
 
+    def trained(self) -> Iterator[tuple[nn.Parameter, Places | None]]:
+        """Iterate over every trained parameter and where its entries lie in it, ``None`` being everywhere."""
+        for whole in self.whole:
+            yield from ((parameter, None) for parameter in whole)
+        for _, slot in self.slots():
+            yield slot.parameter, slot.places
+
     def _gather(self, bucket: Bucket) -> None:
         if bucket.released or not bucket.is_current:
             bucket.gather_gradient()
@@ -93,17 +102,25 @@ class CompactStep:
         """Do nothing: a fixed child stays."""
 
     def zero_grad(self) -> None:
-        """Do nothing: a flat gradient that ``param_groups`` shows is forgotten with it."""
+        """Forget dense gradients that ``param_groups`` does not show, such as older ones than this optimizer."""
+        for bucket, slot in self.slots():
+            if bucket.released:
+                slot.parameter.grad = None
 
     @torch.no_grad()
     def run(self, inner: Optimizer, step: int) -> None:
         """Update the child by one step of the inner optimizer."""
         try:
             hidden = self._before_inner()
-            kept = self._held_still(inner.state)
+            kept = self._held_still(inner)
+            new = [b for b in self.all_buckets() if b.missing and START not in inner.state.get(b.values, {})]
             inner.step()
             for stretch, content in kept:
                 stretch.copy_(content)
+            for bucket in new:  # its start was copied while the values were hidden
+                if (start := inner.state.get(bucket.values, {}).get(START)) is not None:
+                    for slot in bucket.missing:
+                        slot.take(start).copy_(slot.take(bucket.values))
             for bucket, gradient in hidden:
                 bucket.values.grad = gradient
             for group, buckets in zip(inner.param_groups, self.buckets, strict=True):
@@ -146,9 +163,14 @@ class CompactStep:
         step, first, second = next_step(inner, group, bucket.values, size, self.scale)
         bucket.fused_step(first, second, step)
 
-    def _held_still(self, state: dict[Any, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Copy what belongs to parameters without a gradient: (stretch, its content) pairs to put back."""
-        kept = []
+    def _held_still(self, inner: Optimizer) -> list[tuple[Tensor, Tensor]]:
+        """Copy what belongs to parameters without a gradient: (stretch, its content) pairs to put back.
+
+        Torch's own optimizers see zeros in their place: else weight decay would enter a state that this step makes.
+        Others may keep the values they see.
+        """
+        kept, state = [], inner.state
+        hides_values = type(inner).__module__.startswith("torch.optim.")
         for bucket in self.all_buckets():
             if bucket.fused:
                 continue
@@ -159,6 +181,8 @@ class CompactStep:
                 if isinstance(flat, Tensor) and flat.shape == bucket.values.shape
             ]
             kept += [(slot.take(flat), slot.take(flat).clone()) for slot in bucket.missing for flat in flats]
+            for slot in bucket.missing if hides_values else ():
+                slot.take(bucket.values.detach()).zero_()
         return kept
 
     def _forget(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from childtuning.kernels import (
 )
 from childtuning.optim.fresh_masks import FixedMasks, FreshMasks
 from childtuning.optim.fresh_rows import FreshRows
-from childtuning.optim.fused_adamw import next_step
+from childtuning.optim.fused_adamw import fits_state, hand_over, next_step
 
 
 @dataclass
@@ -62,6 +62,11 @@ class MaskedStep:
         self._rows = rows
         self.draw(0)
 
+    def trained(self) -> Iterator[tuple[nn.Parameter, None]]:
+        """Iterate over the parameters, each of which is trained whole in the course of time."""
+        for named in self._groups:
+            yield from ((parameter, None) for parameter in named.values())
+
     def gradients(self) -> list[Tensor]:
         """Return the gradients as they are, unmasked, but for those of which only some rows were formed."""
         return [
@@ -92,24 +97,40 @@ class MaskedStep:
     def run(self, inner: Optimizer, step: int) -> None:
         """Update every parameter by one step of the inner optimizer, under this step's masks."""
         tasks = _Tasks()
-        for named, group, fuse in zip(self._groups, inner.param_groups, self._can_fuse, strict=True):
-            for name, parameter in named.items():
-                if self._has_rows(name):
-                    self._plan_drawn_rows(tasks, inner, group, name, parameter, fuse=fuse)
-                elif parameter.grad is not None and not (
-                    fuse and self._plan_fused(tasks, inner, group, name, parameter, parameter.grad, step)
-                ):
-                    self._mask_(name, parameter.grad, step)
-        if tasks.by_entry:
-            adamw_masked_(tasks.by_entry)
-        if tasks.by_row:
-            adamw_rows_(tasks.by_row)
         try:
+            for named, group, fuse in zip(self._groups, inner.param_groups, self._can_fuse, strict=True):
+                for name, parameter in named.items():
+                    self._plan(tasks, inner, group, name, parameter, step, fuse=fuse)
+            if tasks.by_entry:
+                adamw_masked_(tasks.by_entry)
+            if tasks.by_row:
+                adamw_rows_(tasks.by_row)
             inner.step()
         finally:
             for parameter, gradient in tasks.after:
                 parameter.grad = gradient
         self.draw(step + 1)
+
+    def _plan(
+        self,
+        tasks: _Tasks,
+        inner: Optimizer,
+        group: Mapping[str, Any],
+        name: str,
+        parameter: nn.Parameter,
+        step: int,
+        *,
+        fuse: bool,
+    ) -> None:
+        """Leave a parameter to the kernels, or make its gradient ready for the inner optimizer."""
+        gradient = parameter.grad
+        if self._has_rows(name):
+            self._plan_drawn_rows(tasks, inner, group, name, parameter, fuse=fuse)
+        elif gradient is not None and not (
+            fuse and self._plan_fused(tasks, inner, group, name, parameter, gradient, step)
+        ):
+            hand_over(inner, group, parameter)
+            self._mask_(name, gradient, step)
 
     def _plan_fused(
         self,
@@ -127,7 +148,9 @@ class MaskedStep:
             return False
         units = masks.free.units(name)
         by_entry = units.kind == "element" or (units.kind == "row" and len(shape) < 2)
-        if not (by_entry or units.is_run(shape)) or not has_kernels(parameter, gradient):
+        if not (by_entry or units.is_run(shape)) or gradient.shape != shape:
+            return False
+        if not (has_kernels(parameter, gradient) and fits_state(inner, parameter)):
             return False
         numbers, first, second = next_step(inner, group, parameter, shape, self._scale)
         tensors = WholeTensors(parameter, gradient, first, second, numbers)
@@ -159,12 +182,14 @@ class MaskedStep:
         if drawn is None:
             return
         rows, gradient = drawn
-        if fuse and self._rows.free.units(name).is_run(parameter.shape) and has_kernels(parameter, gradient):
+        fuse = fuse and self._rows.free.units(name).is_run(parameter.shape) and parameter.numel() > 0
+        if fuse and has_kernels(parameter, gradient) and fits_state(inner, parameter):
             place = torch.full((len(parameter),), -1, dtype=torch.int32, device=rows.device)
             place[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
             numbers, first, second = next_step(inner, group, parameter, parameter.shape, self._scale)
             tasks.by_row.append((WholeTensors(parameter, gradient, first, second, numbers), place))
         else:
+            hand_over(inner, group, parameter)
             parameter.grad = self._rows.spread(name, rows, gradient * self._scale)
             tasks.after.append((parameter, None))
 
@@ -179,6 +204,10 @@ class MaskedStep:
         mask = masks.mask(name, step)
         if mask is None:
             return
-        gradient.mul_(mask.to(gradient.device))
+        mask = mask.to(gradient.device)
+        if gradient.is_sparse:
+            gradient.mul_(mask)
+        else:
+            gradient.masked_fill_(~mask, 0.0)  # a product would let NaN through, which the kernels do not
         if self._scale != 1.0:
             gradient.mul_(self._scale)

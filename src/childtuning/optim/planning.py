@@ -54,8 +54,8 @@ def plan_compact(
     groups: Sequence[Group],
     child: Child,
     scale: float,
-    can_fuse: Sequence[bool],
     *,
+    can_fuse: Sequence[bool],
     release_gradients: bool,
     model: nn.Module | None,
 ) -> Plan:

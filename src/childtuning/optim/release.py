@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from weakref import ref
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from childtuning.errors import ParameterError
 from childtuning.optim.bucket import Bucket, Slot
 from childtuning.optim.compact import CompactStep
 from childtuning.part import Part
@@ -38,14 +39,20 @@ class GradientRelease:
         return () if self._installed is None else self._installed.names
 
     def attach(self) -> None:
-        """Take gradients over from now on; a second call does nothing."""
+        """Take gradients over from now on; a second call does nothing.
+
+        Raises:
+            ParameterError: another optimizer does so.
+        """
         if self.attached:
             return
         places = {id(slot.parameter): (bucket, slot) for bucket, slot in self._work.slots()}
+        for _, slot in places.values():
+            _forget_takers(slot.parameter)
         if self._model is not None:
             self._structure(self._model, places)
         for bucket, slot in places.values():
-            hook = _taker(bucket, slot, compact=False)
+            hook = _Taker(bucket, slot, compact=False)
             self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
         self.attached = True
 
@@ -60,7 +67,7 @@ class GradientRelease:
                     trained[name] = found
         self._installed = install(model, trained)
         for name in self._installed.names:
-            hook = _taker(*places[id(named[name])], compact=True)
+            hook = _Taker(*places[id(named[name])], compact=True)
             self._handles.append(trained[name].leaf.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
@@ -74,14 +81,31 @@ class GradientRelease:
         self.attached = False
 
 
-def _taker(bucket: Bucket, slot: Slot, *, compact: bool) -> Callable[[Tensor], None]:
-    """Make a hook that moves a gradient into the bucket; it keeps neither bucket nor slot alive."""
-    bucket_ref, slot_ref = ref(bucket), ref(slot)
+class _Taker:
+    """A hook that moves a gradient into the bucket; it keeps neither bucket nor slot alive."""
 
-    def take(tensor: Tensor) -> None:
-        bucket, slot = bucket_ref(), slot_ref()
+    def __init__(self, bucket: Bucket, slot: Slot, *, compact: bool) -> None:
+        self._bucket, self._slot, self._compact = ref(bucket), ref(slot), compact
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there still is someone to take gradients for."""
+        return self._bucket() is not None
+
+    def __call__(self, tensor: Tensor) -> None:
+        bucket, slot = self._bucket(), self._slot()
         if bucket is not None and slot is not None and tensor.grad is not None:
-            bucket.accept(slot, tensor.grad, compact=compact)
+            bucket.accept(slot, tensor.grad, compact=self._compact)
             tensor.grad = None
 
-    return take
+
+def _forget_takers(parameter: nn.Parameter) -> None:
+    """Unhook an optimizer that is gone; refuse one that is not, since the first to take a gradient leaves none."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    takers = {key: hook for key, hook in hooks.items() if isinstance(hook, _Taker)}
+    if any(taker.is_live for taker in takers.values()):
+        raise ParameterError(
+            "another optimizer takes the gradients of these parameters. Call its remove() first, or delete it."
+        )
+    for key in takers:
+        del hooks[key]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from childtuning.child import Child
-from childtuning.errors import ParameterError
+from childtuning.errors import ConfigError, ParameterError
 from childtuning.granularity import Granularity
 from childtuning.patterns import as_patterns, match_names, matches
 from childtuning.ranked_parts import Scope, Share, not_numbers, top_parts
+from childtuning.selection.mass import density_for_mass
 
 
 def select_child(
     scores: Mapping[str, Tensor],
-    density: float,
+    density: float | Literal["auto"],
     *,
     scope: Scope = "global",
     granularity: str | Granularity = "element",
@@ -24,6 +26,7 @@ def select_child(
     always: Iterable[str] = (),
     lowest: bool = False,
     row_axes: Mapping[str, int] | None = None,
+    mass: float = 0.9,
 ) -> Child:
     """Choose the child: the share ``density`` of the eligible entries with the highest scores.
 
@@ -35,7 +38,8 @@ def select_child(
 
     Args:
         scores: importance of each entry by parameter name, in the model's order, floating point, any device.
-        density: the share p, in (0, 1].
+        density: the share p, in (0, 1]; ``"auto"``: that of the smallest child which holds the share ``mass`` of the
+            scores' total.
         scope: ``global`` ranks all parameters together [Xu et al. 2021]; ``parameter`` gives each parameter its
             own share, rounded so that the total is exact.
         granularity: ``element``, ``row``, ``block``, ``parameter``, or a ``Granularity``.
@@ -44,6 +48,7 @@ def select_child(
             scores that match are taken out of the eligible ones. A new head belongs here.
         lowest: choose the lowest scores instead (the paper's ablation).
         row_axes: for ``row``, the output axis by parameter name where it is not 0 (GPT-2's Conv1D has 1).
+        mass: for ``density="auto"``, in (0, 1].
     Returns:
         the child; indices on the CPU.
     Raises:
@@ -57,6 +62,12 @@ def select_child(
         [True, False, False, True]
     """
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
+    if density == "auto":
+        if lowest or scope != "global":
+            raise ConfigError("density='auto' goes with the highest scores of all parameters. Pass a number.")
+        density = density_for_mass(
+            scores, mass, granularity=unit, eligible=eligible, always=always, row_axes=row_axes
+        )
     share = Share(density, scope, unit, row_axes or {})
     always = as_patterns(always)
     ranked = check_scores(

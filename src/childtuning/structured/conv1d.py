@@ -17,4 +17,6 @@ class StructuredConv1D(StructuredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., I] -> [..., O]."""
+        if not self.in_use:
+            return super().forward(x)
         return product(x, self.weight.t(), self.bias, self.trained_weight, transposed=True)

@@ -126,6 +126,8 @@ class _StructuredConvolution(StructuredLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [B, I, …] or [I, …] -> [B, O, …] or [O, …]."""
+        if not self.in_use:
+            return super().forward(input)
         x = lowered(input)
         single = x.dim() < self.weight.dim()
         options = _Options(self.stride, _padding(self), self.dilation, self.groups)

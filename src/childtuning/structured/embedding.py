@@ -76,6 +76,8 @@ class StructuredEmbedding(StructuredLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look the tokens up: [...] -> [..., H]."""
+        if not self.in_use:
+            return super().forward(input)
         trained = self.trained_weight
         y = _Lookup.apply(
             input.reshape(-1).long(), self.weight.detach(), trained.wanted, trained.groups, self.padding_idx

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -75,13 +76,36 @@ def install(model: nn.Module, trained: Mapping[str, Trained]) -> Installed:
         [(module, type(module)) for module, _, _ in found],
     )
     for module, cls, name in found:
+        trained[name].weight = parameters[name]
         module.__class__ = cls
         vars(module)["trained_weight"] = trained[name]
     return installed
 
 
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Let a model's weights have their dense gradients inside, whatever is installed."""
+    layers = [module for module in model.modules() if isinstance(module, StructuredLayer)]
+    weights = [
+        (trained, trained.weight)
+        for trained in {id(t): t for t in (layer.trained_weight for layer in layers)}.values()
+    ]
+    try:
+        for trained, _ in weights:
+            trained.weight = None
+        yield
+    finally:
+        for trained, weight in weights:
+            trained.weight = weight
+
+
 def _structured(module: nn.Module, trained: Trained) -> type[nn.Module] | None:
-    """The class to give the module, unless its weight is a tensor subclass or its forward was replaced."""
-    if type(module._parameters["weight"]) is not nn.Parameter or "forward" in vars(module):
+    """The class to give the module, unless its weight is a tensor subclass or hooked, or its forward was replaced."""
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter or "forward" in vars(module):
+        return None
+    if (
+        weight._backward_hooks or weight._post_accumulate_grad_hooks
+    ):  # they wait for the gradient that is not formed
         return None
     return find_structured(module, trained)

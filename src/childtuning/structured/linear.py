@@ -69,4 +69,6 @@ class StructuredLinear(StructuredLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: [..., I] -> [..., O]."""
+        if not self.in_use:
+            return super().forward(input)
         return product(input, self.weight, self.bias, self.trained_weight)

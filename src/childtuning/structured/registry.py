@@ -19,11 +19,23 @@ _BY_CLASS: dict[type[nn.Module] | str, type[StructuredLayer]] = {}
 class StructuredLayer(nn.Module):
     """A layer that computes of its ``weight``'s gradient only what ``trained_weight`` asks for.
 
-    A subclass overrides ``forward``. It lets only ``weight.detach()`` into the graph, and gives
-    ``trained_weight.leaf`` its gradient. It has the state of the class that it stands in for and nothing more.
+    A subclass overrides ``forward`` and, unless ``in_use``, leaves it to the class that it stands in for. It lets only
+    ``weight.detach()`` into the graph, and gives ``trained_weight.leaf`` its gradient. It has the state of the class
+    that it stands in for and nothing more.
     """
 
     trained_weight: Trained
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the module's weight is the one that this was installed for.
+
+        It is not in a copy of the model, under ``torch.func.functional_call``, or where the weight has been
+        parametrized or replaced since: then the gradient belongs to that other tensor, as ever.
+        """
+        return self.trained_weight.weight is not None and self.trained_weight.weight is self._parameters.get(
+            "weight"
+        )
 
     @staticmethod
     def fits(module: nn.Module, trained: Trained) -> bool:

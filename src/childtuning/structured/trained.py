@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -23,10 +23,16 @@ class Trained:
         groups: where rows meet columns, see ``part_groups``; tensors on the weight's device.
         leaf: flat [n], requires grad. Only its ``.grad`` matters: the gradients of the n trained entries, group by
             group and row-major. Its data is never read, so it may be one number expanded.
+        weight: the weight that it is of, once installed.
     """
 
     groups: Sequence[Group]
     leaf: Tensor
+    weight: Tensor | None = field(default=None, repr=False)
+
+    def __reduce__(self) -> tuple[type[Trained], tuple[list[Group], Tensor]]:
+        """Copy as what is of no weight: nobody waits for the gradient of a copied layer's leaf."""
+        return type(self), ([], torch.empty(0))
 
     @classmethod
     def from_part(cls, part: Part, weight: Tensor, dtype: torch.dtype | None = None) -> Self | None:

@@ -1,33 +1,52 @@
-"""Tasks: examples from files, GLUE or the embedded task; their batches and metrics."""
+"""Tasks: kinds of them, examples from files, GLUE or the embedded task, their batches and metrics."""
 
 from __future__ import annotations
 
 from childtuning.tasks.batches import EncodedExamples, LengthBucketBatches, PaddingCollator, encode
+from childtuning.tasks.causal_lm import CausalLM
+from childtuning.tasks.classification import Classification
 from childtuning.tasks.docstrings import load_docstring_task
-from childtuning.tasks.examples import Examples, Task, TaskKind, check_labels
+from childtuning.tasks.examples import Examples, Task, check_labels
 from childtuning.tasks.files import guess_columns, read_examples, task_from_files
 from childtuning.tasks.glue import GLUE, GlueTask, load_task
+from childtuning.tasks.image_classification import ImageClassification
+from childtuning.tasks.kind import KINDS, Answers, Columns, Kind, find_kind, infer_kind
 from childtuning.tasks.labels import LabelKind
 from childtuning.tasks.metrics import METRICS, Metric, compute_metrics, default_metrics
-from childtuning.tasks.rows import read_rows
+from childtuning.tasks.regression import Regression
+from childtuning.tasks.rows import Source, read_rows
+from childtuning.tasks.split import Split
+from childtuning.tasks.token_classification import TokenClassification
 
 __all__ = [
+    "Answers",
+    "CausalLM",
+    "Classification",
+    "Columns",
     "EncodedExamples",
     "Examples",
     "GLUE",
     "GlueTask",
+    "ImageClassification",
+    "KINDS",
+    "Kind",
     "LabelKind",
     "LengthBucketBatches",
     "METRICS",
     "Metric",
     "PaddingCollator",
+    "Regression",
+    "Source",
+    "Split",
     "Task",
-    "TaskKind",
+    "TokenClassification",
     "check_labels",
     "compute_metrics",
     "default_metrics",
     "encode",
+    "find_kind",
     "guess_columns",
+    "infer_kind",
     "load_docstring_task",
     "load_task",
     "read_examples",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCHES_IN_BUCKET = 50
+IGNORED = -100  # what losses leave out
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -25,14 +26,20 @@ class EncodedExamples(Dataset[dict[str, Any]]):
 
     Args:
         columns: input name -> one list of token numbers a row, of the row's own length.
-        labels: class ids (int) or targets (float), or None.
+        labels: class ids (int) or targets (float), one a row or one a token; or None.
+        num_cut: how many words or rows the length limit has cut, where that is counted.
     """
 
     def __init__(
-        self, columns: Mapping[str, list[list[int]]], labels: list[int] | list[float] | None
+        self,
+        columns: Mapping[str, list[list[int]]],
+        labels: list[int] | list[float] | list[list[int]] | None,
+        *,
+        num_cut: int = 0,
     ) -> None:
         self._columns = dict(columns)
         self._labels = labels
+        self.num_cut = num_cut
 
     def __len__(self) -> int:
         return len(self._columns["input_ids"])
@@ -70,12 +77,7 @@ def encode(
         ConfigError: when max_length leaves no room for text.
         DataError: for a label that `label_ids` lacks, or class labels without `label_ids`.
     """
-    num_special = tokenizer.num_special_tokens_to_add(pair=examples.text_pair is not None)
-    if max_length <= num_special:
-        raise ConfigError(
-            f"max_length must be above the {num_special} special tokens of a row, got {max_length}. "
-            f"Pass for example max_length=128."
-        )
+    check_max_length(tokenizer, max_length, pair=examples.text_pair is not None)
     labels = _label_column(examples, label_ids)
     if not len(examples):
         return EncodedExamples({"input_ids": []}, labels)
@@ -93,6 +95,20 @@ def encode(
     return EncodedExamples(columns, labels)
 
 
+def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, pair: bool = False) -> None:
+    """Make sure that a row has room beside its special tokens.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    num_special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length <= num_special:
+        raise ConfigError(
+            f"max_length must be above the {num_special} special tokens of a row, got {max_length}. "
+            f"Pass for example max_length=128."
+        )
+
+
 class PaddingCollator:
     """Turn rows of `EncodedExamples` into tensors, padded to the longest row.
 
@@ -101,12 +117,16 @@ class PaddingCollator:
         pad_to_multiple_of: round the length up (8 suits tensor cores); None pads to the longest row exactly.
         max_length: rounding up stops here, so that no batch is longer than the model's positions; by
             default the tokenizer's `model_max_length`.
+        side: where to pad; by default the tokenizer's side.
     Returns:
         On a call, input_ids, attention_mask (and token_type_ids): int64, shape (B, T); labels: shape (B,),
-        int64 for class ids and float32 for targets.
+        int64 for class ids and float32 for targets; or (B, T), int64, where every token has one, padded
+        with −100, which losses ignore.
     Raises:
         ConfigError: when the tokenizer has no padding token.
     """
+
+    inputs = _INPUTS
 
     def __init__(
         self,
@@ -114,6 +134,7 @@ class PaddingCollator:
         pad_to_multiple_of: int | None = 8,
         *,
         max_length: int | None = None,
+        side: Literal["left", "right"] | None = None,
     ) -> None:
         pad_id = tokenizer.pad_token_id
         if not isinstance(pad_id, int):
@@ -127,7 +148,7 @@ class PaddingCollator:
             )
         self.pad_to_multiple_of = pad_to_multiple_of
         self.max_length = tokenizer.model_max_length if max_length is None else max_length
-        self._pad_left = tokenizer.padding_side == "left"
+        self._pad_left = (side or tokenizer.padding_side) == "left"
         self._fill = {
             "input_ids": pad_id,
             "attention_mask": 0,
@@ -150,6 +171,10 @@ class PaddingCollator:
             batch["attention_mask"] = torch.tensor(padded, dtype=torch.int64)
         if "labels" in rows[0]:
             labels = [row["labels"] for row in rows]
+            if isinstance(labels[0], list):
+                labels = [self._pad(ids, length, IGNORED) for ids in labels]
+                batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+                return batch
             dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
             batch["labels"] = torch.tensor(labels, dtype=dtype)
         return batch

@@ -1,24 +1,21 @@
-"""The nouns of this layer: `Examples` (one split) and `Task` (train and dev, labels, metrics)."""
+"""The nouns of this layer: `Examples` (one split of texts) and `Task` (train and dev, labels, metrics)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-import numpy as np
-
-from childtuning.errors import ConfigError, DataError
-
-TaskKind = Literal["classification", "regression"]
+from childtuning.errors import DataError
+from childtuning.tasks.kind import Columns, Kind, find_kind
+from childtuning.tasks.split import Split
 
 _MAX_NAMED = 5  # labels a message lists before it only counts
 
 
 @dataclass(frozen=True)
-class Examples:
-    """One split: texts, optional second texts, and labels where they are known.
+class Examples(Split):
+    """One split of texts, or pairs of them, and labels where they are known.
 
     Args:
         text: one text a row; empty texts are kept and counted by `num_empty`.
@@ -48,41 +45,41 @@ class Examples:
         return len(self.text)
 
     @property
+    def is_labelled(self) -> bool:
+        """Whether there are labels."""
+        return self.labels is not None
+
+    @property
     def num_empty(self) -> int:
         """The number of rows whose text is empty or only whitespace."""
         return sum(not text.strip() for text in self.text)
 
+    @property
+    def form(self) -> str:
+        """Whether each example is one text or two."""
+        return "single texts" if self.text_pair is None else "pairs of texts"
+
+    def classes(self) -> set[str]:
+        """Return the labels that occur, as class names."""
+        return {str(label) for label in self.labels or ()}
+
     def subset(self, indices: Iterable[int]) -> Examples:
         """Return the rows at `indices`, in that order."""
         rows = [int(index) for index in indices]
-        labels = self.labels
         return Examples(
             text=[self.text[i] for i in rows],
-            text_pair=None if self.text_pair is None else [self.text_pair[i] for i in rows],
-            labels=None if labels is None else [labels[i] for i in rows],  # type: ignore[arg-type]
+            text_pair=rows_of(self.text_pair, rows),
+            labels=cast("list[str] | list[float] | None", rows_of(self.labels, rows)),
         )
 
-    def sample(self, limit: int | None, *, seed: int = 0) -> Examples:
-        """Return at most `limit` rows, drawn without replacement, in their original order.
+    def shown(self, index: int) -> str:
+        """Return the beginning of the text on one line."""
+        return " ".join(self.text[index].split())[:100]
 
-        A pure function of (number of rows, limit, seed). For one seed the sample of a smaller limit
-        lies inside that of a larger one, so that low-resource curves add examples and never swap them.
 
-        Args:
-            limit: the most rows to keep, at least 1; None keeps all.
-            seed: any integer.
-        Raises:
-            ConfigError: when limit is below 1.
-        """
-        if limit is None:
-            return self
-        if limit < 1:
-            raise ConfigError(f"train_limit must be at least 1, got {limit}. Leave it out to use every row.")
-        if limit >= len(self):
-            return self
-        # RandomState because its stream is frozen: numpy's newer generators may change between releases.
-        order = np.random.RandomState(seed % 2**32).permutation(len(self))
-        return self.subset(sorted(order[:limit].tolist()))
+def rows_of(column: list[Any] | None, rows: Iterable[int]) -> list[Any] | None:
+    """Return the entries of a column at some rows; None of a column that is not there."""
+    return None if column is None else [column[row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -91,43 +88,41 @@ class Task:
 
     Args:
         name: what reports call it.
-        kind: "classification" or "regression".
-        label_names: class names in the order of their ids; () for regression.
+        kind: the name of its kind: "classification", "regression", …; see `KINDS`.
+        label_names: class names in the order of their ids; () without classes.
         metrics: metric names; the first is the metric of the run.
         train: labelled examples to train on.
         dev: labelled examples to measure on.
+        columns: where its files keep what.
     Raises:
         DataError: when a split is empty or unlabelled, training has a single class, dev has a class that
-            training never saw, a regression label is not finite, or only one split has second texts.
+            training never saw, or for what the kind itself refuses.
     """
 
     name: str
-    kind: TaskKind
+    kind: str
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
-    train: Examples
-    dev: Examples
+    train: Split
+    dev: Split
+    columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("classification", "regression"):
-            raise DataError(f"kind must be 'classification' or 'regression', got {self.kind!r}.")
+        kind = find_kind(self.kind)
         if not self.metrics:
             raise DataError(f"Task {self.name!r} must name at least one metric, got none. Pass one.")
         for split, rows in (("train", self.train), ("dev", self.dev)):
             if not len(rows):
                 raise DataError(f"The {split} split of {self.name!r} has no rows. Pass at least one example.")
-            if rows.labels is None:
+            if not rows.is_labelled:
                 raise DataError(f"The {split} split of {self.name!r} has no labels. Name its label column.")
-        if (self.train.text_pair is None) != (self.dev.text_pair is None):
-            single = "train" if self.train.text_pair is None else "dev"
-            raise DataError(
-                f"Both splits of {self.name!r} must be pairs or both single texts, "
-                f"got single ones in {single}. Name the same columns for both."
-            )
-        if self.kind == "classification":
+        kind.check(self)
+        if kind.has_classes:
             self._check_classes()
-        else:
-            self._check_targets()
+        elif self.label_names:
+            raise DataError(
+                f"A task of kind {self.kind} has no label names, got {self.label_names}. Pass label_names=()."
+            )
 
     def _check_classes(self) -> None:
         """Refuse label columns from which nothing can be learnt or measured."""
@@ -141,32 +136,25 @@ class Task:
             )
         check_labels(self.dev, sorted(seen), where=f"the dev split of {self.name!r}")
 
-    def _check_targets(self) -> None:
-        """Refuse targets that are not finite numbers."""
-        if self.label_names:
-            raise DataError(f"Regression has no label names, got {self.label_names}. Pass label_names=().")
-        for split, rows in (("train", self.train), ("dev", self.dev)):
-            for row, target in enumerate(rows.labels or (), start=1):
-                if isinstance(target, str) or not math.isfinite(target):
-                    raise DataError(
-                        f"Regression labels must be finite numbers, got {target!r} in row {row} "
-                        f"of the {split} split of {self.name!r}. Correct or drop that row."
-                    )
+    @property
+    def how(self) -> Kind:
+        """What the task's kind does."""
+        return find_kind(self.kind)
 
     @property
     def num_labels(self) -> int:
         """The width of the model's head: the number of classes, 1 for regression."""
-        return len(self.label_names) if self.kind == "classification" else 1
+        return self.how.num_outputs(self.label_names)
 
     @property
     def num_empty(self) -> int:
-        """The number of rows of both splits whose text is empty or only whitespace."""
+        """The number of rows of both splits that are empty."""
         return self.train.num_empty + self.dev.num_empty
 
     @property
     def label_ids(self) -> dict[str, int] | None:
-        """Class name -> id, what `encode` takes; None for regression."""
-        if self.kind == "regression":
+        """Class name -> id, what `encode` takes; None without classes."""
+        if not self.how.has_classes:
             return None
         return {name: index for index, name in enumerate(self.label_names)}
 
@@ -181,7 +169,7 @@ class Task:
         return self.label_names.index(name)
 
 
-def check_labels(examples: Examples, label_names: Iterable[str], *, where: str) -> set[str]:
+def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> set[str]:
     """Return the classes that occur in `examples`, after checking that each of them is known.
 
     Args:
@@ -192,7 +180,7 @@ def check_labels(examples: Examples, label_names: Iterable[str], *, where: str) 
         DataError: naming up to five unknown labels, and the known ones.
     """
     known = list(label_names)
-    found = {str(label) for label in examples.labels or ()}
+    found = examples.classes()
     unknown = sorted(found.difference(known))
     if unknown:
         rest = len(unknown) - _MAX_NAMED

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.examples import Examples, Task
-from childtuning.tasks.labels import LabelKind, convert_labels, infer_label_kind, sort_labels
-from childtuning.tasks.metrics import METRICS, default_metrics
-from childtuning.tasks.rows import Row, columns_of, read_rows
+from childtuning.tasks.kind import Columns, check_metrics, find_kind, infer_kind
+from childtuning.tasks.labels import LabelKind, convert_labels, infer_label_kind
+from childtuning.tasks.rows import Row, Source
 
 # Pairs before single texts: QNLI's (question, sentence) must not be taken for a single sentence.
 _KNOWN_COLUMNS: tuple[tuple[str, str | None], ...] = (
@@ -49,7 +49,7 @@ def guess_columns(columns: Sequence[str]) -> tuple[str, str | None]:
 
 
 def read_examples(
-    path: str | Path,
+    path: str | Path | Source,
     *,
     text: str | None = None,
     text_pair: str | None = None,
@@ -69,15 +69,12 @@ def read_examples(
     Raises:
         DataError: for what `read_rows` refuses, an unknown column, or a row without a usable label.
     """
-    path = Path(path)
-    rows = read_rows(path)
-    columns = columns_of(rows)
+    source = path if isinstance(path, Source) else Source(path)
+    path, rows = source.path, source.rows
     if text is None:
-        text, guessed_pair = guess_columns(columns)
+        text, guessed_pair = guess_columns(source.columns)
         text_pair = text_pair or guessed_pair
-    for column in (text, text_pair, label):
-        if column is not None and column not in columns:
-            raise DataError(f"{path} has no column {column!r}. {did_you_mean(column, columns)}")
+    source.check_columns(text, text_pair, label)
     if label is not None and label in (text, text_pair):
         raise DataError(
             f"Column {label!r} of {path} cannot be text and label at once. Name another label column."
@@ -87,8 +84,8 @@ def read_examples(
         values = [row.get(label) for row in rows]
         labels = convert_labels(values, label_kind or infer_label_kind(values), where=str(path), column=label)
     return Examples(
-        text=_texts(rows, text, path),
-        text_pair=None if text_pair is None else _texts(rows, text_pair, path),
+        text=texts_of(rows, text, path),
+        text_pair=None if text_pair is None else texts_of(rows, text_pair, path),
         labels=labels,
     )
 
@@ -97,67 +94,70 @@ def task_from_files(
     train: str | Path,
     dev: str | Path,
     *,
+    kind: str | None = None,
     text: str | None = None,
     text_pair: str | None = None,
-    label: str = "label",
+    label: str | None = None,
     label_type: Literal["auto", "class", "number"] = "auto",
     name: str = "files",
     metric: str | None = None,
     train_limit: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """Build a task from a file to train on and a file to measure on, of any two of the types.
+    """Build a task from what to train on and what to measure on, files or folders.
 
     Args:
-        train, dev: the files.
-        text, text_pair, label: columns, as for `read_examples`.
-        label_type: "class", "number", or "auto" to infer it from the training labels.
+        train, dev: the files, of any two types that fit the kind; or one file that holds both splits.
+        kind: the kind of task; None infers it from `train`.
+        text, text_pair, label: columns; None takes the customary ones of the kind.
+        label_type: of texts: "class", "number", or "auto" to infer it from the training labels.
         name: what reports call the task.
-        metric: the metric of the run; None takes accuracy for classes, Pearson's r for numbers.
+        metric: the metric of the run; None takes the kind's first.
         train_limit: the most training rows to keep, drawn by `seed`; None keeps all.
         seed: of that draw.
     Raises:
-        DataError: for what `read_examples` and `Task` refuse.
+        DataError: for what the kind and `Task` refuse.
         ConfigError: for an unknown metric or label type, or a metric that does not fit the labels.
     """
     if label_type not in ("auto", "class", "number"):
         remedy = did_you_mean(str(label_type), ("auto", "class", "number"))
         raise ConfigError(f"Unknown label type {label_type!r}. {remedy}")
-    wanted: LabelKind | None = None if label_type == "auto" else label_type
-    train_rows = read_examples(train, text=text, text_pair=text_pair, label=label, label_kind=wanted)
-    train_labels = train_rows.labels or []
-    kind: LabelKind = "number" if isinstance(train_labels[0], float) else "class"
-    dev_rows = read_examples(dev, text=text, text_pair=text_pair, label=label, label_kind=kind)
-    label_names = sort_labels(str(value) for value in train_labels) if kind == "class" else ()
+    train_source, dev_source = Source(train), Source(dev)
+    columns = Columns(text, text_pair, label, label_type)
+    how = infer_kind(train_source, columns) if kind is None else find_kind(kind)
+    if metric is not None:
+        check_metrics(how, [metric])
+    columns = how.settle(train_source, columns)
+    train_rows = how.read(train_source, columns, part="train")
+    dev_rows = how.read(dev_source, columns, part="dev")
+    label_names = how.label_names(train_rows)
+    defaults = how.metrics(label_names)
     return Task(
         name=name,
-        kind="classification" if kind == "class" else "regression",
+        kind=how.name,
         label_names=label_names,
-        metrics=_metrics_for(kind, metric),
+        metrics=defaults if metric is None else (metric, *(other for other in defaults if other != metric)),
         train=train_rows.sample(train_limit, seed=seed),
         dev=dev_rows,
+        columns=columns,
     )
 
 
-def _metrics_for(kind: LabelKind, metric: str | None) -> tuple[str, ...]:
-    """Return the metrics of a task, the asked-for one first."""
-    task_kind = "classification" if kind == "class" else "regression"
-    defaults = default_metrics(task_kind)
-    if metric is None:
-        return defaults
-    if metric not in METRICS:
-        raise ConfigError(f"Unknown metric {metric!r}. {did_you_mean(metric, METRICS)}")
-    if METRICS[metric].kind != task_kind:
-        fitting = [name for name, entry in METRICS.items() if entry.kind == task_kind]
-        raise ConfigError(f"Metric {metric!r} does not fit {task_kind}. Pass one of {', '.join(fitting)}.")
-    return (metric, *(name for name in defaults if name != metric))
+def texts_of(rows: list[Row], column: str, path: Path) -> list[str]:
+    """Return a column as text; what is missing is "".
+
+    Raises:
+        DataError: a value is no text.
+    """
+    return [text_of(row.get(column), path, column, number) for number, row in enumerate(rows, start=1)]
 
 
-def _texts(rows: list[Row], column: str, path: Path) -> list[str]:
-    return [_text_of(row.get(column), path, column, number) for number, row in enumerate(rows, start=1)]
+def text_of(value: Any, path: Path, column: str, row: int) -> str:
+    """Return one value of a table as text.
 
-
-def _text_of(value: Any, path: Path, column: str, row: int) -> str:
+    Raises:
+        DataError: it is none, naming the row (counted from 1).
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, (dict, list, bytes)):

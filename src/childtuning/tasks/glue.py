@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from childtuning.errors import DataError, did_you_mean
+from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.examples import Examples, Task
 from childtuning.tasks.files import read_examples, task_from_files
+from childtuning.tasks.kind import find_kind
 from childtuning.tasks.labels import LabelKind
+from childtuning.tasks.task_folders import is_task_folder, splits_of
 
 _HUB_DATASET = "nyu-mll/glue"
 _EMBEDDED = "docstrings"
-_DEV_NAMES = ("dev", "dev_matched")  # the second is MNLI's
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,42 @@ GLUE: Mapping[str, GlueTask] = {
 
 
 def load_task(
-    name: str, *, data_dir: str | Path | None = None, train_limit: int | None = None, seed: int = 0
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    kind: str | None = None,
+    train_limit: int | None = None,
+    seed: int = 0,
 ) -> Task:
     """Load a task by name.
 
     `data_dir/name/{train,dev}.jsonl.gz` (or .jsonl; MNLI's dev may be dev_matched) come before the hub,
     columns and labels as `read_examples` takes them; GLUE labels may also be the official ids. A folder
-    of data_dir that is no GLUE task loads too: its label kind is inferred, its metric is accuracy, or
-    Pearson and Spearman. "docstrings" is the task that every machine has (`load_docstring_task`).
+    of data_dir that is no GLUE task loads too, with the splits that `splits_of` finds, as
+    `task_from_files` takes them. "docstrings" is the task that every machine has (`load_docstring_task`).
 
     Args:
         name: a GLUE name, a folder of data_dir, or "docstrings".
         data_dir: where local copies lie; None goes to the hub.
+        kind: the kind of task; None infers that of a folder.
         train_limit: the most training rows, drawn by `seed`; None keeps all (400 for "docstrings").
         seed: of that draw.
     Raises:
         DataError: for an unknown name, a missing split, a label that is not the task's, or when neither
             a local copy nor the hub can be had.
-        ConfigError: when train_limit is below 1.
+        ConfigError: when train_limit is below 1, or a named task is of another kind.
     """
+    if kind is not None:
+        find_kind(kind)
+    task = _load(name, data_dir, kind, train_limit, seed)
+    if kind not in (None, task.kind):
+        raise ConfigError(f"task {name!r} is {task.kind}, got the kind {kind!r}. Leave the kind out.")
+    return task
+
+
+def _load(
+    name: str, data_dir: str | Path | None, kind: str | None, train_limit: int | None, seed: int
+) -> Task:
     if name == _EMBEDDED:
         from childtuning.tasks.docstrings import DEFAULT_TRAIN_LIMIT, load_docstring_task
 
@@ -73,12 +91,12 @@ def load_task(
     if name not in GLUE and name not in folders:
         raise DataError(f"Unknown task {name!r}. {did_you_mean(name, sorted({*GLUE, *folders, _EMBEDDED}))}")
     if name not in GLUE:
-        train, dev = _local_files(name, folders[name])
-        return task_from_files(train, dev, name=name, train_limit=train_limit, seed=seed)
+        train, dev = splits_of(name, folders[name])
+        return task_from_files(train, dev, kind=kind, name=name, train_limit=train_limit, seed=seed)
     glue = GLUE[name]
     if name in folders:
-        kind: LabelKind = "class" if glue.label_names else "number"
-        splits = [read_examples(path, label_kind=kind) for path in _local_files(name, folders[name])]
+        label_kind: LabelKind = "class" if glue.label_names else "number"
+        splits = [read_examples(path, label_kind=label_kind) for path in splits_of(name, folders[name])]
     else:
         splits = _hub_splits(name, glue, data_dir)
     train_rows, dev_rows = (_with_official_names(rows, glue) for rows in splits)
@@ -93,29 +111,14 @@ def load_task(
 
 
 def _task_folders(data_dir: str | Path | None) -> dict[str, Path]:
-    """Return the folders of data_dir that may be tasks: with rows or a GLUE name."""
+    """Return the folders of data_dir that may be tasks: with examples or a GLUE name."""
     if data_dir is None:
         return {}
     root = Path(data_dir)
     if not root.is_dir():
         raise DataError(f"data_dir must be a folder, got {root}. Pass one that holds TASK/train.jsonl.gz.")
     folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
-    return {name: path for name, path in folders.items() if name in GLUE or any(path.glob("*.jsonl*"))}
-
-
-def _local_files(name: str, folder: Path) -> tuple[Path, Path]:
-    """Return the train and the dev file of a task's folder."""
-    found: list[Path] = []
-    for split, stems in (("train", ("train",)), ("dev", _DEV_NAMES)):
-        candidates = [f"{stem}{suffix}" for stem in stems for suffix in (".jsonl.gz", ".jsonl")]
-        path = next((folder / file for file in candidates if (folder / file).is_file()), None)
-        if path is None:
-            raise DataError(
-                f"Task {name!r} has no {split} split: none of {', '.join(candidates)} is in {folder}. "
-                f"Add one, or pass files of your own."
-            )
-        found.append(path)
-    return found[0], found[1]
+    return {name: path for name, path in folders.items() if name in GLUE or is_task_folder(path)}
 
 
 def _with_official_names(rows: Examples, glue: GlueTask) -> Examples:

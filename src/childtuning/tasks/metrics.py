@@ -118,6 +118,11 @@ def _correlation(correlate: Callable[..., Any], predicted: np.ndarray, truth: np
     return value if math.isfinite(value) else 0.0
 
 
+def metrics_of(kind: Literal["classification", "regression"]) -> tuple[str, ...]:
+    """Return the names of the metrics that fit."""
+    return tuple(name for name, metric in METRICS.items() if metric.kind == kind)
+
+
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("classification", _accuracy),
     "f1": Metric("classification", _f1),

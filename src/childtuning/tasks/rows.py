@@ -8,10 +8,11 @@ import io
 import json
 import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from childtuning.errors import DataError
+from childtuning.errors import DataError, did_you_mean
 
 Row = dict[str, Any]
 
@@ -35,8 +36,13 @@ def read_rows(path: str | Path) -> list[Row]:
             that does not fit, in one line that names the file and the line.
     """
     path = Path(path)
-    suffix = _format_of(path)
-    content = _content_of(path)
+    suffix = format_of(path)
+    if suffix is None:
+        raise DataError(
+            f"{path} is of no type that can be read, got {''.join(path.suffixes[-2:]) or 'no extension'!r}. "
+            f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."
+        )
+    content = content_of(path)
     if suffix == ".parquet":
         rows = _parquet_rows(content, path)
     else:
@@ -52,23 +58,80 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+class Source:
+    """A file or folder of the user's; what it holds is read once, whoever asks.
+
+    Args:
+        path: where it lies.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a file of rows and columns, by its name."""
+        return format_of(self.path) is not None and not self.path.is_dir()
+
+    def is_named(self, *endings: str) -> bool:
+        """Whether it is a file whose name has one of these endings, perhaps with .gz behind."""
+        return self.path.name.lower().removesuffix(".gz").endswith(endings) and not self.path.is_dir()
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of a table file; see `read_rows`."""
+        return read_rows(self.path)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns of a table file."""
+        return columns_of(self.rows)
+
+    @cached_property
+    def text(self) -> str:
+        """The content of a text file; see `read_text`."""
+        return read_text(self.path)
+
+    def check_columns(self, *names: str | None) -> None:
+        """Check that a table file has these columns.
+
+        Raises:
+            DataError: naming the first that it lacks, and the nearest there is.
+        """
+        for name in names:
+            if name is not None and name not in self.columns:
+                raise DataError(f"{self.path} has no column {name!r}. {did_you_mean(name, self.columns)}")
+
+
 def columns_of(rows: Iterable[Row]) -> list[str]:
     """Return every column that occurs in any row, in order of appearance."""
     return list({name: None for row in rows for name in row})
 
 
-def _format_of(path: Path) -> str:
+def format_of(path: Path) -> str | None:
+    """Return which of `FORMATS` a file's name says it is."""
     name = path.name.lower().removesuffix(".gz")
-    for suffix in FORMATS:
-        if name.endswith(suffix):
-            return suffix
-    raise DataError(
-        f"{path} is of no type that can be read, got {''.join(path.suffixes[-2:]) or 'no extension'!r}. "
-        f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."
-    )
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
-def _content_of(path: Path) -> bytes:
+def read_text(path: Path) -> str:
+    """Return a text file, perhaps .gz, as UTF-8.
+
+    Raises:
+        DataError: the file is missing, empty, damaged or not UTF-8.
+    """
+    return _decode(content_of(path), path)
+
+
+def content_of(path: Path) -> bytes:
+    """Return the bytes of a file, unpacked if it is .gz.
+
+    Raises:
+        DataError: the file is missing, empty or damaged.
+    """
     if path.is_dir():
         raise DataError(f"{path} is a folder. Pass a file.")
     try:

@@ -7,15 +7,17 @@ from childtuning.training.child_choice import (
     output_axes,
     task_head,
 )
+from childtuning.training.label_positions import IGNORED, predicted_labels
 from childtuning.training.layers import Layers, find_layers
 from childtuning.training.method import PARTS, LossStep, Method, Prepared, logits_of
 from childtuning.training.method_state import MethodCallback
-from childtuning.training.models import LoadedModel, load_classifier, packaged_model
+from childtuning.training.models import LoadedModel, load_classifier, load_model, packaged_model
 from childtuning.training.precision import has_fast_bf16
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
     "ChildTrainer",
+    "IGNORED",
     "Layers",
     "LoadedModel",
     "LossStep",
@@ -29,8 +31,10 @@ __all__ = [
     "fisher_scores",
     "has_fast_bf16",
     "load_classifier",
+    "load_model",
     "logits_of",
     "output_axes",
     "packaged_model",
+    "predicted_labels",
     "task_head",
 ]

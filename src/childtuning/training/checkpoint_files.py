@@ -27,6 +27,7 @@ class CheckpointFiles:
 
     child: Child | TaskFree | None
     child_config: ChildConfig | None
+    touched: Child | None  # every entry that was ever trained, where that is more than the child
     _base_name: str | None
     _method_callbacks: Sequence[MethodCallback]
 
@@ -48,7 +49,7 @@ class CheckpointFiles:
 
     def delta(self) -> Delta:
         """Return the trained values, as they are now."""
-        child = self.select()
+        child = self.touched or self.select()
         if self.child_config is not None and self.child_config.preset == "official":
             child = TaskFree(1.0)  # decay moves every parameter there
         return Delta.capture(self.bare_model, child, base=self._base_name)

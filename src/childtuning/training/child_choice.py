@@ -74,7 +74,7 @@ def choose_child(
         if config.eligible is not None:
             _freeze_others(model, config.eligible, always)
         axes = output_axes(model) if config.granularity == "row" else {}
-        return TaskFree(config.density, config.seed, config.granularity, always, axes)
+        return TaskFree(_number(config.density), config.seed, config.granularity, always, axes)
     if config.density == 1.0 and not config.preset:
         return _whole(model, config.eligible, always)
     if scores is not None:
@@ -88,14 +88,20 @@ def choose_child(
     }
     if config.scores == "random" and scores is None:
         return random_child(
-            model, config.density, seed=config.seed, eligible=config.eligible, always=always, **options
+            model, _number(config.density), seed=config.seed, eligible=config.eligible, always=always, **options
         )
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
     if scores is None:
         scores = fisher_scores(config, model, batches(), always=always, progress=progress)
     return select_child(
-        scores, config.density, eligible=config.eligible, always=always, lowest=config.lowest, **options
+        scores,
+        config.density,
+        mass=config.mass,
+        eligible=config.eligible,
+        always=always,
+        lowest=config.lowest,
+        **options,
     )
 
 
@@ -182,7 +188,13 @@ def _official(
             training=True,
             seed=config.seed,
         )
-    return official_child(scores, config.density)
+    return official_child(scores, _number(config.density))
+
+
+def _number(density: float | str) -> float:
+    """The density, where ``ChildConfig`` allows numbers alone."""
+    assert not isinstance(density, str)
+    return density
 
 
 def _freeze_others(model: nn.Module, eligible: Sequence[str], always: Sequence[str]) -> None:

@@ -88,13 +88,16 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _stage(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a stage: a module that itself holds a list of like blocks, right inside it."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        if _is_list_of_blocks(child) and len(list(child.children())) > 1:
-            for element in child.children():
-                found += _stage(element) or [element]
-    return found
+    """The blocks of a stage: a module that itself holds a list of like blocks, right inside it.
+
+    Lists inside these are sublayers, such as the convolutions of a residual block.
+    """
+    return [
+        element
+        for child in module.children()
+        if _is_list_of_blocks(child) and len(list(child.children())) > 1
+        for element in child.children()
+    ]
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:

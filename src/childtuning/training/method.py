@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from childtuning.config import ChildConfig
+from childtuning.training.further_pass import statistics_kept, unwrapped
 
 if TYPE_CHECKING:
     from childtuning.training.method_state import MethodCallback
@@ -44,6 +45,9 @@ class LossStep:
         model: as the trainer calls it.
         inputs: what it was called with, labels among them where the batch has them.
         outputs: what it returned.
+        task_loss: the task's loss of this pass, without any method's term.
+        task_fn: computes the task's loss of another pass as the trainer does; called with a model and a copy of the
+            inputs, it returns the loss and the outputs.
         weight: the share of the batch in an accumulated gradient's mean where the trainer does not divide by the
             number of batches itself; else 1. A term that is a mean over the batch is multiplied by it.
     """
@@ -51,6 +55,8 @@ class LossStep:
     model: nn.Module
     inputs: Mapping[str, Any]
     outputs: Any
+    task_loss: Tensor
+    task_fn: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Any]]
     weight: float = 1.0
 
     @property
@@ -58,9 +64,32 @@ class LossStep:
         """The model's logits."""
         return logits_of(self.outputs)
 
-    def forward(self) -> Tensor:
-        """Return the logits of another pass over the same inputs, with fresh dropout."""
-        return logits_of(self.model(**{key: value for key, value in self.inputs.items() if key != "labels"}))
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model inside the wrappers of the trainer: further passes go through it, and hooks are put on it."""
+        return unwrapped(self.model)
+
+    def forward(self, **changed: Any) -> Tensor:
+        """Return the logits of another pass over the same inputs, or some of them changed, with fresh dropout.
+
+        Running statistics stay those of the first pass.
+        """
+        model = self.bare_model
+        inputs = {**self.inputs, **changed}
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            inputs.pop("labels", None)  # others make the decoder's inputs of them
+        with statistics_kept(model):
+            return logits_of(model(**inputs))
+
+    def task_again(self) -> tuple[Tensor, Tensor]:
+        """Return the task's loss and the logits of another pass over the same inputs, with fresh dropout.
+
+        Running statistics stay those of the first pass.
+        """
+        model = self.bare_model
+        with statistics_kept(model):
+            loss, outputs = self.task_fn(model, dict(self.inputs))
+        return loss, logits_of(outputs)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -141,7 +170,10 @@ class Method:
     def group_options(
         self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Return optimizer options by parameter name, where they differ from the inner optimizer's ``options``."""
+        """Return optimizer options by parameter name, where they differ from the inner optimizer's ``options``.
+
+        ``always`` are the names of the parameters that are trained whole beside the child.
+        """
         return {}
 
     def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:

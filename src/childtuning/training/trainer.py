@@ -16,7 +16,7 @@ from childtuning.child import Child
 from childtuning.config import ChildConfig
 from childtuning.errors import ConfigError
 from childtuning.optim import ChildOptimizer
-from childtuning.patterns import canonical_names
+from childtuning.patterns import canonical_names, matches
 from childtuning.task_free import TaskFree
 from childtuning.training.checkpoint_files import CheckpointFiles
 from childtuning.training.child_choice import (
@@ -26,10 +26,24 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
+from childtuning.training.further_pass import unwrapped
+from childtuning.training.label_positions import IGNORED, predicted_labels
 from childtuning.training.method import LossStep, Method
 from childtuning.training.progress_bar import fisher_bar
 
 _COUNTS_ITEMS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")  # their losses do
+
+
+class _TellGradients(TrainerCallback):
+    """Where nothing clips, the gradient is complete right before the step."""
+
+    def __init__(self, trainer: ChildTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.args.max_grad_norm <= 0:
+            self.trainer.accelerator.unscale_gradients(self.trainer.optimizer)
+            self.trainer._tell_gradients()
 
 
 class _ForgetGradients(TrainerCallback):
@@ -37,6 +51,20 @@ class _ForgetGradients(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["optimizer"].zero_grad()
+
+
+def _check_methods(config: ChildConfig | None, methods: Sequence[Method]) -> None:
+    """Refuse options of the child that would make a method do nothing, or wrong."""
+    for method in methods:
+        if config is not None and config.release_gradients and method.whole_gradients:
+            raise ConfigError(
+                f"method {method.name!r} needs every gradient whole, got release_gradients=True. Leave it out."
+            )
+        if config is not None and config.preset and type(method).inner is not Method.inner:
+            raise ConfigError(
+                f"preset={config.preset!r} has an optimizer of its own, which method {method.name!r} would change. "
+                "Leave one of them out."
+            )
 
 
 class ChildTrainer(CheckpointFiles, Trainer):
@@ -93,10 +121,16 @@ class ChildTrainer(CheckpointFiles, Trainer):
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
+        _check_methods(self.child_config, self.methods)
         self._method_callbacks = [
             callback for m in self.methods if (callback := m.callback(self)) is not None
         ]
-        for callback in self._method_callbacks:
+        self._gradients_told = -1
+        self.touched: Child | None = None
+        for callback in [
+            *self._method_callbacks,
+            *([_TellGradients(self)] if self._method_callbacks else []),
+        ]:
             self.add_callback(callback)
         self.train_batches = train_batches
         self._always = tuple(always) if always is not None else None
@@ -210,8 +244,9 @@ class ChildTrainer(CheckpointFiles, Trainer):
             name: {"weight_decay": self.args.weight_decay if name in decayed else 0.0} for name in named
         }
         plain = dict(zip(canonical_names(named), named, strict=True))
+        always = tuple(name for name in plain if matches(name, self.always))
         for method in self.methods:
-            asked = method.group_options(model, self.always, options)
+            asked = method.group_options(model, always, options)
             for name, extra in asked.items():
                 if plain.get(name) is not None:
                     own[plain[name]] |= extra
@@ -260,19 +295,29 @@ class ChildTrainer(CheckpointFiles, Trainer):
     ) -> Any:
         """Return the loss, with the methods' terms while training."""
         given = dict(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[arg-type]
+        task_fn: Any = partial(
+            super().compute_loss, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        loss, outputs = task_fn(model, inputs)
         if model.training and self.methods:
-            step = LossStep(model, given, outputs, self._weight(given, num_items_in_batch))
+            weight = self._weight(model, given, num_items_in_batch)
+            step = LossStep(model, given, outputs, loss, task_fn, weight)
             for method in self.methods:
                 loss = method.loss(loss, step)
         return (loss, outputs) if return_outputs else loss
 
-    def _weight(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> float:
+    def _weight(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> float:
         """The share of a batch's mean in the gradient that accumulates, where the model divides by items itself."""
         labels = inputs.get("labels")
-        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or labels is None:
+        counts_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if not counts_items or num_items_in_batch is None or labels is None:
             return 1.0
-        return float((labels[..., 1:] != -100).sum() / num_items_in_batch)
+        predicted = predicted_labels(unwrapped(model), labels, labels.shape[-1])
+        share = int((predicted != IGNORED).sum()) / float(num_items_in_batch)
+        # Where items are counted over all processes, what these sum up is averaged once more.
+        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     @property
     def child_optimizer(self) -> ChildOptimizer:
@@ -281,8 +326,16 @@ class ChildTrainer(CheckpointFiles, Trainer):
         assert isinstance(optimizer, ChildOptimizer)
         return optimizer
 
+    def _tell_gradients(self) -> None:
+        """Tell the methods, once a step, that its gradient is complete."""
+        if self._gradients_told != self.state.global_step:
+            self._gradients_told = self.state.global_step
+            for callback in self._method_callbacks:
+                callback.gradients_ready()
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         self.accelerator.unscale_gradients(self.optimizer)
+        self._tell_gradients()
         return self.child_optimizer.clip_grad_norm_(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:

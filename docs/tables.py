@@ -1,0 +1,146 @@
+"""Fill the tables of docs/methods from the registry; with --check, only say whether they are up to date.
+
+python docs/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from childtuning.methods import all_methods
+from childtuning.methods.compatibility import refusal
+from childtuning.training import Method
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "methods"
+sys.path.append(str(ROOT / "benchmarks"))  # where tables of results are made and put into pages
+
+from costs import table  # noqa: E402
+from report import filled  # noqa: E402
+
+_SHOWN = ("child", "modules", "start", "loss", "update")
+
+
+def methods() -> list[type[Method]]:
+    """Return the package's own methods, by part and name; what else is installed or registered is left out."""
+    own = [method for method in all_methods() if method.__module__.startswith("childtuning.")]
+    return sorted(own, key=lambda method: (_SHOWN.index(method.part), method.name))
+
+
+def facts(method: type[Method]) -> str:
+    """What a method says of itself, for the head of its page."""
+    header = ["trains", "holds beside the model", "part", "density", "source"]
+    density = f"{method.density:g}" if method.density != 1.0 else "—"
+    cells = [method.trains, method.memory, f"`{method.part}`", density, _linked(method.source)]
+    beside = [o.name for o in methods() if o is not method and refusal(method, o) is None]
+    joined = f"`+` joins it with {_in_code(beside)}." if beside else "`+` joins it with none."
+    return f"{table(header, [cells], text=range(len(header)))}\n\n{joined}"
+
+
+def listing() -> str:
+    """Every method in a row."""
+    header = ["method", "what it does", "trains", "part", "holds beside the model", "source"]
+    rows = [
+        [
+            f"[`{method.name}`]({method.name}.md)",
+            method.summary,
+            method.trains,
+            f"`{method.part}`",
+            method.memory,
+            _linked(method.source),
+        ]
+        for method in methods()
+    ]
+    return table(header, rows, text=range(len(header)))
+
+
+def combinations() -> str:
+    """The pairs that are refused, those with one reason together; all others go together."""
+    shown = methods()
+    found: dict[str, list[tuple[str, str]]] = {}
+    for index, first in enumerate(shown):
+        for second in shown[index + 1 :]:
+            reason = refusal(first, second)
+            if reason is not None:
+                pair, general = _in_general(reason, first.name, second.name)
+                found.setdefault(general, []).append(pair)
+    header = ["any of", "beside any of", "is refused, since"]
+    rows = [[*sides, reason] for reason, pairs in found.items() for sides in _sides(pairs)]
+    return table(header, rows, text=range(len(header)))
+
+
+def _in_general(reason: str, *names: str) -> tuple[tuple[str, str], str]:
+    """A pair in the order in which its reason names the two, and the reason without their names."""
+    first, second = sorted(names, key=lambda name: reason.find(f"'{name}'") % len(reason))
+    return (first, second), reason.replace(f"'{first}'", "the first").replace(f"'{second}'", "the second")
+
+
+def _sides(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Cells for pairs: "the others" where any two of some methods are refused, else those on the left by the right."""
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    if len(pairs) == len(names) * (len(names) - 1) // 2 > 1:
+        return [(_in_code(names), "the others")]
+    beside: dict[str, list[str]] = {}
+    for first, second in pairs:
+        beside.setdefault(first, []).append(second)
+    together: dict[tuple[str, ...], list[str]] = {}
+    for first, seconds in beside.items():
+        together.setdefault(tuple(seconds), []).append(first)
+    return [(_in_code(firsts), _in_code(seconds)) for seconds, firsts in together.items()]
+
+
+def _in_code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def options(method: type[Method]) -> list[tuple[str, str]]:
+    """A method's hyperparameters and their defaults, as a user types them."""
+    return [(field.name, _typed(field.default)) for field in fields(method)]  # type: ignore[arg-type]
+
+
+def faults(*, write: bool) -> list[str]:
+    """Return what is wrong with the pages; what a script can put right is, if ``write``."""
+    contents = {PAGES / "index.md": {"methods": listing(), "combinations": combinations()}}
+    contents |= {PAGES / f"{method.name}.md": {"facts": facts(method)} for method in methods()}
+    found = []
+    for path, tables in contents.items():
+        shown = path.relative_to(ROOT)
+        if not path.is_file():
+            found.append(f"{shown} is missing. Write it, and name it in mkdocs.yml.")
+            continue
+        text = wanted = path.read_text(encoding="utf-8")
+        for name, content in tables.items():
+            if f"<!-- {name}:start -->" not in text or f"<!-- {name}:end -->" not in text:
+                found.append(
+                    f"{shown} has no place for its {name}. Put <!-- {name}:start --> and :end there."
+                )
+            wanted = filled(wanted, name, content)
+        if wanted != text and write:
+            path.write_text(wanted, encoding="utf-8")
+        elif wanted != text:
+            found.append(f"{shown} differs from the registry. Run: python docs/tables.py")
+    return found
+
+
+def _linked(source: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+
+
+def _typed(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def main() -> int:
+    """Write or check the pages."""
+    found = faults(write="--check" not in sys.argv[1:])
+    for fault in found:
+        print(fault, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""child-dynamic: a fixed child that is chosen anew at an interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from childtuning.child import Child
+from childtuning.config import ChildConfig
+from childtuning.errors import ConfigError
+from childtuning.methods.registry import register
+from childtuning.part import Part
+from childtuning.patterns import canonical_names
+from childtuning.training import ChildTrainer, Method, MethodCallback, choose_child
+
+
+@register
+@dataclass(frozen=True)
+class ChildDynamic(Method):
+    """Child-Tuning_D whose child follows the training, as DPS has it [Zhang et al. 2022].
+
+    It starts with the child of highest Fisher information. Every ``interval`` steps the child is chosen anew by the
+    squared gradients summed over the steps since. Entries that stay keep their optimizer state; entries that join
+    start with that sum's mean as Adam's second moment; entries that leave keep the value they have. The saved delta
+    holds every entry that was ever in the child. Gradients are formed whole, so that it costs the memory of full
+    gradients and of one statistic beside them.
+
+    Args:
+        interval: optimizer steps from one choice to the next.
+    """
+
+    interval: int = 100
+
+    name = "child-dynamic"
+    summary = "child-d that chooses its child anew at an interval, by the gradients seen since"
+    source = "Zhang et al. 2022 (DPS), arXiv 2211.01642"
+    trains = "the top share p, chosen anew"
+    memory = "about 4n, and 2 dense gradients"
+    part = "child"
+    density = 0.3
+    whole_gradients = True
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ConfigError(f"interval of child-dynamic must be at least 1 step, got {self.interval}.")
+
+    def child(self, config: ChildConfig) -> ChildConfig:
+        """Return the child to start with."""
+        if config.preset is not None:
+            raise ConfigError("child-dynamic has no official preset. Leave out preset.")
+        return replace(config, variant="task-driven", scores="fisher", lowest=False)
+
+    def callback(self, trainer: ChildTrainer) -> MethodCallback:
+        """Return what keeps the statistics and chooses."""
+        return _Reselection(trainer, self.interval)
+
+
+class _Reselection(MethodCallback):
+    """Squared gradients since the last choice, and every entry that was ever chosen."""
+
+    def __init__(self, trainer: ChildTrainer, interval: int) -> None:
+        self.trainer = trainer
+        self.interval = interval
+        self.squares: dict[str, Tensor] = {}
+        self.num_steps = 0
+        self.ever: Child | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have every eligible parameter's gradient formed."""
+        self._watch()
+
+    @torch.no_grad()
+    def gradients_ready(self) -> None:
+        """Add this step's squared gradients, before they are clipped."""
+        gradients = {name: p.grad for name, p in self._eligible().items() if p.grad is not None}
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            return
+        for name, gradient in gradients.items():
+            known = self.squares.get(name)
+            if known is None:
+                known = self.squares[name] = torch.zeros_like(gradient, dtype=torch.float32)
+            known.addcmul_(gradient.float(), gradient.float())
+        self.num_steps += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose anew where the interval ends, but not behind the last step."""
+        if state.global_step % self.interval or state.global_step >= state.max_steps or not self.num_steps:
+            return
+        trainer, now = self.trainer, self._child()
+        assert trainer.child_config is not None
+        parameters = self._eligible()
+        scores = {
+            name: self.squares.get(name, torch.zeros_like(p, dtype=torch.float32))
+            for name, p in parameters.items()
+        }
+        chosen = choose_child(
+            trainer.child_config, trainer.bare_model, lambda: (), always=trainer.always, scores=scores
+        )
+        assert isinstance(chosen, Child)
+        self.ever = _union(self.ever or now, chosen)
+        moments = {name: square / self.num_steps for name, square in self.squares.items()}
+        trainer.child_optimizer.reselect(chosen, moments)
+        trainer.child, trainer.touched = chosen, self.ever
+        self.squares, self.num_steps = {}, 0
+        self._watch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics, and what was ever chosen."""
+        ever = self.ever or self._child()
+        return {
+            "squares": self.squares,
+            "num_steps": self.num_steps,
+            "ever": {name: part.mask() for name, part in ever.parts.items()} if self.ever else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict``."""
+        device = next(self.trainer.bare_model.parameters()).device
+        self.squares = {name: square.to(device) for name, square in state["squares"].items()}
+        self.num_steps = state["num_steps"]
+        if state["ever"] is not None:
+            self.ever = self.trainer.touched = Child.from_masks(state["ever"], always=self._child().always)
+
+    def _child(self) -> Child:
+        child = self.trainer.select()
+        assert isinstance(child, Child)
+        return child
+
+    def _eligible(self) -> dict[str, nn.Parameter]:
+        named = dict(self.trainer.bare_model.named_parameters())
+        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        return {name: plain[name] for name in self._child().parts}
+
+    def _watch(self) -> None:
+        for parameter in self._eligible().values():
+            parameter.requires_grad_(True)
+
+
+def _union(first: Child, second: Child) -> Child:
+    parts = {
+        name: Part.from_mask(part.mask() | second.parts[name].mask()) if not part.is_whole else part
+        for name, part in first.parts.items()
+    }
+    return Child(parts, always=first.always)

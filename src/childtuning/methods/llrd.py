@@ -1,0 +1,50 @@
+"""llrd: lower learning rates for lower layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from childtuning.errors import ConfigError
+from childtuning.methods.registry import register
+from childtuning.training import Method, find_layers
+
+
+@register
+@dataclass(frozen=True)
+class LayerwiseDecay(Method):
+    """Train depth d of a network of L layers at the rate lr·decay^(L + 1 − d).
+
+    What lies behind the last layer (depth L + 1) and every new parameter has the full rate, the last layer decay times
+    it, and embeddings (depth 0) the smallest. Schedules multiply all of these alike.
+
+    Args:
+        decay: by layer, in (0, 1]; 1 changes nothing. Usual are 0.75 to 0.95.
+    """
+
+    name = "llrd"
+    summary = "lower learning rates for layers nearer the input"
+    source = "Howard & Ruder 2018, arXiv 1801.06146"
+    trains = "what the child says, lower layers more slowly"
+    memory = "nothing"
+    part = "update"
+
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"decay of 'llrd' must be in (0, 1], got {self.decay}. Pass decay=0.95.")
+
+    def group_options(
+        self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Return each parameter's rate."""
+        found = find_layers(model)
+        behind = len(found.layers) + 1
+        rates = {name: options["lr"] * self.decay ** (behind - d) for name, d in found.depth().items()}
+        return {
+            name: {"lr": rate} for name, rate in {**rates, **dict.fromkeys(always, options["lr"])}.items()
+        }

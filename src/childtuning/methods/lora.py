@@ -1,0 +1,96 @@
+"""lora: low-rank updates of the weight matrices, by PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from childtuning.errors import ConfigError
+from childtuning.methods.peft_modules import PeftMethod, to_save
+from childtuning.methods.refusal import not_for
+from childtuning.methods.registry import register
+from childtuning.training.bottleneck import is_linear
+
+_ALL = "all-linear"
+
+
+@register
+@dataclass(frozen=True)
+class Lora(PeftMethod):
+    """W x becomes W x + (alpha / rank) B A x with W frozen, A [rank, in] random and B [out, rank] zero at the start.
+
+    The new head is trained whole. ``merge`` adds B A to W, which gives the base model's own architecture.
+
+    Beside a child (``child-d+lora``) the child is chosen among the entries of A and B. While B is zero no gradient
+    reaches A, so that Fisher information ranks every entry of A last.
+
+    Args:
+        rank: of the update.
+        alpha: its factor, times the rank.
+        dropout: of its input while training.
+        targets: which layers: ``all-linear`` for all but the head, or a pattern over module names (``*.query``).
+    """
+
+    name = "lora"
+    summary = "train low-rank updates of the weight matrices and the head (PEFT)"
+    source = "Hu et al. 2021, arXiv 2106.09685"
+    trains = "two thin matrices for each weight matrix"
+    memory = "2n state, n values"
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = _ALL
+
+    def __post_init__(self) -> None:
+        for option in ("rank", "alpha"):
+            if getattr(self, option) < 1:
+                raise ConfigError(f"{option} of 'lora' must be at least 1, got {getattr(self, option)}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout of 'lora' must be in [0, 1), got {self.dropout}. Pass a share: 0.1.")
+        if not self.targets:
+            raise ConfigError(f"targets of 'lora' is empty. Pass {_ALL!r} or a pattern over module names.")
+
+    def peft_config(self, model: nn.Module, task_type: str | None, head: list[str]) -> Any:
+        """Return PEFT's ``LoraConfig``."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type=task_type,  # type: ignore[arg-type]
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self._targets(model, head),
+            modules_to_save=to_save(task_type, head),
+            # Whether a layer keeps its weight as [in, out]; PEFT corrects a wrong word with a warning.
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        )
+
+    def _targets(self, model: nn.Module, head: list[str]) -> str | list[str]:
+        """PEFT's word where it has one, else the names of the layers."""
+        from transformers import PreTrainedModel
+
+        layers = {
+            path: module
+            for path, module in model.named_modules()
+            if path
+            and getattr(getattr(module, "weight", None), "ndim", 0) > 1
+            and not any(path == top or path.startswith(top + ".") for top in head)
+        }
+        everything = self.targets == _ALL
+        found = [
+            path
+            for path, module in layers.items()
+            if (is_linear(module) if everything else fnmatchcase(path, self.targets))
+        ]
+        if not found:
+            known = f" such as {next(iter(layers))!r}" if layers and not everything else ""
+            raise not_for(self.name, model, f"targets {self.targets!r} fits none of its layers{known}")
+        return _ALL if everything and isinstance(model, PreTrainedModel) else found
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Return the base model with B A added to its weights, and the tuned head in place of its own."""
+        return model.merge_and_unload()  # type: ignore[operator]

@@ -1,0 +1,60 @@
+"""prefix: trained keys and values in front of every layer's, by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from childtuning.methods.peft_modules import to_save
+from childtuning.methods.refusal import not_for
+from childtuning.methods.registry import register
+from childtuning.methods.virtual_tokens import VirtualTokens
+from childtuning.training import ChildTrainer
+
+
+@register
+@dataclass(frozen=True)
+class Prefix(VirtualTokens):
+    """Every layer's attention also sees keys and values of ``tokens`` virtual tokens, which are trained directly.
+
+    The new head is trained whole. The paper trains them through a wider network first, for stability; here, as
+    in PEFT's default, they are the parameters themselves.
+
+    Args:
+        tokens: how many virtual tokens.
+    """
+
+    name = "prefix"
+    summary = "train virtual keys and values in every layer, and the head (PEFT)"
+    source = "Li & Liang 2021, arXiv 2101.00190"
+    trains = "keys and values of virtual tokens, in every layer"
+    memory = "2n state, n values"
+
+    def peft_config(self, model: Any, task_type: str | None, head: list[str]) -> Any:
+        """Return PEFT's ``PrefixTuningConfig``."""
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig(
+            task_type=task_type,  # type: ignore[arg-type]
+            num_virtual_tokens=self.tokens,
+            # PEFT looks for these under fewer names than configurations have for them.
+            num_layers=model.config.num_hidden_layers,
+            token_dim=model.config.hidden_size,
+            num_attention_heads=model.config.num_attention_heads,
+            modules_to_save=to_save(task_type, head),
+        )
+
+    def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:
+        """Run the pass, unless layers recompute their activations: these leave the prefix out, silently.
+
+        Raises:
+            ModelError: they do.
+        """
+        if any(getattr(module, "gradient_checkpointing", False) for module in trainer.bare_model.modules()):
+            raise not_for(
+                self.name, trainer.bare_model, "with gradient checkpointing its layers leave the prefix out"
+            )
+        return step()

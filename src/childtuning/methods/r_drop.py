@@ -1,0 +1,45 @@
+"""r-drop: the predictions of two passes with dropout agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from childtuning.methods.divergence import divergence
+from childtuning.methods.positive import check_positive
+from childtuning.methods.registry import register
+from childtuning.training import LossStep, Method
+
+
+@register
+@dataclass(frozen=True)
+class RDrop(Method):
+    """Pass each batch through twice with fresh dropout: ½(L₁ + L₂) + α·½[KL(p₁‖p₂) + KL(p₂‖p₁)].
+
+    In regression the second term is α·(ŷ₁ − ŷ₂)². The paper sums the two task losses, its code averages them, which
+    keeps the learning rate's meaning; so does this. That code sums the divergence over the batch, where the paper's
+    equations and this take the mean over its predictions. The reported loss is the whole of it.
+
+    Args:
+        weight: α, above 0; usual are 1 to 5.
+    """
+
+    name = "r-drop"
+    summary = "two passes with fresh dropout a batch, whose predictions are to agree"
+    source = "Liang et al. 2021, arXiv 2106.14448"
+    trains = "what the child says"
+    memory = "a second pass's activations"
+    part = "loss"
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+
+    def loss(self, loss: Tensor, step: LossStep) -> Tensor:
+        """Average the task's loss with that of a second pass, and add the term."""
+        task_loss, logits = step.task_again()
+        # Not half of the loss as it came in, which may hold other methods' terms.
+        loss = loss + (task_loss - step.task_loss) / 2
+        return loss + self.weight * step.weight * divergence(step, step.logits, logits, share=0.5)

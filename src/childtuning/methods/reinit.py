@@ -1,0 +1,120 @@
+"""reinit: the top layers start anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from childtuning.errors import ConfigError, ModelError
+from childtuning.methods.refusal import not_for
+from childtuning.methods.registry import register
+from childtuning.methods.whole import output_names
+from childtuning.patterns import canonical_names
+from childtuning.training import Layers, Method, Prepared, find_layers, task_head
+
+Initialise = Callable[[Any], object]
+
+
+@register
+@dataclass(frozen=True)
+class Reinit(Method):
+    """The top layers, and what lies between them and the head (a pooler), start from random values.
+
+    They are drawn as the model draws them before pretraining, and trained whole. [Zhang et al. 2021] What stands in one
+    module with the layers stays: a last norm, or a part that serves all of them. The paper's other advice is AdamW
+    with bias correction, which this library's AdamW has, and more steps (``epochs``).
+
+    Args:
+        layers: how many; 0 for the pooler alone.
+    """
+
+    layers: int = 2
+
+    name = "reinit"
+    summary = "draw the top layers and the pooler anew before training"
+    source = "Zhang et al. 2021, arXiv 2006.05987"
+    trains = "what is trained beside it, and the new layers whole"
+    memory = "—"
+    part = "start"
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ConfigError(
+                f"layers of 'reinit' must not be negative, got {self.layers}. Pass 0 for the pooler alone."
+            )
+
+    def prepare(self, prepared: Prepared) -> Prepared:
+        """Draw the values.
+
+        Raises:
+            ModelError: the model has fewer layers, or does not say how one of them is initialised.
+        """
+        model, found = prepared.model, find_layers(prepared.model)
+        head = {*prepared.always, *task_head(model)}
+        if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+            head |= set(output_names(model))
+        layers = [layer for layer in found.layers if not head.issuperset(layer)]
+        if self.layers > len(layers):
+            raise ModelError(
+                f"reinit:{self.layers} asks for {self.layers} layers, the model has {len(layers)}. Ask for fewer."
+            )
+        named = dict(model.named_parameters())
+        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        drawn = {name for layer in layers[len(layers) - self.layers :] for name in layer}
+        drawn |= {name for name in _behind(model, found) if name not in head}
+        new = tuple(name for name in plain if name in drawn)
+        if not new:
+            raise ModelError("reinit:0 draws the pooler anew, and the model has none. Ask for a layer.")
+        _draw(model, {name: plain[name] for name in new})
+        always = (*prepared.always, *(name for name in new if name not in prepared.always))
+        eligible = prepared.eligible
+        if eligible is not None:
+            eligible = tuple(name for name in eligible if name not in always)
+        return replace(prepared, always=always, eligible=eligible)
+
+
+def _behind(model: nn.Module, found: Layers) -> list[str]:
+    """What lies behind the module that holds the layers; what it holds beside them may serve every layer."""
+    last = next(path for path, module in model.named_modules() if module is found.blocks[-1])
+    holder = ".".join(last.split(".")[:-2])
+    return [name for name in found.after if not holder or not name.startswith(holder + ".")]
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Initialise every module that holds nothing but these parameters, inner ones first, as it was at its birth."""
+    wanted = {id(parameter) for parameter in parameters.values()}
+    before = {name: parameter.clone() for name, parameter in parameters.items()}
+    flags = [(p, vars(p).pop("_is_hf_initialized", None)) for p in parameters.values()]
+    for module, initialise in reversed(list(_initialisers(model))):
+        own = [id(parameter) for parameter in module.parameters()]
+        if own and wanted.issuperset(own):
+            initialise(module)
+    for parameter, flag in flags:
+        if flag is not None:
+            parameter._is_hf_initialized = flag  # type: ignore[attr-defined]
+    for name, parameter in parameters.items():
+        if parameter.ndim > 1 and torch.equal(parameter, before[name]):
+            raise not_for("reinit", model, f"its module of {name!r} has no method reset_parameters")
+
+
+def _initialisers(model: nn.Module) -> Iterator[tuple[nn.Module, Initialise]]:
+    """Every module and what initialises it: the transformers model it lies in, else itself."""
+    from transformers import PreTrainedModel
+
+    def visit(module: nn.Module, initialise: Initialise) -> Iterator[tuple[nn.Module, Initialise]]:
+        if isinstance(module, PreTrainedModel):
+            initialise = module._init_weights
+        yield module, initialise
+        for child in module.children():
+            yield from visit(child, initialise)
+
+    return visit(model, _reset)
+
+
+def _reset(module: Any) -> None:
+    getattr(module, "reset_parameters", getattr(module, "_reset_parameters", lambda: None))()

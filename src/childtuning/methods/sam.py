@@ -1,0 +1,107 @@
+"""sam: the gradient where the loss is worst nearby."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from childtuning.kernels import Places
+from childtuning.methods.positive import check_positive
+from childtuning.methods.registry import register
+from childtuning.training import ChildTrainer, Method
+
+_Displaced = list[tuple[nn.Parameter, Places | None, Tensor]]
+
+
+@register
+@dataclass(frozen=True)
+class Sam(Method):
+    """Take each batch's gradient at w + ρ·g/‖g‖ instead of at w, with g the gradient at w.
+
+    Only what is trained is displaced, and ‖g‖ is taken over it: a fixed child's entries, or everything under the
+    unmasked gradient of a task-free one. The second pass draws fresh dropout. Running statistics of normalisation
+    layers, and the loss that is reported, are those of the first. Where ‖g‖ is zero or not finite nothing is displaced.
+
+    Args:
+        radius: ρ, above 0; usual are 0.02 to 0.1.
+    """
+
+    name = "sam"
+    summary = "step by the gradient at nearby weights where the loss is highest (two passes a batch)"
+    source = "Foret et al. 2021, arXiv 2010.01412"
+    trains = "what the child says"
+    memory = "2n during a step; whole gradients"
+    part = "update"
+    whole_gradients = True
+
+    radius: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+
+    def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:
+        """Run the batch twice; what was accumulated before it stays out of the displacement."""
+        trained = trainer.child_optimizer.trained()
+        accumulated = [parameter.grad for parameter, _ in trained]
+        for parameter, _ in trained:
+            parameter.grad = None
+        loss = step()
+        statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(trainer.bare_model)]
+        displaced = self._displace_(trained)
+        try:
+            # Put back before the second pass and not after it: processes average the sum.
+            for (parameter, _), gradient in zip(trained, accumulated, strict=True):
+                parameter.grad = gradient
+            step()
+        finally:
+            with torch.no_grad():
+                for parameter, places, values in displaced:
+                    _write_(parameter, places, values)
+                for buffer, values in statistics:
+                    buffer.copy_(values)
+        return loss
+
+    @torch.no_grad()
+    def _displace_(self, trained: list[tuple[nn.Parameter, Places | None]]) -> _Displaced:
+        """Move the trained entries up the gradient; return what they were."""
+        ascent: _Displaced = []
+        for parameter, places in trained:
+            if parameter.grad is not None:
+                ascent.append((parameter, places, _entries(parameter.grad, places)))
+                parameter.grad = None
+        norm = float(nn.utils.get_total_norm([gradient for _, _, gradient in ascent]))
+        if not 0 < norm < float("inf"):
+            return []
+        displaced: _Displaced = []
+        for parameter, places, gradient in ascent:
+            values = _entries(parameter, places)
+            _write_(parameter, places, values + gradient.div_(norm).mul_(self.radius))
+            displaced.append((parameter, places, values))
+        return displaced
+
+
+def _entries(tensor: Tensor, places: Places | None) -> Tensor:
+    """Copy the entries at these places, or all, in single precision at least, which keeps the bits of less."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if places is None:
+        return tensor.detach().to_dense().to(dtype, copy=True)
+    return places.gather(tensor.detach(), torch.empty(len(places), dtype=dtype, device=tensor.device))
+
+
+def _write_(parameter: nn.Parameter, places: Places | None, values: Tensor) -> None:
+    if places is None:
+        parameter.copy_(values)
+    else:
+        places.scatter_(parameter, values)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    return [
+        buffer
+        for module in model.modules()
+        if getattr(module, "track_running_stats", False)
+        for buffer in module.buffers(recurse=False)
+    ]

@@ -1,0 +1,95 @@
+"""smart: the prediction stays the same under the worst small change of the input embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from childtuning.errors import ConfigError
+from childtuning.methods.divergence import divergence
+from childtuning.methods.perturbation import noise_like, perturbed_logits
+from childtuning.methods.positive import check_positive
+from childtuning.methods.registry import register
+from childtuning.training import LossStep, Method
+
+_NORMS = ("inf", "l2")
+
+
+@register
+@dataclass(frozen=True)
+class Smart(Method):
+    """Add α·ℓ(f(x̃), f(x)) to the loss: the smoothness-inducing regularisation of SMART, with its algorithm 1.
+
+    x̃ = x + Π(ν + η·g/‖g‖) with ν ~ N(0, σ²) and g = ∇_x̃ ℓ(f(x + ν), f(x)), in which f(x) is held fixed; Π projects onto
+    the ball ‖x̃ − x‖ ≤ ε. x are the input embeddings, and norms are an example's. ℓ is KL(p‖q) + KL(q‖p), or the squared
+    difference in regression. The added term has gradients through both passes. The paper's other half, the Bregman
+    proximal point method, is not part of it.
+
+    The code that is in wide use does otherwise: it normalises the sum ν + η·g of each token after the step and projects
+    nothing, so that every token moves by about 1 in its largest coordinate, a million times ε and much more than an
+    embedding. There ε only keeps a division from zero. The step of this method is the paper's, for which its
+    hyperparameters have a meaning; with the defaults nearly every coordinate ends at ±ε. That code also holds fixed the
+    distribution before each bar, p in KL(p‖q), where the paper differentiates the whole.
+
+    Dropout is fresh in each of the three passes, also within g, as in that code. Gradient checkpointing has to be of
+    the kind that is not reentrant, which is the default of transformers.
+
+    Args:
+        weight: α (the paper's λ_s), above 0; usual are 1 to 5.
+        step: η, the length of the ascent step before the projection.
+        noise_variance: σ, the standard deviation of the start; named as that code names it.
+        epsilon: ε, the radius of the ball, in units of the embeddings.
+        norm: "inf" or "l2".
+    """
+
+    name = "smart"
+    summary = "keep predictions the same under adversarial noise on the input embeddings"
+    source = "Jiang et al. 2020, arXiv 1911.03437"
+    trains = "what the child says"
+    memory = "a second pass's activations, after a third's"
+    part = "loss"
+
+    weight: float = 1.0
+    step: float = 1e-3
+    noise_variance: float = 1e-5
+    epsilon: float = 1e-6
+    norm: str = "inf"
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        if self.norm not in _NORMS:
+            raise ConfigError(f"norm of 'smart' is one of {', '.join(_NORMS)}, got {self.norm!r}.")
+
+    def loss(self, loss: Tensor, step: LossStep) -> Tensor:
+        """Add the term."""
+        starts: list[Tensor] = []
+        axes: list[int] = []
+
+        def start(x: Tensor, example_axis: int) -> Tensor:
+            starts.append(noise_like(x).normal_(0.0, self.noise_variance).requires_grad_())
+            axes.append(example_axis)
+            return starts[-1]
+
+        nearby = divergence(step, perturbed_logits(step, start), step.logits.detach())
+        gradients = torch.autograd.grad(nearby, starts, allow_unused=True)
+        ends = map(self._ascended, starts, gradients, axes)
+        worst = perturbed_logits(step, lambda x, example_axis: next(ends))
+        return loss + self.weight * step.weight * divergence(step, step.logits, worst)
+
+    @torch.no_grad()
+    def _ascended(self, noise: Tensor, gradient: Tensor | None, example_axis: int) -> Tensor:
+        """One step up the gradient, and back into the ball."""
+        moved = noise.detach()
+        if gradient is not None:
+            length = self._length(gradient, example_axis).clamp_min(torch.finfo(gradient.dtype).tiny)
+            moved = moved + self.step * (gradient / length)
+        if self.norm == "inf":
+            return moved.clamp(-self.epsilon, self.epsilon)
+        return moved * (self.epsilon / self._length(moved, example_axis)).clamp_max(1.0)
+
+    def _length(self, x: Tensor, example_axis: int) -> Tensor:
+        others = [axis for axis in range(x.ndim) if axis != example_axis]
+        order = float("inf") if self.norm == "inf" else 2.0
+        return torch.linalg.vector_norm(x, order, dim=others, keepdim=True)

@@ -1,0 +1,268 @@
+"""Text to continue, by a causal language model: responses to prompts, and running text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from childtuning.errors import ConfigError, DataError, ModelError
+from childtuning.tasks.batches import IGNORED, EncodedExamples, PaddingCollator
+from childtuning.tasks.instructions import (
+    Instructions,
+    Messages,
+    RunningText,
+    read_instructions,
+    read_prompts,
+)
+from childtuning.tasks.kind import Answers, Columns, Kind, Part, register
+from childtuning.tasks.rows import Source
+from childtuning.tasks.sentences import looks_like_conll
+
+
+@register
+class CausalLM(Kind):
+    """The next token, by cross entropy over the tokens of responses, or of running text.
+
+    A row is prompt, response and the end-of-text token, each tokenised by itself and joined as they stand,
+    so that a model is asked in the very tokens it was trained on. The prompt carries no loss. A row that
+    is too long loses tokens at the left of its prompt; only a response that does not fit by itself is cut
+    at its end. Running text is cut into blocks that overlap by one token, so that every token but the
+    first is predicted once.
+    """
+
+    name = "causal-lm"
+    summary = "text to continue: rows with `prompt` and `response`, or `messages`; or text files"
+    auto_model = "AutoModelForCausalLM"
+    has_classes = False
+    has_new_head = False
+    takes_packaged = False
+    metric_names = ("loss", "perplexity")
+    batch_size: ClassVar[int] = 8  # logits over a vocabulary are large
+
+    def claims(self, source: Source, columns: Columns) -> bool:
+        """Take text files, and tables with prompts and responses or with conversations."""
+        if source.is_named(".txt"):
+            return not looks_like_conll(source.text)
+        if not source.is_table:
+            return False
+        if any(_is_conversation(row.get(columns.text or "messages")) for row in source.rows):
+            return True
+        named = columns.text in (None, "prompt") and columns.label in (None, "response")
+        return named and {"prompt", "response"} <= set(source.columns)
+
+    def settle(self, source: Source, columns: Columns) -> Columns:
+        """Take the customary columns."""
+        text = columns.text
+        if text is None:
+            text = "messages" if source.is_table and "messages" in source.columns else "prompt"
+        return Columns(text, None, columns.label or "response")
+
+    def read(
+        self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
+    ) -> Instructions | RunningText:
+        """Read prompts and responses, or a text; without responses, a text file holds one prompt a line."""
+        if source.is_named(".txt"):
+            return RunningText(source.text) if labelled else read_prompts(source)
+        return read_instructions(
+            source, columns.text or "prompt", (columns.label or "response") if labelled else None
+        )
+
+    def of_text(self, text: str, text_pair: str | None) -> Instructions:
+        """Return a prompt."""
+        return Instructions([text])
+
+    def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return the loss in nats a token, and its exponential."""
+        return ("loss", "perplexity")
+
+    def num_outputs(self, label_names: Sequence[str]) -> int:
+        """None of its own: the vocabulary is the model's."""
+        return 0
+
+    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """Nothing: the pretrained head stays."""
+        return {}
+
+    def encode(
+        self,
+        processor: Any,
+        split: Instructions | RunningText,
+        *,
+        max_length: int,
+        label_names: Sequence[str] = (),
+    ) -> EncodedExamples:
+        """Tokenise; labels are −100 in prompts, and the tokens themselves elsewhere."""
+        start = _start(processor)
+        if max_length < len(start) + 2:
+            raise ConfigError(
+                f"max_length must be at least {len(start) + 2}, got {max_length}. Pass max_length=128."
+            )
+        if isinstance(split, RunningText):
+            return _blocks(_tokens(processor, split.text), start, max_length)
+        if split.responses is None:
+            prompts = [self._prompt(processor, start, prompt)[1] for prompt in split.prompts]
+            kept = [tokens[-max_length:] for tokens in prompts]
+            num_cut = sum(len(tokens) > max_length for tokens in prompts)
+            # A prompt without a token still needs one for a model to go on from.
+            return EncodedExamples(
+                {"input_ids": [tokens or [_end(processor)] for tokens in kept]}, None, num_cut=num_cut
+            )
+        inputs, labels, num_cut = [], [], 0
+        for prompt, response in zip(split.prompts, split.responses, strict=True):
+            shown, tokens = self._prompt(processor, start, prompt)
+            answer = self._response(processor, prompt, shown, response)
+            lead = tokens[: len(start)] if tokens[: len(start)] == start else []
+            room = max_length - len(lead)
+            num_cut += len(tokens) - len(lead) + len(answer) > room
+            answer = answer[:room]
+            kept = tokens[len(lead) :][max(0, len(tokens) - len(lead) - (room - len(answer))) :]
+            inputs.append([*lead, *kept, *answer])
+            labels.append([*[IGNORED] * (len(lead) + len(kept)), *answer])
+        return EncodedExamples({"input_ids": inputs}, labels, num_cut=num_cut)
+
+    def _prompt(self, processor: Any, start: list[int], prompt: str | Messages) -> tuple[str, list[int]]:
+        """The prompt as text, and its tokens with the ones that a text starts with."""
+        if isinstance(prompt, str):
+            return prompt, [*start, *_tokens(processor, prompt)]
+        if not getattr(processor, "chat_template", None):
+            raise ModelError(
+                "the model's tokenizer has no chat template, which rows of messages need. "
+                "Pass a model that has one, or rows with prompt and response."
+            )
+        shown = processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return shown, _tokens(processor, shown)  # a template writes the start itself
+
+    def _response(self, processor: Any, prompt: str | Messages, shown: str, response: str) -> list[int]:
+        """The tokens of a response, closed by the end of text."""
+        end = _end(processor)
+        if not isinstance(prompt, str):
+            messages = [*prompt, {"role": "assistant", "content": response}]
+            whole = processor.apply_chat_template(messages, tokenize=False)
+            if not whole.startswith(shown):
+                raise ModelError(
+                    "the tokenizer's chat template does not continue a prompt by its response. "
+                    "Pass rows with prompt and response, or another model."
+                )
+            response = whole[len(shown) :]
+        tokens = _tokens(processor, response)
+        return tokens if end in tokens else [*tokens, end]
+
+    def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
+        """Pad at the right, whatever the tokenizer does: positions are counted from the left."""
+        return PaddingCollator(processor, None if exact else 8, side="right")
+
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[tuple[float, int]]:
+        """Return by row the summed loss in nats, and how many tokens it is of."""
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = []
+        for row, labels in zip(logits[:, :-1], batch["labels"][:, 1:], strict=True):
+            here = labels != IGNORED
+            loss = cross_entropy(row[here].float(), labels[here], reduction="none").double().sum()
+            found.append((float(loss), int(here.sum())))
+        return found
+
+    def measure(
+        self,
+        metrics: Sequence[str],
+        outputs: Sequence[tuple[float, int]],
+        encoded: EncodedExamples,
+        split: Any,
+        label_names: Sequence[str],
+    ) -> dict[str, float]:
+        """Return the mean loss over all tokens, and its exponential."""
+        count = sum(count for _, count in outputs)
+        loss = sum(total for total, _ in outputs) / count if count else math.nan
+        values = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else loss * math.inf}
+        return {name: values[name] for name in metrics}
+
+    def answers(
+        self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers
+    ) -> list[dict[str, Any]]:
+        """Let a model write the likeliest token after each prompt, one after another, to the end of text."""
+        room = _num_positions(model) - options.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"max_new_tokens must leave room for a prompt among the model's {_num_positions(model)} positions, "
+                f"got {options.max_new_tokens}. Pass fewer."
+            )
+        prompts = [
+            tokens[mask.bool()][-room:]
+            for tokens, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        longest, end = max(map(len, prompts)), _end(processor)
+        tokens = torch.stack(
+            [torch.nn.functional.pad(row, (longest - len(row), 0), value=end) for row in prompts]
+        )
+        mask = torch.stack(
+            [torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in prompts]
+        )
+        written = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[:, longest:]
+        found = []
+        for row in written.tolist():
+            own = row[: row.index(end)] if end in row else row
+            text = processor.decode(own, skip_special_tokens=True)
+            found.append({"prediction": text, "num_tokens": len(own), "ended": end in row})
+        return found
+
+    def predictions(
+        self,
+        answers: Sequence[dict[str, Any]],
+        encoded: EncodedExamples,
+        split: Any,
+        label_names: Sequence[str],
+    ) -> list[dict[str, Any]]:
+        """Return the text, its number of tokens, and whether the model ended it itself."""
+        return list(answers)
+
+    def line(self, prediction: Mapping[str, Any], shown: str) -> str:
+        """Return prompt and response."""
+        return f"{shown}\t{' '.join(prediction['prediction'].split())}"
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _tokens(processor: Any, text: str) -> list[int]:
+    return list(processor(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _start(processor: Any) -> list[int]:
+    """The token that begins every text, where the tokenizer sets one."""
+    first = processor.bos_token_id
+    return [first] if first is not None and list(processor("a")["input_ids"])[:1] == [first] else []
+
+
+def _end(processor: Any) -> int:
+    if not isinstance(processor.eos_token_id, int):
+        raise ModelError(
+            "the model's tokenizer has no end-of-text token. Set tokenizer.eos_token and save it anew."
+        )
+    return processor.eos_token_id
+
+
+def _num_positions(model: Any) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else 2**31
+
+
+def _blocks(tokens: list[int], start: list[int], max_length: int) -> EncodedExamples:
+    tokens = [*start, *tokens]
+    if len(tokens) < 2:
+        raise DataError("a text must have at least two tokens to learn from. Pass a longer file.")
+    # One token of overlap: the last of a block is the first context of the next.
+    blocks = [tokens[at : at + max_length] for at in range(0, len(tokens) - 1, max_length - 1)]
+    return EncodedExamples({"input_ids": blocks}, [list(block) for block in blocks])

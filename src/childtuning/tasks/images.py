@@ -1,0 +1,264 @@
+"""Images with classes: from folders of files, npz arrays and idx files."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from childtuning.errors import DataError
+from childtuning.tasks.examples import rows_of
+from childtuning.tasks.labels import class_name
+from childtuning.tasks.rows import Source, content_of
+from childtuning.tasks.split import Split
+
+Part = Literal["train", "dev"]
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
+# Names of images and labels in an npz file: those of a split first, then those of a file with one split.
+_ARRAYS: dict[Part, tuple[tuple[str, str], ...]] = {
+    "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("x", "y")),
+    "dev": (
+        ("x_dev", "y_dev"),
+        ("x_test", "y_test"),
+        ("test_images", "test_labels"),
+        ("images", "labels"),
+        ("x", "y"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Images(Split):
+    """One split of images.
+
+    Args:
+        pixels: by image its file, or a uint8 array [height, width] or [height, width, 3].
+        labels: class names, or None for unlabelled images.
+    Raises:
+        DataError: not one label an image.
+    """
+
+    pixels: list[Path | NDArray[np.uint8]]
+    labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.pixels):
+            raise DataError(
+                f"labels must have one entry an image, got {len(self.labels)} for {len(self.pixels)} images. "
+                f"Pass as many of both."
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there are labels."""
+        return self.labels is not None
+
+    def classes(self) -> set[str]:
+        """Return the labels that occur."""
+        return set(self.labels or ())
+
+    def subset(self, indices: Iterable[int]) -> Images:
+        """Return the images at `indices`, in that order."""
+        rows = [int(index) for index in indices]
+        return Images([self.pixels[row] for row in rows], rows_of(self.labels, rows))
+
+    def shown(self, index: int) -> str:
+        """Return the file's name, or the image's number counted from 0."""
+        image = self.pixels[index]
+        return str(image) if isinstance(image, Path) else f"image {index}"
+
+    def array(self, index: int) -> NDArray[np.uint8]:
+        """Return the pixels of one image [height, width] or [height, width, 3]."""
+        image = self.pixels[index]
+        return open_image(image) if isinstance(image, Path) else image
+
+
+def open_image(path: Path) -> NDArray[np.uint8]:
+    """Return the pixels of an image file: grey ones as [height, width], others as [height, width, 3].
+
+    Raises:
+        DataError: it cannot be read, naming the file.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(path) as image:
+            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError) as fault:
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise DataError(f"{path} is damaged or no image ({reason[:120]}). Replace or remove it.") from None
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError(
+            "images need the package Pillow, which is not installed. Run pip install pillow."
+        ) from None
+    return Image
+
+
+def holds_images(source: Source) -> bool:
+    """Tell by name and content whether a file or folder holds images."""
+    path = source.path
+    if path.is_dir():
+        return any(file.name.lower().endswith(_ENDINGS) for file in path.rglob("*"))
+    if source.is_named(".npz"):
+        return array_names(path, "train") is not None
+    return bool(_IDX.search(path.name)) or source.is_named(*_ENDINGS)
+
+
+def read_images(source: Source, *, part: Part, labelled: bool) -> Images:
+    """Read one split of images.
+
+    Args:
+        source: a folder with a folder a class; an npz file with arrays x_train/y_train and x_test/y_test,
+            or train_images/train_labels and test_images/test_labels (both splits in one file), or
+            images/labels, or x/y; or an idx file of images as MNIST's, whose labels lie beside it.
+            Without labels also a folder of images, or one image.
+        part: which split to take from a file that holds both.
+        labelled: whether labels are needed.
+    Raises:
+        DataError: what cannot be read, by name.
+    """
+    _pillow()
+    path = source.path
+    if path.is_dir():
+        return _from_folder(path, labelled=labelled)
+    if source.is_named(".npz"):
+        return _from_npz(path, part, labelled=labelled)
+    if _IDX.search(path.name):
+        return _from_idx(path, labelled=labelled)
+    if source.is_named(*_ENDINGS) and not labelled:
+        open_image(path)
+        return Images([path])
+    raise DataError(
+        f"{path} is no images that can be read. Pass a folder with a folder a class, an npz file, or an idx file "
+        f"(…images-idx3-ubyte, perhaps .gz)."
+    )
+
+
+def _from_folder(folder: Path, *, labelled: bool) -> Images:
+    files = sorted(
+        path for path in folder.rglob("*") if path.name.lower().endswith(_ENDINGS) and path.is_file()
+    )
+    files = [
+        path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if labelled:
+        loose = [path for path in files if path.parent == folder]
+        if loose:
+            raise DataError(f"{loose[0]} lies in no class's folder. Put images into {folder}/CLASS/.")
+    if not files:
+        raise DataError(f"{folder} has no images ({', '.join(_ENDINGS)}). Put them into {folder}/CLASS/.")
+    for path in files:
+        open_image(path)  # so that a damaged one is found before training, not in the middle of it
+    names = [class_name(path.relative_to(folder).parts[0]) for path in files] if labelled else None
+    return Images([*files], names)
+
+
+def array_names(path: Path, part: Part) -> tuple[str, str] | None:
+    """Return the names of images and labels of a split in an npz file; None if it holds no images by these names."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return None
+    return next((pair for pair in _ARRAYS[part] if pair[0] in names), None)
+
+
+def _from_npz(path: Path, part: Part, *, labelled: bool) -> Images:
+    content = content_of(path)
+    pair = array_names(path, part)
+    if pair is None:
+        known = ", ".join("/".join(names) for names in _ARRAYS[part])
+        raise DataError(
+            f"{path} is damaged, or has none of the arrays {known}. Save images and labels under one of these."
+        )
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            pixels = arrays[pair[0]]
+            labels = arrays[pair[1]] if labelled else None
+    except KeyError:
+        raise DataError(
+            f"{path} has {pair[0]!r} and no {pair[1]!r}. Save the labels beside the images."
+        ) from None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as fault:
+        raise DataError(f"{path} is damaged ({str(fault)[:120]}). Save it anew.") from None
+    return Images(_pixels(pixels, f"{path} array {pair[0]!r}"), _labels(labels, f"{path} array {pair[1]!r}"))
+
+
+def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
+    if values is None:
+        return None
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise DataError(
+            f"{where} must hold one label an image, got shape {list(values.shape)}. Save class numbers."
+        )
+    return [class_name(value) for value in values.tolist()]
+
+
+def _pixels(values: NDArray[Any], where: str) -> list[Path | NDArray[np.uint8]]:
+    """Bring an array of images to uint8 [height, width(, 3)] each."""
+    if values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3):
+        values = values.transpose(0, 2, 3, 1)
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if not len(values):
+        raise DataError(f"{where} has no images. Pass at least one.")
+    if values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] != 3):
+        raise DataError(
+            f"{where} must have shape [images, height, width], with 1 or 3 channels behind or before, "
+            f"got {list(values.shape)}. Save it so."
+        )
+    if values.dtype != np.uint8:
+        if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+            raise DataError(f"{where} must hold finite numbers, got {values.dtype}. Save pixels as uint8.")
+        low, high = float(values.min()), float(values.max())
+        if low < -1 or high > 255:
+            raise DataError(
+                f"{where} must lie in [0, 255], [0, 1] or [-1, 1], got [{low:g}, {high:g}]. Rescale it."
+            )
+        values = values.astype(np.float64)
+        if low < 0:
+            values = (values + 1) * 127.5
+        elif high <= 1:
+            values = values * 255
+        values = values.round().astype(np.uint8)
+    return list(values)
+
+
+def _from_idx(path: Path, *, labelled: bool) -> Images:
+    pixels = _idx_array(path, axes=3)
+    labels = None
+    if labelled:
+        beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        labels = _labels(_idx_array(beside, axes=1), str(beside))
+    return Images(_pixels(pixels, str(path)), labels)
+
+
+def _idx_array(path: Path, *, axes: int) -> NDArray[np.uint8]:
+    """Read an idx file of bytes: 0, 0, 8, the number of axes, each axis's length in 4 bytes, and the entries."""
+    content = content_of(path)
+    shape = np.frombuffer(content[4 : 4 + 4 * axes], dtype=">u4").astype(np.int64)
+    if (
+        content[:4] != bytes((0, 0, 8, axes))
+        or len(shape) != axes
+        or len(content) != 4 + 4 * axes + shape.prod()
+    ):
+        raise DataError(f"{path} is truncated, or no idx file of bytes with {axes} axes. Copy it again.")
+    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)

@@ -1,0 +1,258 @@
+"""`Kind`: everything that differs from one kind of task to another, behind one interface; and their registry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from childtuning.errors import ConfigError, DataError, did_you_mean
+from childtuning.tasks.rows import Source
+from childtuning.tasks.split import Split
+
+if TYPE_CHECKING:
+    from childtuning.tasks.examples import Task
+
+Part = Literal["train", "dev"]
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a file keeps what; None leaves it to the kind of task.
+
+    Args:
+        text: the text, the words, or the prompt.
+        text_pair: the second text, for pairs.
+        label: the label, the tags, or the response.
+        label_type: whether labels are classes or numbers; "auto" looks at them.
+    """
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    label_type: Literal["auto", "class", "number"] = "auto"
+
+
+class Encoded(Protocol):
+    """Examples as the numbers that a model takes: a dataset of rows, made by a kind's `encode`."""
+
+    num_cut: int
+    """How many words or rows the length limit has cut."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """How long each row is, by which batches are put together."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a model is asked for answers.
+
+    Args:
+        max_new_tokens: the most tokens of a written response.
+    """
+
+    max_new_tokens: int = 64
+
+
+class Kind(ABC):
+    """One kind of task: how rows are read and checked, encoded, put to a model, answered and measured.
+
+    Class attributes:
+        name: the word a user types.
+        summary: one line for listings.
+        auto_model: transformers' class that loads a model for it.
+        auto_processor: transformers' class that loads what turns examples into numbers.
+        processor_folder: where a run keeps that.
+        processor_options: what it is loaded with.
+        has_classes: whether labels are classes.
+        has_new_head: whether a model gets a head of its own for the task.
+        takes_packaged: whether the packaged encoder serves where no model is named.
+        metric_names: all that can be measured.
+        batch_size: examples a batch when a model is asked or measured.
+        cut_words: what `Encoded.num_cut` counts, in words that go on "… were cut".
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    auto_model: ClassVar[str]
+    auto_processor: ClassVar[str] = "AutoTokenizer"
+    processor_folder: ClassVar[str] = "tokenizer"
+    processor_options: ClassVar[Mapping[str, Any]] = {}
+    has_classes: ClassVar[bool] = True
+    has_new_head: ClassVar[bool] = True
+    takes_packaged: ClassVar[bool] = True
+    metric_names: ClassVar[tuple[str, ...]]
+    batch_size: ClassVar[int] = 32
+    cut_words: ClassVar[str] = "rows"
+
+    # Files
+
+    @abstractmethod
+    def claims(self, source: Source, columns: Columns) -> bool:
+        """Tell by name, content and columns whether a training file is of this kind; no file suits two."""
+
+    def settle(self, source: Source, columns: Columns) -> Columns:
+        """Return the columns with what is left to guess settled by the training file."""
+        return columns
+
+    @abstractmethod
+    def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Split:
+        """Read one split.
+
+        Args:
+            source: a file or folder.
+            columns: as `settle` returned them.
+            part: which one to take where a file holds both.
+            labelled: whether labels are needed; if not, none are read.
+        Raises:
+            DataError: the file cannot be used, in one line that names it.
+        """
+
+    def of_text(self, text: str, text_pair: str | None) -> Split:
+        """Return one unlabelled example that a user typed.
+
+        Raises:
+            ConfigError: examples of this kind cannot be typed.
+        """
+        raise ConfigError(f"examples of {self.name} cannot be typed. Pass them as --input FILE.")
+
+    # The task
+
+    def label_names(self, train: Split) -> tuple[str, ...]:
+        """Return the class names that occur in training, in the order of their ids; () without classes."""
+        from childtuning.tasks.labels import sort_labels
+
+        return sort_labels(train.classes()) if self.has_classes else ()
+
+    @abstractmethod
+    def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return what a task is measured by unless it names other metrics; the first is the run's."""
+
+    def check(self, task: Task) -> None:  # noqa: B027  # most kinds have nothing more to check
+        """Check what only this kind knows about its splits.
+
+        Raises:
+            DataError: the task cannot be trained or measured.
+        """
+
+    def num_outputs(self, label_names: Sequence[str]) -> int:
+        """Return the width of the new head."""
+        return len(label_names)
+
+    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """Return what the model's configuration is told."""
+        return {
+            "num_labels": self.num_outputs(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {label: index for index, label in enumerate(label_names)},
+        }
+
+    def default_processor(self, config: Any) -> Any:
+        """Return what turns examples into numbers where a model folder has none; None if there is no default."""
+        return None
+
+    # Batches
+
+    @abstractmethod
+    def encode(
+        self, processor: Any, split: Split, *, max_length: int, label_names: Sequence[str] = ()
+    ) -> Encoded:
+        """Turn examples into rows of numbers, with labels if the split has them.
+
+        Raises:
+            ConfigError, DataError: the processor or the length does not fit these examples.
+        """
+
+    @abstractmethod
+    def collator(self, processor: Any, *, exact: bool = False) -> Collate:
+        """Return what makes a batch of rows; `exact` pads to the longest row and no further."""
+
+    # What a model says
+
+    @abstractmethod
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Any]:
+        """Run a model on a batch and return what `measure` needs, an entry an example."""
+
+    @abstractmethod
+    def measure(
+        self,
+        metrics: Sequence[str],
+        outputs: Sequence[Any],
+        encoded: Any,
+        split: Any,
+        label_names: Sequence[str],
+    ) -> dict[str, float]:
+        """Return metric name -> value over all examples of a labelled split."""
+
+    def answers(self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers) -> list[Any]:
+        """Run a model on a batch and return what `predictions` needs, an entry an example."""
+        return self.outputs(model, batch)
+
+    @abstractmethod
+    def predictions(
+        self, answers: Sequence[Any], encoded: Any, split: Any, label_names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return by example what is written for a user: a dict with "prediction" and, where there is one, more."""
+
+    def line(self, prediction: Mapping[str, Any], shown: str) -> str:
+        """Return a prediction as one line for people, beside the example in a few words."""
+        return f"{prediction['prediction']}\t{shown}"
+
+
+KINDS: dict[str, Kind] = {}
+_K = TypeVar("_K", bound=Kind)
+
+
+def register(kind: type[_K]) -> type[_K]:
+    """Make a kind of task known by its name; a decorator."""
+    KINDS[kind.name] = kind()
+    return kind
+
+
+def find_kind(name: str) -> Kind:
+    """Return a kind of task by its name.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    if name not in KINDS:
+        raise DataError(f"Unknown kind of task, got {name!r}. {did_you_mean(name, KINDS)}")
+    return KINDS[name]
+
+
+def infer_kind(source: Source, columns: Columns, *, unless: str = "classification") -> Kind:
+    """Return the kind that claims a training file, or the one that text with labels is.
+
+    Raises:
+        ConfigError: more than one kind does.
+    """
+    claiming = [kind for kind in KINDS.values() if kind.claims(source, columns)]
+    if len(claiming) > 1:
+        names = " or ".join(kind.name for kind in claiming)
+        raise ConfigError(f"{source} may be {names}. Say which: --task-kind NAME (kind=).")
+    return claiming[0] if claiming else find_kind(unless)
+
+
+def check_metrics(kind: Kind, names: Iterable[str]) -> None:
+    """Refuse metrics that a kind of task does not know.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    everything = {name: None for other in KINDS.values() for name in other.metric_names}
+    for name in names:
+        if name not in everything:
+            raise ConfigError(f"Unknown metric {name!r}. {did_you_mean(name, everything)}")
+        if name not in kind.metric_names:
+            fitting = ", ".join(kind.metric_names)
+            raise ConfigError(f"Metric {name!r} does not fit {kind.name}. Pass one of {fitting}.")

@@ -1,0 +1,87 @@
+"""Texts with numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from childtuning.errors import DataError
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.kind import Columns, register
+from childtuning.tasks.labels import infer_label_kind
+from childtuning.tasks.metrics import compute_metrics, default_metrics, metrics_of
+from childtuning.tasks.rows import Source
+from childtuning.tasks.text import TextKind
+
+if TYPE_CHECKING:
+    from childtuning.tasks.examples import Task
+
+
+@register
+class Regression(TextKind):
+    """One number a text or pair of texts, by squared error."""
+
+    name = "regression"
+    summary = "one number a text, or a pair of texts"
+    has_classes = False
+    metric_names = metrics_of("regression")
+    label_kind = "number"
+
+    def claims(self, source: Source, columns: Columns) -> bool:
+        """Take table files whose labels are numbers to predict, or are said to be."""
+        if columns.label_type == "class" or not source.is_table:
+            return False
+        if columns.label_type == "number":
+            return True
+        label = columns.label or "label"
+        if label not in source.columns:
+            return False
+        return infer_label_kind([row.get(label) for row in source.rows]) == "number"
+
+    def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return the correlations."""
+        return default_metrics("regression")
+
+    def check(self, task: Task) -> None:
+        """Refuse targets that are not finite numbers."""
+        super().check(task)
+        for split, rows in (("train", task.train), ("dev", task.dev)):
+            assert isinstance(rows, Examples)
+            for row, target in enumerate(rows.labels or (), start=1):
+                if isinstance(target, str) or not math.isfinite(target):
+                    raise DataError(
+                        f"Regression labels must be finite numbers, got {target!r} in row {row} "
+                        f"of the {split} split of {task.name!r}. Correct or drop that row."
+                    )
+
+    def num_outputs(self, label_names: Sequence[str]) -> int:
+        """One."""
+        return 1
+
+    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """Return that there is one output, trained on squared error."""
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def measure(
+        self,
+        metrics: Sequence[str],
+        outputs: Sequence[Any],
+        encoded: Any,
+        split: Examples,
+        label_names: Sequence[str],
+    ) -> dict[str, float]:
+        """Correlate outputs with targets."""
+        return compute_metrics(metrics, np.stack(outputs)[:, 0], np.asarray(split.labels))
+
+    def predictions(
+        self, answers: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return the numbers."""
+        return [{"prediction": float(row[0]), "logits": row.tolist()} for row in answers]
+
+    def line(self, prediction: Mapping[str, Any], shown: str) -> str:
+        """Return number and text."""
+        return f"{prediction['prediction']:.4f}\t{shown}"

@@ -1,0 +1,173 @@
+"""Sentences as words with a tag each: from table files with lists, and from CoNLL files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from childtuning.errors import DataError
+from childtuning.tasks.examples import rows_of
+from childtuning.tasks.labels import class_name, is_missing
+from childtuning.tasks.rows import Source
+from childtuning.tasks.split import Split
+
+_DOCUMENT = "-DOCSTART-"
+_BIO = re.compile(r"O|[BI]-\S+")
+
+
+@dataclass(frozen=True)
+class Sentences(Split):
+    """One split of sentences.
+
+    Args:
+        words: by sentence its words, at least one.
+        tags: by sentence a tag for each word, or None where they are not known.
+    Raises:
+        DataError: a sentence has no words, or not one tag a word.
+    """
+
+    words: list[list[str]]
+    tags: list[list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tags is not None and len(self.tags) != len(self.words):
+            raise DataError(
+                f"tags must have one entry a sentence, got {len(self.tags)} for {len(self.words)} sentences. "
+                f"Pass lists of equal length."
+            )
+        for row, words in enumerate(self.words):
+            check_sentence(words, None if self.tags is None else self.tags[row], f"sentence {row + 1}")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there are tags."""
+        return self.tags is not None
+
+    @property
+    def form(self) -> str:
+        """Sentences."""
+        return "sentences"
+
+    def classes(self) -> set[str]:
+        """Return the tags that occur."""
+        return {tag for tags in self.tags or () for tag in tags}
+
+    def subset(self, indices: Iterable[int]) -> Sentences:
+        """Return the sentences at `indices`, in that order."""
+        rows = [int(index) for index in indices]
+        return Sentences([self.words[row] for row in rows], rows_of(self.tags, rows))
+
+    def shown(self, index: int) -> str:
+        """Return the words with spaces between."""
+        return " ".join(self.words[index])
+
+
+def check_sentence(words: list[str], tags: list[str] | None, where: str) -> None:
+    """Refuse a sentence without words, or with another number of tags.
+
+    Raises:
+        DataError: it begins with `where`.
+    """
+    if not words:
+        raise DataError(f"{where} has no words. Drop it.")
+    if tags is not None and len(tags) != len(words):
+        raise DataError(
+            f"{where} must have one tag a word, got {len(tags)} tags for {len(words)} words. Correct it."
+        )
+
+
+def read_sentences(source: Source, words: str, tags: str | None) -> Sentences:
+    """Read sentences from a table file whose cells are lists.
+
+    Args:
+        source: a jsonl or parquet file, perhaps .gz.
+        words, tags: columns; no tags are read for None.
+    Raises:
+        DataError: a missing column, or a cell that is no list of words or tags, by row.
+    """
+    source.check_columns(words, tags)
+    sentences = [
+        _cells(row.get(words), f"{source} row {number}", words)
+        for number, row in enumerate(source.rows, start=1)
+    ]
+    if tags is None:
+        return Sentences(sentences)
+    labels: list[list[str]] = []
+    for number, row in enumerate(source.rows, start=1):
+        where = f"{source} row {number}"
+        cell = _cells(row.get(tags), where, tags)
+        if any(is_missing(tag) for tag in cell):
+            raise DataError(f"{where} has an empty tag in column {tags!r}. Fill it in, or drop the row.")
+        check_sentence(sentences[number - 1], cell, where)
+        labels.append([class_name(tag) for tag in cell])
+    return Sentences(sentences, labels)
+
+
+def _cells(value: Any, where: str, column: str) -> list[str]:
+    if not isinstance(value, list):
+        got = "nothing" if value is None else type(value).__name__
+        raise DataError(
+            f'{where} must have a list in column {column!r}, got {got}. Write for example ["a", "word"].'
+        )
+    for entry in value:
+        if not isinstance(entry, (str, int, float)):
+            raise DataError(
+                f"{where} must have words in column {column!r}, got {type(entry).__name__} among them. "
+                f"Write each as a string."
+            )
+    if not value:
+        raise DataError(f"{where} has an empty list in column {column!r}. Drop the row.")
+    return [str(entry).encode("utf-8", "replace").decode("utf-8") for entry in value]
+
+
+def read_conll(source: Source, *, labelled: bool) -> Sentences:
+    """Read sentences from a file with a word a line, its tag in the last column, and a blank line between sentences.
+
+    Columns are set apart by white space; -DOCSTART- lines are no words.
+
+    Args:
+        source: the file, perhaps .gz.
+        labelled: whether to read tags.
+    Raises:
+        DataError: no sentences, or a word without a tag, by line.
+    """
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    for number, line in enumerate(source.text.splitlines(), start=1):
+        fields = line.split()
+        if not fields or fields[0] == _DOCUMENT:
+            if words[-1]:
+                words.append([])
+                tags.append([])
+            continue
+        if labelled and len(fields) < 2:
+            raise DataError(
+                f"{source} line {number} must have a word and its tag, got only {fields[0]!r}. "
+                f"Write the tag in the last column."
+            )
+        words[-1].append(fields[0])
+        tags[-1].append(fields[-1])
+    if not words[-1]:
+        words.pop()
+        tags.pop()
+    if not words:
+        raise DataError(f"{source} has no sentences. Pass a file with at least one word.")
+    return Sentences(words, tags if labelled else None)
+
+
+def looks_like_conll(text: str) -> bool:
+    """Tell lines of a word and a BIO tag from running text, by the first few hundred."""
+    lines = [line.split() for line in text.splitlines()[:400]]
+    filled = [fields for fields in lines if fields and fields[0] != _DOCUMENT]
+    return bool(filled) and all(len(fields) > 1 and _BIO.fullmatch(fields[-1]) for fields in filled)
+
+
+def is_bio(tags: Iterable[str]) -> bool:
+    """Tell whether tags mark spans: all are "O", "B-…" or "I-…", and not all are "O"."""
+    names = set(tags)
+    return all(_BIO.fullmatch(name) for name in names) and bool(names - {"O"})

@@ -1,0 +1,68 @@
+"""`Split`: the rows of one file or folder, whatever kind of example they hold."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Self
+
+import numpy as np
+
+from childtuning.errors import ConfigError
+
+
+class Split(ABC):
+    """Examples in order, with labels where they are known; one subclass a kind of example."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    @property
+    @abstractmethod
+    def is_labelled(self) -> bool:
+        """Whether every example has what a model is trained towards."""
+
+    @abstractmethod
+    def subset(self, indices: Iterable[int]) -> Self:
+        """Return the examples at `indices`, in that order."""
+
+    @abstractmethod
+    def shown(self, index: int) -> str:
+        """Return an example in a few words, for people."""
+
+    @property
+    def num_empty(self) -> int:
+        """The number of examples without content; they are kept."""
+        return 0
+
+    @property
+    def form(self) -> str:
+        """What an example is, in the plural; one run takes examples of one form."""
+        return "examples"
+
+    def classes(self) -> set[str]:
+        """Return the class names that occur."""
+        return set()
+
+    def sample(self, limit: int | None, *, seed: int = 0) -> Self:
+        """Return at most `limit` examples, drawn without replacement, in their original order.
+
+        A pure function of (number of examples, limit, seed). For one seed the sample of a smaller limit
+        lies inside that of a larger one, so that low-resource curves add examples and never swap them.
+
+        Args:
+            limit: the most examples to keep, at least 1; None keeps all.
+            seed: any integer.
+        Raises:
+            ConfigError: when limit is below 1.
+        """
+        if limit is None:
+            return self
+        if limit < 1:
+            raise ConfigError(f"train_limit must be at least 1, got {limit}. Leave it out to use every row.")
+        if limit >= len(self):
+            return self
+        # RandomState because its stream is frozen: numpy's newer generators may change between releases.
+        order = np.random.RandomState(seed % 2**32).permutation(len(self))
+        return self.subset(sorted(order[:limit].tolist()))

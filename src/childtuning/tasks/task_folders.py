@@ -1,0 +1,61 @@
+"""Where a task's folder keeps its two splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from childtuning.errors import DataError
+from childtuning.tasks.images import array_names
+from childtuning.tasks.rows import FORMATS
+
+_TEXT_ENDINGS = (*FORMATS, ".conll", ".txt")
+_STEMS = {"train": ("train",), "dev": ("dev", "eval", "dev_matched")}  # dev_matched is MNLI's
+_IMAGE_FOLDERS = {"train": ("train",), "dev": ("dev", "eval", "test")}
+_IDX = {"train": "train-images-idx3-ubyte", "dev": "t10k-images-idx3-ubyte"}
+
+
+def is_task_folder(folder: Path) -> bool:
+    """Tell whether a folder has a split, or rows of whatever name."""
+    return any(_find(folder, split) for split in _STEMS) or any(folder.glob("*.jsonl*"))
+
+
+def splits_of(name: str, folder: Path) -> tuple[Path, Path]:
+    """Return where the training and the evaluation examples lie; one and the same file may hold both.
+
+    A split is a table or text file named after it, a folder of image folders, MNIST's idx file, or arrays
+    in the folder's only npz file.
+
+    Raises:
+        DataError: one is missing.
+    """
+    found: list[Path] = []
+    for split, stems in _STEMS.items():
+        path = _find(folder, split)
+        if path is None:
+            listing = ", ".join(f"{stem}{ending}" for stem in stems for ending in (".jsonl.gz", ".jsonl"))
+            raise DataError(
+                f"Task {name!r} has no {split} split: none of {listing} is in {folder}, nor another type. "
+                f"Add one, or pass files of your own."
+            )
+        found.append(path)
+    return found[0], found[1]
+
+
+def _find(folder: Path, split: str) -> Path | None:
+    names = [
+        f"{stem}{ending}{packed}"
+        for stem in _STEMS[split]
+        for ending in (".jsonl", *_TEXT_ENDINGS)
+        for packed in (".gz", "")
+    ]
+    names += [f"{_IDX[split]}{packed}" for packed in (".gz", "")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    for name in _IMAGE_FOLDERS[split]:
+        if (folder / name).is_dir():
+            return folder / name
+    arrays = list(folder.glob("*.npz"))
+    if len(arrays) == 1 and array_names(arrays[0], "train") and array_names(arrays[0], "dev"):
+        return arrays[0]
+    return None

@@ -1,0 +1,84 @@
+"""What the kinds of task on whole texts share: reading, tokenising, and one vector of logits a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from childtuning.errors import ConfigError, DataError
+from childtuning.tasks.batches import EncodedExamples, PaddingCollator, encode
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.files import guess_columns, read_examples
+from childtuning.tasks.kind import Columns, Kind, Part
+from childtuning.tasks.rows import Source
+
+if TYPE_CHECKING:
+    from childtuning.tasks.examples import Task
+
+
+class TextKind(Kind):
+    """A kind of task with one label a text or pair of texts."""
+
+    auto_model = "AutoModelForSequenceClassification"
+    label_kind: Literal["class", "number"]
+
+    def settle(self, source: Source, columns: Columns) -> Columns:
+        """Guess the text columns from the training file."""
+        text, pair = columns.text, columns.text_pair
+        if text is None:
+            text, guessed = guess_columns(source.columns)
+            pair = pair or guessed
+        if columns.label_type not in ("auto", self.label_kind):
+            raise ConfigError(
+                f"{self.name} has labels of the type {self.label_kind!r}, got label_type {columns.label_type!r}. "
+                f"Leave one of them out."
+            )
+        return Columns(text, pair, columns.label or "label", self.label_kind)
+
+    def read(
+        self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
+    ) -> Examples:
+        """Read texts and labels from a table file."""
+        return read_examples(
+            source,
+            text=columns.text,
+            text_pair=columns.text_pair,
+            label=(columns.label or "label") if labelled else None,
+            label_kind=self.label_kind if labelled else None,
+        )
+
+    def of_text(self, text: str, text_pair: str | None) -> Examples:
+        """Return one text or pair."""
+        return Examples([text], None if text_pair is None else [text_pair], None)
+
+    def check(self, task: Task) -> None:
+        """Refuse a task of which one split is pairs and the other is not."""
+        if task.train.form != task.dev.form:
+            single = "train" if task.train.form == "single texts" else "dev"
+            raise DataError(
+                f"Both splits of {task.name!r} must be pairs or both single texts, "
+                f"got single ones in {single}. Name the same columns for both."
+            )
+
+    def encode(
+        self, processor: Any, split: Any, *, max_length: int, label_names: Sequence[str] = ()
+    ) -> EncodedExamples:
+        """Tokenise texts."""
+        ids = {name: index for index, name in enumerate(label_names)} if label_names else None
+        return encode(processor, split, max_length=max_length, label_ids=ids)
+
+    def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
+        """Pad token numbers."""
+        return PaddingCollator(processor, None if exact else 8)
+
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Any]:
+        """Return the logits of each text, float32."""
+        return logits_by_example(model, batch)
+
+
+def logits_by_example(model: Any, batch: Mapping[str, Tensor]) -> list[Any]:
+    """Return the logits [num_labels] of each example, as float32 arrays."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return list(model(**inputs).logits.float().cpu().numpy())

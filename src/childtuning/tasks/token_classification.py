@@ -1,0 +1,179 @@
+"""Words with classes: named entities, parts of speech."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from childtuning.errors import ModelError
+from childtuning.tasks.batches import IGNORED, EncodedExamples, PaddingCollator, check_max_length
+from childtuning.tasks.kind import Columns, Kind, Part, register
+from childtuning.tasks.rows import Source
+from childtuning.tasks.sentences import Sentences, is_bio, looks_like_conll, read_conll, read_sentences
+from childtuning.tasks.spans import span_scores
+
+
+class EncodedSentences(EncodedExamples):
+    """Tokenised sentences; the first token of a word carries its label, the others −100.
+
+    Attributes:
+        places: by sentence the numbers of the words that have a token, in order.
+    """
+
+    places: list[list[int]]
+
+
+@register
+class TokenClassification(Kind):
+    """One class a word, by cross entropy at its first token."""
+
+    name = "token-classification"
+    summary = "one class a word: rows with lists `tokens` and `tags`, or CoNLL files"
+    auto_model = "AutoModelForTokenClassification"
+    # Byte-level tokenizers take words only with it.
+    processor_options: ClassVar[Mapping[str, Any]] = {"add_prefix_space": True}
+    metric_names = ("span_f1", "span_precision", "span_recall", "accuracy")
+    cut_words = "words"
+
+    def claims(self, source: Source, columns: Columns) -> bool:
+        """Take CoNLL files, and tables whose tokens are lists."""
+        if source.is_named(".conll"):
+            return True
+        if source.is_named(".txt"):
+            return looks_like_conll(source.text)
+        words = columns.text or "tokens"
+        return (
+            source.is_table
+            and words in source.columns
+            and any(_is_words(row.get(words)) for row in source.rows)
+        )
+
+    def settle(self, source: Source, columns: Columns) -> Columns:
+        """Take the customary columns."""
+        return Columns(columns.text or "tokens", None, columns.label or "tags")
+
+    def read(
+        self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
+    ) -> Sentences:
+        """Read sentences from a table or a CoNLL file."""
+        if not source.is_table:
+            return read_conll(source, labelled=labelled)
+        return read_sentences(
+            source, columns.text or "tokens", (columns.label or "tags") if labelled else None
+        )
+
+    def of_text(self, text: str, text_pair: str | None) -> Sentences:
+        """Return the words between white space as one sentence."""
+        return Sentences([text.split()])
+
+    def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return F1 over spans where the tags mark some, and accuracy over words."""
+        return ("span_f1", "accuracy") if is_bio(label_names) else ("accuracy",)
+
+    def encode(
+        self, processor: Any, split: Sentences, *, max_length: int, label_names: Sequence[str] = ()
+    ) -> EncodedSentences:
+        """Tokenise words; labels mark the first token of each, also where the tags are not known."""
+        if not getattr(processor, "is_fast", False):
+            raise ModelError(
+                "the model's tokenizer does not tell words apart. Pass a model with a fast tokenizer."
+            )
+        check_max_length(processor, max_length)
+        encoded = processor(
+            split.words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False
+        )
+        ids = {name: index for index, name in enumerate(label_names)}
+        labels: list[list[int]] = []
+        places: list[list[int]] = []
+        num_cut = 0
+        for row, words in enumerate(split.words):
+            of_token = encoded.word_ids(row)
+            previous = (None, *of_token[:-1])
+            first = [
+                word is not None and word != before for word, before in zip(of_token, previous, strict=True)
+            ]
+            tags = split.tags[row] if split.tags is not None else None
+            labels.append(
+                [
+                    IGNORED if not begins else 0 if tags is None else ids[tags[word]]
+                    for word, begins in zip(of_token, first, strict=True)
+                ]
+            )
+            places.append([word for word, begins in zip(of_token, first, strict=True) if begins])
+            num_cut += len(words) - 1 - max(places[-1], default=-1)
+        columns = {name: list(encoded[name]) for name in encoded if name in PaddingCollator.inputs}
+        result = EncodedSentences(columns, labels, num_cut=num_cut)
+        result.places = places
+        return result
+
+    def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
+        """Pad token numbers, and labels with them."""
+        return PaddingCollator(processor, None if exact else 8)
+
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """Return by sentence, for each word with a token, its likeliest class and that one's probability [words, 2].
+
+        A class is NaN where a logit is not finite.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits.float()
+        best = logits.softmax(-1).max(-1)
+        classes = best.indices.double().masked_fill(~logits.isfinite().all(-1), math.nan)
+        rows = zip(classes, best.values.double(), batch["labels"] != IGNORED, strict=True)
+        return [
+            np.stack([classes[here].cpu().numpy(), values[here].cpu().numpy()], axis=1)
+            for classes, values, here in rows
+        ]
+
+    def measure(
+        self,
+        metrics: Sequence[str],
+        outputs: Sequence[np.ndarray],
+        encoded: EncodedSentences,
+        split: Sentences,
+        label_names: Sequence[str],
+    ) -> dict[str, float]:
+        """Compare tags; a word that was cut counts as tagged wrongly, and as outside of spans."""
+        assert split.tags is not None
+        if not all(np.isfinite(row).all() for row in outputs):
+            return dict.fromkeys(metrics, math.nan)
+        said = [row["prediction"] for row in self.predictions(outputs, encoded, split, label_names)]
+        right = sum(
+            guess == true
+            for guesses, tags in zip(said, split.tags, strict=True)
+            for guess, true in zip(guesses, tags, strict=True)
+        )
+        values = span_scores([[guess or "O" for guess in guesses] for guesses in said], split.tags)
+        values["accuracy"] = right / sum(map(len, split.tags))
+        return {name: values[name] for name in metrics}
+
+    def predictions(
+        self,
+        answers: Sequence[np.ndarray],
+        encoded: EncodedSentences,
+        split: Sentences,
+        label_names: Sequence[str],
+    ) -> list[dict[str, Any]]:
+        """Return a tag and its probability for each word; None for words that were cut or have no token."""
+        rows = []
+        for words, places, answer in zip(split.words, encoded.places, answers, strict=True):
+            tags: list[str | None] = [None] * len(words)
+            confidence: list[float | None] = [None] * len(words)
+            for word, (best, probability) in zip(places, answer, strict=True):
+                tags[word] = label_names[int(best)] if math.isfinite(best) else None
+                confidence[word] = float(probability)
+            rows.append({"prediction": tags, "confidence": confidence, "tokens": words})
+        return rows
+
+    def line(self, prediction: Mapping[str, Any], shown: str) -> str:
+        """Return the words with their tags."""
+        pairs = zip(prediction["tokens"], prediction["prediction"], strict=True)
+        return " ".join(f"{word}/{tag or '?'}" for word, tag in pairs)
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(entry, dict) for entry in value)

@@ -1,0 +1,44 @@
+"""A forward pass beside the one whose loss the trainer computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile.
+
+    Further passes go through it: compiled code does not see hooks that came after it, and DDP prepares for a backward
+    pass in each of its own. It averages the gradients of all passes alike, where they are accumulated.
+    """
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+            continue
+        compiled = vars(model).get("_orig_mod") or model._modules.get("_orig_mod")
+        if compiled is None:
+            return model
+        model = compiled
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Let passes leave the running statistics of normalisation layers as they are, bitwise."""
+    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    counts = [None if count is None else count.clone() for _, count in before]
+    # The statistics are not copied back, since the backward pass of an earlier pass refuses what was written to.
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count), kept in zip(layers, before, counts, strict=True):
+            layer.momentum = momentum
+            if count is not None and kept is not None:
+                count.copy_(kept)

@@ -1,0 +1,135 @@
+"""Linear layers whose weight is mixed with its starting value while training, in place of dropout.
+
+Shapes: … batch and tokens, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
+from transformers.pytorch_utils import Conv1D
+
+
+class _Mixed(nn.Module):
+    """A linear layer with a starting weight W0 beside its weight W.
+
+    While training it uses W' = [(1−B) W0 + B W − p W0] / (1−p) with B ~ Bernoulli(1−p) for each entry and call. That
+    is W0 + B (W − W0) / (1−p): dropout of the difference, which is how it is computed; autograd's gradient of it is
+    exact, dW = B / (1−p) dW'.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    start_weight: Tensor
+    mixed_share: float
+
+    def mixed_weight(self) -> Tensor:
+        """Return W', drawn anew."""
+        return self.start_weight + F.dropout(self.weight - self.start_weight, self.mixed_share)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether W' differs from W: not in evaluation, nor where W is frozen and so still is W0."""
+        return self.training and self.weight.requires_grad
+
+
+class _MixedLinear(_Mixed):
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: [..., I] -> [..., O]."""
+        return F.linear(input, self.mixed_weight(), self.bias) if self.mixes else super().forward(input)
+
+
+class _MixedConv1D(_Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: [..., I] -> [..., O]; the weight is [I, O]."""
+        return F.linear(x, self.mixed_weight().t(), self.bias) if self.mixes else super().forward(x)
+
+
+@cache
+def _mixed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that stands in for this one, of the same name: some layers are recognised by it."""
+    mixed = _MixedLinear if cls is nn.Linear else _MixedConv1D
+    return cast("type[nn.Module]", type(cls.__name__, (mixed, cls), {}))
+
+
+@dataclass(eq=False)
+class MixedLayers:
+    """What ``mix`` changed.
+
+    Args:
+        names: of the modules whose weight is mixed.
+    """
+
+    names: tuple[str, ...]
+    _layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+    _dropouts: list[tuple[nn.Module, str, float]] = field(default_factory=list, repr=False)
+
+    def remove(self) -> None:
+        """Give every layer its class back, drop the starting weights, and restore dropout; twice does no harm."""
+        for module, cls in self._layers:
+            del module.start_weight, module.mixed_share
+            module.__class__ = cls
+        for module, attribute, share in self._dropouts:
+            setattr(module, attribute, share)
+        self._layers.clear()
+        self._dropouts.clear()
+
+
+def mixable(model: nn.Module, without: Container[str] = ()) -> dict[str, nn.Module]:
+    """Return by path the linear layers whose weight can be mixed: nothing else uses it, and it is not in ``without``.
+
+    They are those of exactly the class ``Linear``, or GPT-2's ``Conv1D``: others may use their weight differently.
+    """
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and uses[id(module.weight)] == 1
+        and (f"{path}.weight" if path else "weight") not in without
+    }
+
+
+def mix(model: nn.Module, p: float, without: Container[str] = ()) -> MixedLayers:
+    """Mix the weights of a model's linear layers with what they are now, and set its dropout to zero.
+
+    The layers only change their class, so that names, state dict and hooks are as before; the starting weight is a
+    buffer that is not saved. Dropout is what ``Dropout`` modules do, and what stands as a number in a module's
+    attribute with "dropout" in its name, as attention modules have it; rates that a forward pass reads from the
+    configuration stay.
+
+    Args:
+        p: the share of entries that are the starting value in each call, in (0, 1).
+        without: names of parameters that are left alone.
+    """
+    layers = mixable(model, without)
+    mixed = MixedLayers(tuple(layers), [(module, type(module)) for module in layers.values()])
+    for module in layers.values():
+        _start(module, p)
+    for module in model.modules():
+        for attribute, share in _dropouts(module):
+            mixed._dropouts.append((module, attribute, share))
+            setattr(module, attribute, 0.0)
+    return mixed
+
+
+def _start(module: Any, p: float) -> None:
+    with torch.no_grad():
+        module.register_buffer("start_weight", module.weight.clone(), persistent=False)
+    module.mixed_share = p
+    module.__class__ = _mixed_class(type(module))
+
+
+def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
+    if isinstance(module, _DropoutNd):
+        return [("p", module.p)]
+    own = vars(module).items()
+    return [(name, value) for name, value in own if "dropout" in name and type(value) is float and value]

@@ -1,0 +1,110 @@
+"""What a user types for a method, and which methods go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tests.methods.trainers import method_trainer
+from torch import Tensor
+
+from childtuning import ChildConfig
+from childtuning.errors import ConfigError
+from childtuning.methods import Combination, all_methods, register, registry
+from childtuning.methods.last_k import LastK
+from childtuning.training import LossStep, Method
+
+
+def test_options_stand_behind_a_colon() -> None:
+    assert Combination.parse("last-k").methods == (LastK(3),)
+    assert Combination.parse("last-k:5").methods == (LastK(5),)
+    assert Combination.parse("last-k:layers=5").methods == (LastK(5),)
+    assert Combination.parse(" last-k : 5 ").methods == (LastK(5),)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("child_d", "Did you mean 'child-d'"),
+        ("", "empty part"),
+        ("child-d+", "empty part"),
+        ("last-k:x", "layers of method 'last-k' must be a whole number, got 'x'"),
+        ("last-k:2.5", "must be a whole number"),
+        ("last-k:depth=3", "has no option 'depth'. Known: layers"),
+        ("last-k:3,4", "got '4' without an option's name"),
+        ("last-k:layers=3,layers=4", "twice"),
+        ("full:3", "It takes none"),
+        ("child-d+child-f", "each says which parameters are trained"),
+        ("child-d+child-d", "stands twice"),
+        ("last-k:0", "at least 1 layer"),
+    ],
+)
+def test_bad_words_say_what_is_wrong(text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Combination.parse(text)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_density_needs_a_child() -> None:
+    with pytest.raises(ConfigError, match="trains parameters whole, got density 0.5"):
+        Combination.parse("head").child(ChildConfig(density=0.5))
+
+
+def test_every_method_describes_itself() -> None:
+    for method in all_methods():
+        assert method.summary and method.source and method.trains and method.memory
+        assert method.__doc__ and len(method.summary) < 90, method.name
+        assert "\n" not in method.summary
+
+
+@pytest.fixture
+def without_new_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+
+def test_a_method_from_outside_trains(without_new_methods: None, tiny_bert: Path, tmp_path: Path) -> None:
+    @register
+    @dataclass(frozen=True)
+    class Flat(Method):
+        """Adds a share of the logits' mean square."""
+
+        weight: float = 0.5
+
+        name = "flat"
+        summary = "keep logits small"
+        source = "—"
+        trains = "—"
+        memory = "—"
+        part = "loss"
+
+        def loss(self, loss: Tensor, step: LossStep) -> Tensor:
+            return loss + self.weight * step.weight * step.logits.square().mean()
+
+    sizes = {}
+    for method in ("child-d", "child-d+flat:100"):
+        trainer = method_trainer(tiny_bert, tmp_path, method, save_strategy="no", max_steps=40)
+        trainer.train()
+        trainer.bare_model.eval()
+        batch = torch.stack([row["input_ids"] for row in trainer.train_dataset])  # type: ignore[union-attr]
+        with torch.no_grad():
+            sizes[method] = float(trainer.bare_model(batch).logits.square().mean())
+    assert sizes["child-d+flat:100"] < 0.3 * sizes["child-d"]
+
+
+def test_register_refuses(without_new_methods: None) -> None:
+    class Nameless(Method):
+        pass
+
+    with pytest.raises(ConfigError, match="says nothing of its name"):
+        register(Nameless)
+
+    def named(word: str) -> type[Method]:
+        fields = {"name": word, "summary": "s", "source": "s", "trains": "t", "memory": "m", "part": "loss"}
+        return dataclass(frozen=True)(type("Other", (Method,), fields))
+
+    with pytest.raises(ConfigError, match="there is a method 'full' already"):
+        register(named("full"))
+    with pytest.raises(ConfigError, match="holds none of"):
+        register(named("a+b"))

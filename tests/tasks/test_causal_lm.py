@@ -1,0 +1,220 @@
+"""Prompts, responses and running text: rows, tokens, masks, losses, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_kinds import save_tiny_lm, save_tokenizer, write_instructions
+
+from childtuning.errors import ConfigError, DataError, ModelError
+from childtuning.tasks import Answers, Source, task_from_files
+from childtuning.tasks.causal_lm import CausalLM
+from childtuning.tasks.instructions import Instructions, RunningText, read_prompts
+
+REAL = Path(os.environ.get("CHILDTUNING_DATA", Path(__file__).parents[3] / "shared" / "data"))
+KIND = CausalLM()
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+CHAT = [{"role": "user", "content": "cat ?"}, {"role": "assistant", "content": "sat"}]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def with_start(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("bos"), bos=True)
+
+
+def words(tokenizer, row, name="input_ids"):
+    return ["-" if token == -100 else tokenizer.convert_ids_to_tokens(token) for token in row[name]]
+
+
+def test_the_prompt_is_masked_and_the_text_ends(tokenizer, with_start):
+    split = Instructions(["nice cat ?"], ["sat on"])
+    encoded = KIND.encode(tokenizer, split, max_length=16)
+    assert words(tokenizer, encoded[0]) == ["nice", "cat", "?", "sat", "on", "</s>"]
+    assert words(tokenizer, encoded[0], "labels") == ["-", "-", "-", "sat", "on", "</s>"]
+    encoded = KIND.encode(with_start, split, max_length=16)
+    assert words(with_start, encoded[0]) == ["<s>", "nice", "cat", "?", "sat", "on", "</s>"]
+    assert words(with_start, encoded[0], "labels") == ["-", "-", "-", "-", "sat", "on", "</s>"]
+    assert encoded.num_cut == 0
+
+
+def test_long_rows_lose_the_left_of_the_prompt(with_start):
+    split = Instructions(
+        ["the very nice cat ?", "cat ?", "cat ?"], ["sat on", "sat on the mat in house", "sat"]
+    )
+    encoded = KIND.encode(with_start, split, max_length=6)
+    assert words(with_start, encoded[0]) == ["<s>", "cat", "?", "sat", "on", "</s>"]
+    assert words(with_start, encoded[1]) == ["<s>", "sat", "on", "the", "mat", "in"]
+    assert words(with_start, encoded[2]) == ["<s>", "cat", "?", "sat", "</s>"]
+    assert encoded.num_cut == 2
+    with pytest.raises(ConfigError, match="max_length must be at least 3, got 2"):
+        KIND.encode(with_start, split, max_length=2)
+
+
+def test_prompts_alone_are_what_rows_begin_with(with_start):
+    whole = KIND.encode(with_start, Instructions(["nice cat ?"], ["sat"]), max_length=16)[0]
+    alone = KIND.encode(with_start, Instructions(["nice cat ?"]), max_length=16)[0]
+    assert whole["input_ids"][: len(alone["input_ids"])] == alone["input_ids"] and "labels" not in alone
+
+
+def test_every_token_of_running_text_is_predicted_once(tokenizer, with_start):
+    text = "the cat sat on the mat the dog ran in the house"
+    encoded = KIND.encode(tokenizer, RunningText(text), max_length=5)
+    blocks = [words(tokenizer, encoded[i]) for i in range(len(encoded))]
+    assert [token for block in blocks for token in block[1:]] == text.split()[1:]
+    assert all(row[-1] == follower[0] for row, follower in pairwise(blocks))
+    assert all(encoded[i]["labels"] == encoded[i]["input_ids"] for i in range(len(encoded)))
+    exact = KIND.encode(tokenizer, RunningText("cat sat on mat in"), max_length=3)
+    assert exact.lengths == [3, 3]
+    assert words(with_start, KIND.encode(with_start, RunningText("cat"), max_length=8)[0]) == ["<s>", "cat"]
+    with pytest.raises(DataError, match="at least two tokens"):
+        KIND.encode(tokenizer, RunningText("cat"), max_length=8)
+
+
+def test_conversations_go_through_the_chat_template(tmp_path, tokenizer):
+    chatty = save_tokenizer(tmp_path, template=TEMPLATE)
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": CHAT + CHAT}])
+    task = task_from_files(path, path)
+    assert task.kind == "causal-lm" and task.columns.text == "messages"
+    encoded = KIND.encode(chatty, task.train, max_length=32)  # type: ignore[arg-type]
+    assert words(chatty, encoded[0])[-6:] == ["cat", "?", "<unk>", ":", "sat", "</s>"]
+    assert words(chatty, encoded[0], "labels")[-3:] == ["-", "sat", "</s>"]
+    assert sum(label != -100 for label in encoded[1]["labels"]) == 2  # the last response alone
+    asked = KIND.read(Source(path), task.columns, labelled=False)
+    assert asked.prompts == task.train.prompts  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="no chat template"):
+        KIND.encode(tokenizer, task.train, max_length=32)  # type: ignore[arg-type]
+
+
+def test_the_loss_is_over_all_response_tokens(tmp_path):
+    """Rows of unequal length: the mean is over tokens, however they are cut into batches; padding changes nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_tiny_lm(tmp_path, "gpt2")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    split = Instructions(
+        ["nice cat ?", "the very bad dog ?", "bird ?"], ["sat", "ran in the house", "flew over"]
+    )
+    encoded = KIND.encode(tokenizer, split, max_length=32)
+    collate = KIND.collator(tokenizer, exact=True)
+    with torch.inference_mode():
+        together = KIND.outputs(model, collate([encoded[i] for i in range(3)]))
+        apart = [KIND.outputs(model, collate([encoded[i]]))[0] for i in range(3)]
+    assert [count for _, count in together] == [2, 5, 3]
+    assert [total for total, _ in together] == pytest.approx([total for total, _ in apart], rel=1e-5)
+    total = 0.0
+    with torch.inference_mode():
+        for row in (encoded[i] for i in range(3)):  # the definition, token after token
+            for position, token in enumerate(row["labels"]):
+                if token != -100:
+                    seen = torch.tensor([row["input_ids"][:position]])
+                    total -= float(model.double()(seen).logits[0, -1].log_softmax(-1)[token])
+    values = KIND.measure(("loss", "perplexity"), together, encoded, split, ())
+    assert values["loss"] == pytest.approx(total / 10, rel=1e-5)
+    assert values["perplexity"] == pytest.approx(math.exp(total / 10), rel=1e-5)
+    assert math.isnan(KIND.measure(("loss",), [(math.nan, 1)], encoded, split, ())["loss"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompts_are_answered_the_same_alone_and_together(tmp_path, family):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_tiny_lm(tmp_path, family)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    encoded = KIND.encode(tokenizer, Instructions(["cat ?", "the very nice bad dog ?", ""]), max_length=32)
+    collate = KIND.collator(tokenizer, exact=True)
+    options = Answers(max_new_tokens=6)
+    together = KIND.answers(model, collate([encoded[i] for i in range(3)]), tokenizer, options)
+    for index in range(3):
+        assert KIND.answers(model, collate([encoded[index]]), tokenizer, options) == [together[index]]
+        seen = torch.tensor([encoded[index]["input_ids"]])
+        for _ in range(together[index]["num_tokens"]):  # greedy, by the definition
+            best = model(seen).logits[:, -1].argmax(-1, keepdim=True)
+            seen = torch.cat([seen, best], dim=1)
+        own = seen[0, len(encoded[index]["input_ids"]) :].tolist()
+        assert tokenizer.decode(own, skip_special_tokens=True) == together[index]["prediction"]
+    with pytest.raises(ConfigError, match="64 positions, got 64"):
+        KIND.answers(model, collate([encoded[0]]), tokenizer, Answers(max_new_tokens=64))
+
+
+def test_files_are_told_apart(tmp_path):
+    train, dev = write_instructions(tmp_path)
+    task = task_from_files(train, dev)
+    assert (task.kind, task.metrics, task.label_names) == ("causal-lm", ("loss", "perplexity"), ())
+    own = write(tmp_path / "own.jsonl", [{"question": "cat ?", "answer": "sat"}])
+    task = task_from_files(own, own, kind="causal-lm", text="question", label="answer")
+    assert task.train.responses == ["sat"]  # type: ignore[attr-defined]
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"the cat sat\non the mat\n"))
+    text = task_from_files(packed, packed)
+    assert text.kind == "causal-lm" and text.train == RunningText("the cat sat\non the mat\n")
+    with pytest.raises(ConfigError, match="train_limit counts rows"):
+        task_from_files(packed, packed, train_limit=3)
+    assert read_prompts(Source(packed)).prompts == ["the cat sat", "on the mat"]
+    labelled = write(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b", "label": x} for x in "xy"])
+    assert task_from_files(labelled, labelled, text="prompt", label="label").kind == "classification"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}], "row 2 has an empty response"),
+        ([{"prompt": "a", "response": ["b"]}], "row 1 must have text in column 'response', got list"),
+        ([{"messages": CHAT[:1]}], "row 1 must end with a message of the assistant"),
+        ([{"messages": CHAT}, {"messages": []}], "row 2 must have a list of messages"),
+        (
+            [{"messages": [{"role": "user"}]}],
+            "row 1 must have messages in column 'messages', got dict without",
+        ),
+    ],
+)
+def test_bad_rows(tmp_path, rows, message):
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        task_from_files(path, path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    class Endless:
+        eos_token_id = bos_token_id = None
+
+        def __call__(self, text, **_):
+            return tokenizer(text, add_special_tokens=False)
+
+    with pytest.raises(ModelError, match="no end-of-text token"):
+        KIND.encode(Endless(), Instructions(["cat"], ["sat"]), max_length=8)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data: set CHILDTUNING_DATA to a folder of tasks")
+def test_real_text(tokenizer):
+    path = REAL / "tinyshakespeare" / "input.txt.gz"
+    task = task_from_files(path, path)
+    assert task.kind == "causal-lm" and len(task.train.text) == 1_115_394  # type: ignore[attr-defined]
