@@ -11,7 +11,7 @@ STAMP_DEMO := .venv/.stamp-demo
 STAMP_DEV := .venv/.stamp-dev
 STAMP_BENCH := .venv/.stamp-bench
 INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py $(wildcard src/childtuning/kernels/native/*.[ch])
-THREADS ?= 2
+THREADS ?= 1
 ARGS ?=
 
 # Threads wait passively: spinning ones slow everything down where other work shares the cores.
@@ -36,7 +36,7 @@ demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's do
 	$(BIN)/childtuning demo $(ARGS)
 
 test: $(STAMP_DEV) ## run all tests (ARGS="-k name" to choose)
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(STAMP_DEV) ## lint, format, types and the rules of the house
 	$(BIN)/ruff check .

@@ -15,13 +15,24 @@ from torch import nn
 from childtuning.errors import ChildTuningError
 from childtuning.methods import all_methods
 
-_CNN = ("resnet", "convnext", "plain")
 _NO_BIAS = "pretrained layers have none"
+_NO_TOKENS = "no token embeddings to put virtual tokens beside"
+_NO_PAST = "does not support past key values"
+_PADDING = "it takes padding for text"
+_NOT_TEXT = ("vit", "resnet", "convnext", "plain")
 # (family, method) -> words of the reason.
 REFUSED: dict[tuple[str, str], str] = {
-    ("t5", "bitfit"): _NO_BIAS,
-    ("llama", "bitfit"): _NO_BIAS,
-    ("llama-lm", "bitfit"): _NO_BIAS,
+    **{(family, "bitfit"): _NO_BIAS for family in ("t5", "llama", "llama-lm")},
+    **{(family, method): _NO_TOKENS for family in _NOT_TEXT for method in ("prompt", "prefix")},
+    **{(family, "prefix"): _NO_PAST for family in ("distilbert", "xlnet", "deberta", "t5")},
+    **{(family, "prompt"): _PADDING for family in ("gpt2", "llama", "qwen")},
+    ("t5", "prompt"): "its output would have a place for each virtual token",
+    ("resnet", "mixout"): "no linear layer but the head",
+    ("resnet", "lora"): "fits none of its layers",
+    ("resnet", "adapter"): "none of its layers has linear layers",
+    ("plain", "adapter"): "does not end in a feed-forward's output projection",
+    ("xlnet", "adapter"): "attention's output projection. Use placement=pfeiffer",
+    ("convnext", "adapter"): "attention's output projection. Use placement=pfeiffer",
 }
 METHODS = [method.name for method in all_methods()]
 ARGUMENTS = {
@@ -32,7 +43,7 @@ ARGUMENTS = {
     "prefix": "prefix:2",
     "prompt": "prompt:2",
     "adapter": "adapter:4",
-    "recadam": "recadam:k=0.5,t0=1",
+    "recadam": "recadam:k=0.5,t0=1,weight=1",
     "freeze": "freeze+full",
 }
 
@@ -43,6 +54,7 @@ def _model(family: str) -> nn.Module:
     return FAMILIES[family].make()
 
 
+@pytest.mark.filterwarnings("ignore:.*one at a time")
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains_or_says_why_not(family: str, method: str, tmp_path: Path) -> None:

@@ -229,15 +229,9 @@ class TestWhatIsPerturbed:
         return places
 
     def test_an_encoder_decoder_with_tied_tables(self) -> None:
-        options: dict[str, Any] = {
-            "vocab_size": 30,
-            "d_model": 8,
-            "d_kv": 4,
-            "d_ff": 8,
-            "num_layers": 1,
-            "num_heads": 2,
-        }
-        config = transformers.T5Config(**options | {"decoder_start_token_id": 0})
+        options: dict[str, Any] = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+        options |= {"vocab_size": 30, "decoder_start_token_id": 0}
+        config = transformers.T5Config(**options)
         model = transformers.T5ForConditionalGeneration(config)
         batch = {"input_ids": random_ids(2, 6), "labels": random_ids(2, 3)}
         assert self.seen(model, batch) == [([2, 6, 8], 0), ([2, 3, 8], 0)]

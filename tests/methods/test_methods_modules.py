@@ -129,6 +129,9 @@ def test_what_peft_makes_trains_and_saves(tiny_bert: Path, tmp_path: Path, metho
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in prepared.always} == {"default"}
     assert [name.rpartition(".")[2] for name in prepared.always] == ["weight", "bias"]
 
+    aside = [p for name, p in prepared.model.named_parameters() if ".original_module." in name]
+    assert len(aside) == 2 and not any(p.any() for p in aside)  # the same on every machine
+
     for model in (prepared.model, reference):
         stirred(model)
     method.save(prepared.model, tmp_path / "ours")
