@@ -108,3 +108,12 @@ def test_register_refuses(without_new_methods: None) -> None:
         register(named("full"))
     with pytest.raises(ConfigError, match="holds none of"):
         register(named("a+b"))
+
+
+@pytest.mark.parametrize("method", ["head", "lora", "adapter", "freeze+child-d", "lora+child-d"])
+@pytest.mark.parametrize("option", ["eligible", "always"])
+def test_patterns_have_no_place_beside_methods_that_choose(method: str, option: str) -> None:
+    methods = Combination.parse(method)
+    config = ChildConfig(density=methods.density, **{option: ("bert.pooler.*",)})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"settles itself what is trained. Leave out {option}"):
+        methods.child(config)

@@ -54,7 +54,7 @@ def _model(family: str) -> nn.Module:
     return FAMILIES[family].make()
 
 
-@pytest.mark.filterwarnings("ignore:.*one at a time")
+@pytest.mark.filterwarnings("ignore:.*one example at a time")
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains_or_says_why_not(family: str, method: str, tmp_path: Path) -> None:

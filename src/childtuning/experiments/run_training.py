@@ -75,6 +75,9 @@ def build_trainer(
     child = config.child()
     if prepared.eligible is not None:
         child = replace(child, eligible=prepared.eligible)
+    if child.always is not None:  # the user's own, in the head's place, and what methods made anew
+        made = (name for name in prepared.always if name not in loaded.new_parameters)
+        child = replace(child, always=(*child.always, *made))
     trainer = ChildTrainer(
         prepared.model,
         arguments,

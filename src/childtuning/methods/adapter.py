@@ -29,7 +29,8 @@ class Adapter(Method):
 
     ``houlsby`` [Houlsby et al. 2019] puts one behind the attention and one behind the feed-forward of every layer,
     each before the residual sum; ``pfeiffer`` [Pfeiffer et al. 2021, arXiv 2005.00247] behind the feed-forward alone,
-    with half the parameters. The network is frozen; adapters, the new head and, as in the first paper, the layers'
+    with half the parameters; before the sum as well, where configurations in circulation put it behind sum and norm.
+    The network is frozen; adapters, the new head and, as in the first paper, the layers'
     normalisations are trained. That paper starts ``up`` near zero; at zero, as here, training starts at exactly what
     the network computes. No gradient reaches ``down`` before ``up`` has moved, so that Fisher information ranks its
     entries last where a child is chosen among them (``child-d+adapter``).

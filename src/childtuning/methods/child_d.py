@@ -18,7 +18,7 @@ class ChildD(Method):
     summary = "train the entries that matter most to the task, frozen elsewhere (task-driven)"
     source = "Xu et al. 2021, arXiv 2109.05687"
     trains = "the top share p by Fisher information, fixed"
-    memory = "about 4n: state, values, indices"
+    memory = "3n with AdamW: state and places"
     part = "child"
     density = 0.3
 

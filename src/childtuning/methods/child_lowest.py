@@ -18,7 +18,7 @@ class ChildLowest(Method):
     summary = "train the entries that matter least to the task (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "the bottom share p by Fisher information, fixed"
-    memory = "about 4n: state, values, indices"
+    memory = "3n with AdamW: state and places"
     part = "child"
     density = 0.3
 

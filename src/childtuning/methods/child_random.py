@@ -18,7 +18,7 @@ class ChildRandom(Method):
     summary = "train a fixed random share (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "a random share p, fixed"
-    memory = "about 4n: state, values, indices"
+    memory = "3n with AdamW: state and places"
     part = "child"
     density = 0.3
 

@@ -31,7 +31,9 @@ class Freeze(Method):
 
     def __post_init__(self) -> None:
         if self.layers < 0:
-            raise ConfigError(f"freeze counts layers from 0, got {self.layers}. Pass 0 for the embeddings alone.")
+            raise ConfigError(
+                f"freeze counts layers from 0, got {self.layers}. Pass 0 for the embeddings alone."
+            )
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Take what is below out of what can be chosen.

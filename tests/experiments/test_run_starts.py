@@ -66,3 +66,13 @@ def test_wrong_starts_are_refused(tiny_bert: Path, sentiment: Path, first_run: P
     with pytest.raises(ModelError, match="Start from a run of the same base model"):
         train_run(a_config(other, sentiment, init_from=str(first_run)), tmp_path / "d")
     assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+
+
+def test_what_a_method_draws_anew_is_trained_whole_beside_patterns(
+    tiny_bert: Path, sentiment: Path, tmp_path: Path
+) -> None:
+    config = a_config(tiny_bert, sentiment, method="reinit:1+child-random", always=("classifier.*",))
+    train_run(config, tmp_path / "run")
+    parts = RunFolder(tmp_path / "run").delta.parts
+    drawn = [name for name in parts if "layer.1." in name or "pooler" in name]
+    assert len(drawn) > 10 and all(parts[name].is_whole for name in (*drawn, "classifier.weight"))
