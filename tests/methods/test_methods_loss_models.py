@@ -63,18 +63,14 @@ def llama() -> Any:
 
 
 def tagger() -> Any:
-    config = transformers.BertConfig(
-        **TEXT, hidden_dropout_prob=0, attention_probs_dropout_prob=0, num_labels=30
-    )
-    return transformers.BertForTokenClassification(config)
+    options = TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 30}
+    return transformers.BertForTokenClassification(transformers.BertConfig(**options))
 
 
 def vit() -> Any:
-    options = {key: value for key, value in TEXT.items() if key != "vocab_size"}
-    config = transformers.ViTConfig(
-        **options, image_size=32, patch_size=16, num_labels=3, hidden_dropout_prob=0
-    )
-    return transformers.ViTForImageClassification(config)
+    options = TEXT | {"image_size": 32, "patch_size": 16, "num_labels": 3, "hidden_dropout_prob": 0.0}
+    del options["vocab_size"]
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**options))
 
 
 def resnet() -> Any:

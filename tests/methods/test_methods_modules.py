@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def test_every_family_is_wrapped_or_told_why_not(family: str, method: Any) -> No
             torch.testing.assert_close(prepared.model(**cut).logits, logits, rtol=1e-3, atol=1e-4)
 
 
-def test_lora_of_chosen_layers_and_of_any_network(tiny_bert: Path) -> None:
+def test_lora_of_chosen_layers_and_of_any_network(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = Lora(2, targets="*.query").prepare(Prepared(a_bert(tiny_bert), HEAD))
     assert len(prepared.eligible or ()) == 4 and all(".query." in name for name in prepared.eligible or ())
     plain = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2))
@@ -201,8 +202,23 @@ def test_lora_of_chosen_layers_and_of_any_network(tiny_bert: Path) -> None:
         Lora(targets="*.quary").prepare(Prepared(a_bert(tiny_bert), HEAD))
     with pytest.raises(ModelError, match="wrapped already"):
         Lora().prepare(Prepared(Lora().prepare(Prepared(a_bert(tiny_bert), HEAD)).model, ()))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'childtuning\[peft\]'"):
+        Lora().prepare(Prepared(a_bert(tiny_bert), HEAD))
+    monkeypatch.undo()
     with pytest.raises(ModelError, match="its module is not"):
         Lora().prepare(Prepared(a_bert(tiny_bert), ("classifier.bias",)))
+
+
+@pytest.mark.parametrize("start", ["vocabulary", "random"])
+def test_prompts_are_as_wide_as_embeddings(start: str) -> None:
+    model = a_model("electra")
+    prepared = Prompt(3, start).prepare(Prepared(model, task_head(model)))
+    name = (prepared.eligible or ())[0]
+    prompt = dict(prepared.model.named_parameters())[name].detach()
+    words = model.get_input_embeddings().weight
+    assert prompt.shape == (3, 8) and prepared.model.active_peft_config.token_dim == 8  # type: ignore[union-attr]
+    assert all(any(torch.equal(row, word) for word in words) for row in prompt) == (start == "vocabulary")
 
 
 def test_prefix_refuses_gradient_checkpointing(tiny_bert: Path, tmp_path: Path) -> None:
@@ -298,6 +314,8 @@ def test_adapters_alone_move(tiny_bert: Path, tmp_path: Path) -> None:
 
 def test_adapters_survive_copies_checkpointing_and_autocast(tiny_bert: Path) -> None:
     prepared = Adapter(4).prepare(Prepared(a_bert(tiny_bert), HEAD))
+    with pytest.raises(ModelError, match="adapters already"):
+        Adapter(4).prepare(prepared)
     model: Any = stirred(prepared.model).eval()
     batch = a_batch(model)
     loss = model(**batch).loss

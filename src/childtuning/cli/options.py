@@ -49,7 +49,8 @@ DataDir = Annotated[
 TrainLimit = Annotated[int | None, _option(_data, "Use this many training examples at most.")]
 Model = Annotated[str | None, _option(_model, "Model folder or hub name.  \\[packaged all-MiniLM-L6-v2]")]
 InitFrom = Annotated[
-    str | None, _option(_model, "Start from this run's tuned network with a new head, or from a model folder.")
+    str | None,
+    _option(_model, "Start from this run's tuned network with a new head, or from a model folder."),
 ]
 Method = Annotated[str | None, _option(_child, "See `childtuning methods`.  \\[child-d]")]
 Density = Annotated[

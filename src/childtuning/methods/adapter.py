@@ -13,6 +13,7 @@ from childtuning.patterns import canonical_names
 from childtuning.training import Method, Prepared, find_layers
 from childtuning.training.bottleneck import (
     ACTIVATIONS,
+    Bottleneck,
     Projections,
     find_projections,
     insert,
@@ -72,6 +73,8 @@ class Adapter(Method):
             ModelError: a layer has no place for them, or the model has no such layers.
         """
         model = prepared.model
+        if any(isinstance(module, Bottleneck) for module in model.modules()):
+            raise not_for(self.name, model, "it has adapters already")
         places = [self._places(model, block) for block in find_layers(model).blocks if _has_linear(block)]
         if not places:
             raise not_for(self.name, model, "none of its layers has linear layers")

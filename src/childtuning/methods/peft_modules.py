@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from childtuning.errors import ModelError
+from childtuning.errors import ConfigError, ModelError
 from childtuning.methods.refusal import not_for
 from childtuning.training import Method, Prepared
 from childtuning.training.method import Part
@@ -50,12 +51,17 @@ class PeftMethod(Method):
 
         Raises:
             ModelError: PEFT cannot, or a parameter that is trained whole is only a part of its module.
+            ConfigError: PEFT is not installed.
         """
         return self._wrapped(prepared, task_type(prepared.model))
 
     def _wrapped(self, prepared: Prepared, task: str | None) -> Prepared:
-        from peft import PeftModel, get_peft_model
-
+        try:
+            from peft import PeftModel, get_peft_model
+        except ImportError:
+            raise ConfigError(
+                f"method {self.name!r} needs PEFT. Install it: pip install 'childtuning[peft]'."
+            ) from None
         if isinstance(prepared.model, PeftModel):
             raise ModelError(
                 f"method {self.name!r} got a model that PEFT has wrapped already. Merge it first."
@@ -63,7 +69,9 @@ class PeftMethod(Method):
         head = _head_modules(self.name, prepared.model, prepared.always)
         set_aside = [p for name, p in prepared.model.named_parameters() if name in set(prepared.always)]
         try:
-            model = get_peft_model(prepared.model, self.peft_config(prepared.model, task, head))  # type: ignore[arg-type]
+            with warnings.catch_warnings():  # it asks transformers for a property by an old name
+                warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+                model = get_peft_model(prepared.model, self.peft_config(prepared.model, task, head))  # type: ignore[arg-type]
         except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as fault:
             raise not_for(self.name, prepared.model, fault) from None
         # PEFT keeps the new head beside the copy that it trains, and never uses it. As zeros it is the same on every

@@ -88,7 +88,12 @@ def choose_child(
     }
     if config.scores == "random" and scores is None:
         return random_child(
-            model, _number(config.density), seed=config.seed, eligible=config.eligible, always=always, **options
+            model,
+            _number(config.density),
+            seed=config.seed,
+            eligible=config.eligible,
+            always=always,
+            **options,
         )
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
