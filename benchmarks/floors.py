@@ -140,7 +140,7 @@ def _fisher(facts: Mapping[str, Any]) -> dict[str, Work]:
 def _train(facts: Mapping[str, Any]) -> dict[str, Work]:
     """Forward and input gradient 2NW operations each, weight gradient 2NW of what is formed of it."""
     work: dict[str, Work] = {}
-    for shape in set(facts) & set(_SHAPES):
+    for shape in (shape for shape in _SHAPES if shape in facts):
         (examples, tokens), trained = facts[shape]["batch"], facts[shape]["trained"]
         layers, width, _ = _SHAPES[shape]
         linear = 2 * examples * tokens * _linear_weights(shape)

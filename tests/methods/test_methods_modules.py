@@ -214,8 +214,11 @@ def test_lora_of_chosen_layers_and_of_any_network(tiny_bert: Path, monkeypatch: 
 def test_prompts_are_as_wide_as_embeddings(start: str) -> None:
     model = a_model("electra")
     prepared = Prompt(3, start).prepare(Prepared(model, task_head(model)))
-    name = (prepared.eligible or ())[0]
-    prompt = dict(prepared.model.named_parameters())[name].detach()
+    eligible = [
+        p.detach() for name, p in prepared.model.named_parameters() if name in (prepared.eligible or ())
+    ]
+    assert len(eligible) == 1
+    prompt = eligible[0]
     words = model.get_input_embeddings().weight
     assert prompt.shape == (3, 8) and prepared.model.active_peft_config.token_dim == 8  # type: ignore[union-attr]
     assert all(any(torch.equal(row, word) for word in words) for row in prompt) == (start == "vocabulary")
