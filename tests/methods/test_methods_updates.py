@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -23,15 +22,6 @@ from childtuning.training import ChildTrainer, LossStep, Method
 
 STEPS, LR, DECAY = 20, 1e-2, 0.1
 HEAD = ("head.*",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Every training collects garbage: let it not look through all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Block(nn.Module):

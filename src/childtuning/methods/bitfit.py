@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from childtuning.config import ChildConfig
 from childtuning.errors import ModelError
 from childtuning.methods.registry import register
-from childtuning.methods.whole import train_only, whole_child
+from childtuning.methods.whole import WholeParameters, train_only
 from childtuning.patterns import canonical_names
-from childtuning.training import Method, Prepared
+from childtuning.training import Prepared
 
 
 @register
 @dataclass(frozen=True)
-class BitFit(Method):
+class BitFit(WholeParameters):
     """Every bias, those of norms among them, and the head. [Ben Zaken et al. 2022]"""
 
     name = "bitfit"
     summary = "train the biases and the head"
     source = "Ben Zaken et al. 2022, arXiv 2106.10199"
     trains = "the biases and the head"
-    memory = "2n state"
-    part = "child"
     chooses = True
-
-    def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child that is whole parameters."""
-        return whole_child(self.name, config)
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Freeze everything that is no bias.

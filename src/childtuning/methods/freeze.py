@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from childtuning.errors import ConfigError, ModelError
+from childtuning.errors import ConfigError
+from childtuning.methods.refusal import check_layers
 from childtuning.methods.registry import register
 from childtuning.patterns import canonical_names
 from childtuning.training import Method, Prepared, find_layers
@@ -42,10 +43,7 @@ class Freeze(Method):
             ModelError: the model has fewer layers.
         """
         found = find_layers(prepared.model)
-        if self.layers > len(found.layers):
-            raise ModelError(
-                f"freeze:{self.layers} asks for {self.layers} layers, the model has {len(found.layers)}. Ask for fewer."
-            )
+        check_layers(self.name, self.layers, len(found.layers))
         frozen = {*found.before, *(name for layer in found.layers[: self.layers] for name in layer)}
         plain = canonical_names(name for name, _ in prepared.model.named_parameters())
         left = tuple(name for name in plain if name not in frozen and name not in prepared.always)

@@ -17,3 +17,9 @@ def not_for(method: str, model: nn.Module, why: BaseException | str) -> ModelErr
     """
     reason = (str(why).splitlines() or [""])[0].rstrip(".") or type(why).__name__
     return ModelError(f"method {method!r} does not apply to {type(model).__name__}: {reason}.")
+
+
+def check_layers(method: str, asked: int, there: int) -> None:
+    """Raise a ModelError if a method asks for more layers than the model has."""
+    if asked > there:
+        raise ModelError(f"{method}:{asked} asks for {asked} layers, the model has {there}. Ask for fewer.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.refusal import not_for
+from childtuning.methods.refusal import check_layers, not_for
 from childtuning.methods.registry import register
 from childtuning.methods.whole import output_names
 from childtuning.patterns import canonical_names
@@ -58,10 +58,7 @@ class Reinit(Method):
         if getattr(model, "get_output_embeddings", lambda: None)() is not None:
             head |= set(output_names(model))
         layers = [layer for layer in found.layers if not head.issuperset(layer)]
-        if self.layers > len(layers):
-            raise ModelError(
-                f"reinit:{self.layers} asks for {self.layers} layers, the model has {len(layers)}. Ask for fewer."
-            )
+        check_layers(self.name, self.layers, len(layers))
         named = dict(model.named_parameters())
         plain = dict(zip(canonical_names(named), named.values(), strict=True))
         drawn = {name for layer in layers[len(layers) - self.layers :] for name in layer}

@@ -10,20 +10,26 @@ from torch import nn
 from childtuning.config import ChildConfig
 from childtuning.errors import ConfigError, ModelError
 from childtuning.patterns import canonical_names
-from childtuning.training import Prepared
+from childtuning.training import Method, Prepared
 
 
-def whole_child(name: str, config: ChildConfig) -> ChildConfig:
-    """Return the child that consists of whole parameters.
+class WholeParameters(Method):
+    """A method whose child consists of whole parameters: nothing is chosen entry by entry."""
 
-    Raises:
-        ConfigError: a density was given; nothing is chosen entry by entry.
-    """
-    if config.density != 1.0:
-        raise ConfigError(
-            f"method {name!r} trains parameters whole, got density {config.density}. Leave it out."
-        )
-    return replace(config, variant="task-driven", rescale=False)
+    memory = "2n state"
+    part = "child"
+
+    def child(self, config: ChildConfig) -> ChildConfig:
+        """Return the child that is whole.
+
+        Raises:
+            ConfigError: a density was given.
+        """
+        if config.density != 1.0:
+            raise ConfigError(
+                f"method {self.name!r} trains parameters whole, got density {config.density}. Leave it out."
+            )
+        return replace(config, variant="task-driven", rescale=False)
 
 
 def output_names(model: nn.Module) -> tuple[str, ...]:
