@@ -55,3 +55,8 @@ def test_auto_precision_is_what_the_machine_has(monkeypatch, native: bool, preci
     assert RunConfig(task="rte").resolved().precision == "fp32"
     with pytest.raises(ConfigError, match="fp32, bf16 or auto"):
         RunConfig(task="rte", precision="fp8")
+
+
+def test_columns_of_a_named_task_are_its_own() -> None:
+    with pytest.raises(ConfigError, match="a named task has its own columns, got text, label_type"):
+        RunConfig(task="rte", text="premise", label_type="class")

@@ -99,6 +99,12 @@ MaxLength = Annotated[int | None, _option(_training, "Tokens an example.  \\[128
 Precision = Annotated[
     str | None, _option(_training, "fp32, bf16 autocast, or auto: bf16 where native.  \\[fp32]")
 ]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="Run the model through torch.compile.", rich_help_panel=_training
+    ),
+]
 Seed = Annotated[int | None, _option(_training, "Of head, order, dropout and masks.  \\[0]")]
 DataSeed = Annotated[int | None, _option(_data, "Of what --train-limit draws.  \\[0]")]
 SaveSteps = Annotated[int | None, _option(_training, "Steps between checkpoints.  \\[every epoch]")]

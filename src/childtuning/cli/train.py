@@ -49,6 +49,7 @@ def run(
     max_grad_norm: o.MaxGradNorm = None,
     max_length: o.MaxLength = None,
     precision: o.Precision = None,
+    compile: o.Compile = None,
     seed: o.Seed = None,
     save_steps: o.SaveSteps = None,
     config: o.ConfigFile = None,
@@ -83,10 +84,12 @@ def run(
     if as_json:
         print_json(result.to_dict())
         return
+    num_beside = result.trained_parameters - result.child_parameters
+    beside = f", and {num_beside:,} beside them" if num_beside else ""
     print_facts(
         {
             **{name: f"{value:.4f}" for name, value in result.metrics.items()},
-            "trained": f"{result.trained_parameters:,} entries ({result.density:.1%} of the eligible, and the head)",
+            "trained": f"{result.trained_parameters:,} entries ({result.density:.1%} of the eligible{beside})",
             "optimizer state": human_bytes(result.state_bytes),
             "delta": human_bytes(result.delta_bytes),
             "time": f"{result.fisher_seconds:.0f} s to choose the child, {result.train_seconds:.0f} s to train",

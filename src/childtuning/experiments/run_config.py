@@ -54,6 +54,7 @@ class RunConfig:
         epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
             ``max_length`` in tokens.
         precision: ``fp32``, ``bf16`` autocast, or ``auto``: bf16 where the machine computes in it natively.
+        compile: run the model through ``torch.compile`` while training.
         seed: of the head's start, data order, dropout, and masks.
         data_seed: of what ``train_limit`` draws.
         save_steps: a checkpoint every so many optimizer steps; ``None``: every epoch.
@@ -95,6 +96,7 @@ class RunConfig:
     max_grad_norm: float = 1.0
     max_length: int = 128
     precision: str = "fp32"
+    compile: bool = False
     seed: int = 0
     data_seed: int = 0
     save_steps: int | None = None
@@ -114,6 +116,13 @@ class RunConfig:
             faults.append("there is nothing to train on. Pass --task NAME, or --train FILE and --eval FILE.")
         if self.task is not None and (self.train is not None or self.eval is not None):
             faults.append("--task and --train/--eval exclude each other. Pass one of them.")
+        if self.task is not None:
+            given = [name for name in ("text", "text_pair", "label") if getattr(self, name) is not None]
+            given += ["label_type"] if self.label_type != "auto" else []
+            if given:
+                faults.append(
+                    f"a named task has its own columns, got {', '.join(given)}. Leave out, or pass files."
+                )
         positive = ("learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length")
         for name in (*positive, "train_limit", "save_steps"):
             value = getattr(self, name)

@@ -60,6 +60,7 @@ def build_trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bf16",
+        torch_compile=config.compile,
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         save_strategy="epoch" if config.save_steps is None else "steps",

@@ -92,7 +92,8 @@ def encode(
     columns: dict[str, list[list[int]]] = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
     if not all(columns["input_ids"]):
         _fill_empty(columns, tokenizer)
-    return EncodedExamples(columns, labels)
+    num_cut = sum(bool(row.overflowing) for row in encoded.encodings or ())
+    return EncodedExamples(columns, labels, num_cut=num_cut)
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, pair: bool = False) -> None:

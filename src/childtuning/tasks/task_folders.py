@@ -56,6 +56,8 @@ def _find(folder: Path, split: str) -> Path | None:
         if (folder / name).is_dir():
             return folder / name
     arrays = list(folder.glob("*.npz"))
-    if len(arrays) == 1 and array_names(arrays[0], "train") and array_names(arrays[0], "dev"):
-        return arrays[0]
+    if len(arrays) == 1:
+        train, dev = array_names(arrays[0], "train"), array_names(arrays[0], "dev")
+        if train and dev and train != dev:  # one split would be trained on and measured on
+            return arrays[0]
     return None

@@ -1,0 +1,35 @@
+"""Training a compiled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.methods.trainers import method_trainer, weights
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own
+@pytest.mark.parametrize(
+    ("method", "child"),
+    [("child-d", {}), ("child-d", {"granularity": "row"}), ("child-f", {}), ("child-d+r3f", {})],
+    ids=str,
+)
+def test_it_trains_as_the_plain_model_does(
+    tiny_bert: Path, tmp_path: Path, method: str, child: dict[str, str]
+) -> None:
+    trained = []
+    for compiled in (False, True):
+        trainer = method_trainer(
+            tiny_bert,
+            tmp_path / str(compiled),
+            method,
+            child=child,
+            max_steps=4,
+            save_strategy="no",
+            torch_compile=compiled,
+            torch_compile_backend="aot_eager" if compiled else None,
+        )
+        trainer.train()
+        trained.append(weights(trainer))
+    assert all(torch.allclose(trained[0][name], trained[1][name], atol=1e-6) for name in trained[0])
