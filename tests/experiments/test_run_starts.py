@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from childtuning.errors import ConfigError, ModelError
+from childtuning.errors import ConfigError, ModelError, ParameterError
 from childtuning.experiments import RunConfig, RunFolder, train_run
 
 
@@ -76,3 +76,23 @@ def test_what_a_method_draws_anew_is_trained_whole_beside_patterns(
     parts = RunFolder(tmp_path / "run").delta.parts
     drawn = [name for name in parts if "layer.1." in name or "pooler" in name]
     assert len(drawn) > 10 and all(parts[name].is_whole for name in (*drawn, "classifier.weight"))
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "bitfit", "adapter:4"])
+def test_the_users_patterns_stand_in_the_heads_place(
+    method: str, tiny_bert: Path, sentiment: Path, tmp_path: Path
+) -> None:
+    config = a_config(tiny_bert, sentiment, method=method, always=("classifier.*", "bert.pooler.*"))
+    train_run(config, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    trained = {
+        name.replace("base_model.model.", "").replace(".modules_to_save.default", "")
+        for name in run.delta.parts
+    }
+    assert {"classifier.weight", "bert.pooler.dense.weight"} <= trained
+    assert run.model() is not None
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="clasifier"):
+        train_run(a_config(tiny_bert, sentiment, method="lora", always=("clasifier.*",)), tmp_path / "run")

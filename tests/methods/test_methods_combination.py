@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError
-from childtuning.methods import Combination, all_methods, register, registry
+from childtuning.methods import Combination, all_methods, find_method, register, registry
 from childtuning.methods.last_k import LastK
 from childtuning.training import LossStep, Method
 
@@ -111,9 +112,30 @@ def test_register_refuses(without_new_methods: None) -> None:
 
 
 @pytest.mark.parametrize("method", ["head", "lora", "adapter", "freeze+child-d", "lora+child-d"])
-@pytest.mark.parametrize("option", ["eligible", "always"])
-def test_patterns_have_no_place_beside_methods_that_choose(method: str, option: str) -> None:
+def test_patterns_have_no_place_beside_methods_that_choose(method: str) -> None:
     methods = Combination.parse(method)
-    config = ChildConfig(density=methods.density, **{option: ("bert.pooler.*",)})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=f"settles itself what is trained. Leave out {option}"):
+    config = ChildConfig(density=methods.density, eligible=("bert.pooler.*",))
+    with pytest.raises(ConfigError, match="settles itself what is chosen from. Leave out eligible"):
         methods.child(config)
+
+
+@pytest.mark.parametrize("method", [method for method in all_methods() if method.acts_on_pretrained])
+def test_what_acts_on_pretrained_weights_is_refused_beside_modules(method: type[Method]) -> None:
+    with pytest.raises(ConfigError, match="which 'lora' freezes"):
+        Combination.parse(f"{method.name}+lora")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("a_package_that_is_not_there:Ours", "'ours' cannot be loaded from a_package_that_is_not_there:Ours"),
+        ("json:dumps", "json:dumps, declared as method 'ours', is no Method"),
+    ],
+)
+def test_a_broken_declaration_is_named(module: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = EntryPoint("ours", module, registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [declared])
+    registry._load_declared.cache_clear()
+    with pytest.raises(ConfigError, match=message):
+        find_method("not-there")
+    registry._load_declared.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,8 @@ def run(
 
     settings = o.run_config(config, given)
     name = settings.task or Path(settings.train or "").name.split(".")[0]
-    folder = output or Path("runs") / f"{name}-{settings.method}-{settings.seed}"
+    method = re.sub(r"[^\w.+-]+", "-", settings.method)  # options hold signs that some systems' names do not
+    folder = output or Path("runs") / f"{name}-{method}-{settings.seed}"
     result = train_run(
         settings, folder, overwrite=overwrite, resume=resume, progress=is_terminal(), tell=tell
     )

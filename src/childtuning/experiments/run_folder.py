@@ -8,16 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from childtuning.delta import Delta
 from childtuning.errors import BaseMismatchError, ConfigError, CorruptFileError, DataError
 from childtuning.experiments.prediction import Reader
 from childtuning.experiments.run_config import RunConfig, read_toml
 from childtuning.experiments.run_files import CONFIG, LABELS, METRICS
 from childtuning.experiments.run_inputs import load_run_model, prepare_run_model
-from childtuning.experiments.run_start import apply_start
+from childtuning.experiments.run_start import apply_start, bits
 from childtuning.tasks import Answers, Columns, Kind, Source, Split, check_labels, find_kind
 from childtuning.training import LoadedModel, Prepared
 
@@ -205,12 +202,8 @@ class RunFolder:
             counts["parameters"] += 1
             counts["entries"] += old.numel()
             counts["entries_in_delta"] += part.num_trained
-            differs = (_bits(old) != _bits(parameter.detach())).any(1)
+            differs = (bits(old) != bits(parameter.detach())).any(1)
             inside = differs[part.indices()].sum() if not part.is_empty else 0
             counts["changed_inside"] += int(inside)
             counts["changed_outside"] += int(differs.sum()) - int(inside)
         return counts
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1, 1).view(torch.uint8)

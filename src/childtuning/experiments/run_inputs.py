@@ -9,6 +9,7 @@ from childtuning.errors import ConfigError, ModelError
 from childtuning.experiments.run_config import RunConfig
 from childtuning.experiments.run_start import is_model_folder
 from childtuning.methods import Combination
+from childtuning.patterns import match_names
 from childtuning.tasks import Kind, Task, load_task, task_from_files
 from childtuning.training import LoadedModel, Prepared, load_model
 
@@ -69,8 +70,20 @@ def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) ->
 
 
 def prepare_run_model(config: RunConfig, methods: Combination, loaded: LoadedModel) -> Prepared:
-    """Let the methods change the loaded model, under the run's seed."""
+    """Let the methods change the loaded model, under the run's seed.
+
+    What the user names to be trained whole stands in the new head's place from here on.
+
+    Raises:
+        ModelError: a method does not apply to this model.
+        ParameterError: a pattern matches no parameter.
+    """
     import transformers
 
+    always = loaded.new_parameters
+    if config.always is not None:
+        names = [name for name, _ in loaded.model.named_parameters()]
+        matched = match_names(config.always, names)
+        always = tuple(name for name in names if name in matched)
     transformers.set_seed(config.seed)
-    return methods.prepare(loaded.model, loaded.new_parameters)
+    return methods.prepare(loaded.model, always)

@@ -52,7 +52,7 @@ def apply_start(config: RunConfig, loaded: LoadedModel, folder: Path | None = No
                     f"the run in {config.init_from!r} has no {name!r} of shape {list(parameter.shape)}. "
                     "Start from a run of the same base model."
                 )
-            masks[name] = (_bits(parameter) != _bits(value)).any(1).view(parameter.shape)
+            masks[name] = (bits(parameter) != bits(value)).any(1).view(parameter.shape)
             parameter.copy_(value)
         for name, buffer in loaded.model.named_buffers():
             if name in values and values[name].shape == buffer.shape:
@@ -66,5 +66,6 @@ def is_model_folder(path: str) -> bool:
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes by entry, uint8 [entries, bytes]: what bitwise equality compares."""
     return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)

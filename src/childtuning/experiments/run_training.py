@@ -73,12 +73,9 @@ def build_trainer(
     )
     methods = config.methods()
     prepared = prepare_run_model(config, methods, loaded)
-    child = config.child()
+    child = replace(config.child(), always=None)  # it is in what was prepared
     if prepared.eligible is not None:
         child = replace(child, eligible=prepared.eligible)
-    if child.always is not None:  # the user's own, in the head's place, and what methods made anew
-        made = (name for name in prepared.always if name not in loaded.new_parameters)
-        child = replace(child, always=(*child.always, *made))
     trainer = ChildTrainer(
         prepared.model,
         arguments,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -16,6 +17,8 @@ from childtuning.kernels.gpu import (
 )
 from childtuning.kernels.gpu_child import GpuChildTable
 from childtuning.kernels.places import Places, fits_kernels
+
+_T = TypeVar("_T")
 
 
 def has_kernels(*tensors: Tensor) -> bool:
@@ -31,24 +34,12 @@ def child_table(places: Sequence[Places]) -> adamw.ChildTable | GpuChildTable:
 
 def adamw_masked_(members: Sequence[tuple[adamw.WholeTensors, philox.MaskDraw]]) -> None:
     """Update parameters under masks of single entries that are drawn on the way; gradients are not written to."""
-    on_gpu = [member for member in members if member[0].weight.is_cuda]
-    on_cpu = [member for member in members if not member[0].weight.is_cuda]
-    if on_gpu:
-        adamw_masked_gpu_(on_gpu)
-    if on_cpu:
-        adamw.adamw_masked_(on_cpu)
-    _written(members)
+    _where_they_are(members, adamw.adamw_masked_, adamw_masked_gpu_)
 
 
 def adamw_rows_(members: Sequence[tuple[adamw.WholeTensors, Tensor]]) -> None:
     """Update parameters [R, …] of which some rows have a gradient: row r ``gradient[place[r]]``, if not negative."""
-    on_gpu = [member for member in members if member[0].weight.is_cuda]
-    on_cpu = [member for member in members if not member[0].weight.is_cuda]
-    if on_gpu:
-        adamw_rows_gpu_(on_gpu)
-    if on_cpu:
-        adamw.adamw_rows_(on_cpu)
-    _written(members)
+    _where_they_are(members, adamw.adamw_rows_, adamw_rows_gpu_)
 
 
 def mask_scale_(gradient: Tensor, draw: philox.MaskDraw, scale: float) -> None:
@@ -57,6 +48,14 @@ def mask_scale_(gradient: Tensor, draw: philox.MaskDraw, scale: float) -> None:
     increment_version(gradient)
 
 
-def _written(members: Sequence[tuple[adamw.WholeTensors, object]]) -> None:
-    """Tell autograd that the weights were changed in place, of which a kernel's writes tell it nothing."""
+def _where_they_are(
+    members: Sequence[tuple[adamw.WholeTensors, _T]],
+    on_cpu: Callable[[Sequence[tuple[adamw.WholeTensors, _T]]], None],
+    on_gpu: Callable[[Sequence[tuple[adamw.WholeTensors, _T]]], None],
+) -> None:
+    """Run each kernel on the members of its device, and tell autograd what was written, which kernels do not."""
+    for kernel, is_cuda in ((on_gpu, True), (on_cpu, False)):
+        there = [member for member in members if member[0].weight.is_cuda is is_cuda]
+        if there:
+            kernel(there)
     increment_version([tensors.weight for tensors, _ in members])

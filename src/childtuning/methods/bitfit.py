@@ -21,6 +21,7 @@ class BitFit(WholeParameters):
     source = "Ben Zaken et al. 2022, arXiv 2106.10199"
     trains = "the biases and the head"
     chooses = True
+    acts_on_pretrained = True
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Freeze everything that is no bias.

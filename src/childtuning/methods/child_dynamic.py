@@ -38,7 +38,7 @@ class ChildDynamic(Method):
     summary = "child-d that chooses its child anew at an interval, by the gradients seen since"
     source = "Zhang et al. 2022 (DPS), arXiv 2211.01642"
     trains = "the top share p, chosen anew"
-    memory = "3n with AdamW, and 2 dense gradients"
+    memory = "3n with AdamW, and a statistic of every gradient"
     part = "child"
     density = 0.3
     whole_gradients = True

@@ -65,7 +65,7 @@ class Combination:
     @property
     def chooses(self) -> bool:
         """Whether a method settles what a child is chosen from."""
-        return any(method.chooses or method.part == "modules" for method in self.methods)
+        return any(method.chooses for method in self.methods)
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return what is trained, given the user's options.
@@ -73,10 +73,9 @@ class Combination:
         Raises:
             ConfigError: options that a method does not take.
         """
-        for option in ("eligible", "always") if self.chooses else ():
-            if getattr(config, option) is not None:
-                name = next(m.name for m in self.methods if m.chooses or m.part == "modules")
-                raise ConfigError(f"method {name!r} settles itself what is trained. Leave out {option}.")
+        if self.chooses and config.eligible is not None:
+            name = next(method.name for method in self.methods if method.chooses)
+            raise ConfigError(f"method {name!r} settles itself what is chosen from. Leave out eligible.")
         children = [method for method in self.methods if method.part == "child"]
         if not children and config.density != 1.0:
             raise ConfigError(

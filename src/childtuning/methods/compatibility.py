@@ -38,8 +38,6 @@ def refusal(first: type[Method], second: type[Method]) -> str | None:
     modules = by_part.get("modules")
     if modules is not None:
         other = second if modules is first else first
-        if other.part == "child" and other.chooses:
-            return f"{other.name!r} chooses among the pretrained weights, which {modules.name!r} freezes"
-        if other.name in ("l2-sp", "recadam", "mixout", "reinit", "llrd", "freeze"):
+        if other.acts_on_pretrained:
             return f"{other.name!r} acts on the pretrained weights, which {modules.name!r} freezes"
     return _PAIRS.get(frozenset({first.name, second.name}))

@@ -29,6 +29,7 @@ class Freeze(Method):
     memory = "—"
     part = "start"
     chooses = True
+    acts_on_pretrained = True
 
     def __post_init__(self) -> None:
         if self.layers < 0:

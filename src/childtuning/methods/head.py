@@ -19,6 +19,7 @@ class Head(WholeParameters):
     source = "—"
     trains = "the new head"
     chooses = True
+    acts_on_pretrained = True
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Leave the head alone to be trained."""

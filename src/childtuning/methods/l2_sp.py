@@ -34,6 +34,7 @@ class L2SP(Method):
     trains = "what the child says, pulled to its start"
     memory = "n more: the start"
     part = "update"
+    acts_on_pretrained = True
 
     weight: float = 10.0
 

@@ -27,6 +27,7 @@ class LastK(WholeParameters):
     source = "Houlsby et al. 2019, arXiv 1902.00751"
     trains = "the last k layers and the head"
     chooses = True
+    acts_on_pretrained = True
 
     def __post_init__(self) -> None:
         if self.layers < 1:

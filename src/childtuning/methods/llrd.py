@@ -31,6 +31,7 @@ class LayerwiseDecay(Method):
     trains = "what the child says, lower layers more slowly"
     memory = "nothing"
     part = "update"
+    acts_on_pretrained = True
 
     decay: float = 0.95
 

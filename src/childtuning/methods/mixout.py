@@ -40,6 +40,7 @@ class Mixout(Method):
     trains = "what is trained beside it"
     memory = "a copy of the linear layers' weights"
     part = "start"
+    acts_on_pretrained = True
     whole_gradients = True  # gradients of rows alone would come from layers that do not mix
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,16 @@ _COPY = ".modules_to_save."
 
 
 @dataclass(frozen=True)
-class PeftMethod(Method):
+class PeftMethod(Method, ABC):
     """A method whose modules are PEFT's: it freezes the network, adds them, and trains them and the head.
 
     The head is trained in a copy, beside the untouched one, as PEFT has it.
     """
 
     part: ClassVar[Part] = "modules"
+    chooses: ClassVar[bool] = True
 
+    @abstractmethod
     def peft_config(self, model: nn.Module, task_type: str | None, head: list[str]) -> Any:
         """Return PEFT's configuration.
 
@@ -44,7 +47,6 @@ class PeftMethod(Method):
             task_type: PEFT's word for the model's task; ``None`` if it has none for it.
             head: paths of the modules that are trained whole.
         """
-        raise NotImplementedError
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Wrap the model.

@@ -40,6 +40,7 @@ class RecallAdam(Method):
     trains = "what the child says, pulled to its start at first"
     memory = "n more: the start"
     part = "update"
+    acts_on_pretrained = True
 
     k: float = 0.1
     t0: int = 250

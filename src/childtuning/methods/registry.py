@@ -65,6 +65,15 @@ def all_methods() -> list[type[Method]]:
 @cache
 def _load_declared() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
-        declared = entry.load()
-        if isinstance(declared, type) and issubclass(declared, Method):
-            register(declared)
+        try:
+            declared = entry.load()
+        except Exception as fault:
+            raise ConfigError(
+                f"method {entry.name!r} cannot be loaded from {entry.value} ({type(fault).__name__}: {fault}). "
+                "Repair the package that declares it, or uninstall it."
+            ) from fault
+        if not (isinstance(declared, type) and issubclass(declared, Method)):
+            raise ConfigError(
+                f"{entry.value}, declared as method {entry.name!r}, is no Method. Declare a class."
+            )
+        register(declared)

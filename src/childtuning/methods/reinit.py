@@ -40,6 +40,7 @@ class Reinit(Method):
     trains = "what is trained beside it, and the new layers whole"
     memory = "—"
     part = "start"
+    acts_on_pretrained = True
 
     def __post_init__(self) -> None:
         if self.layers < 0:

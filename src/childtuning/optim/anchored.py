@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from childtuning.optim.closure import evaluated
+
 START = "start"
 
 
@@ -61,10 +63,7 @@ def anchored(inner: type[Optimizer]) -> type[Optimizer]:
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+            loss = evaluated(closure)
             new: dict[Tensor, dict[str, Tensor]] = {}
             for group in self.param_groups:
                 if not group["anchor"]:

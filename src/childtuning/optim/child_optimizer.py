@@ -15,6 +15,7 @@ from childtuning.child import Child
 from childtuning.errors import ConfigError, ParameterError
 from childtuning.kernels import Places
 from childtuning.optim.bucket import Bucket
+from childtuning.optim.closure import evaluated
 from childtuning.optim.compact import CompactStep
 from childtuning.optim.elementwise import check_elementwise
 from childtuning.optim.fresh_rows import FreshRows
@@ -205,10 +206,7 @@ class ChildOptimizer(Optimizer):
                 "a GradScaler does not see the gradients of a task-free child's rows alone. "
                 "Leave out model, or the scaler."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._share_options()
         self._work.run(self.inner, self._num_steps)
         self._num_steps += 1

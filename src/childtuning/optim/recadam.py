@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from childtuning.optim.anchored import START, pull_, remember_start
+from childtuning.optim.closure import evaluated
 
 
 class RecAdam(Optimizer):
@@ -52,10 +53,7 @@ class RecAdam(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             lr = float(group["lr"])

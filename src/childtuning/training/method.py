@@ -119,6 +119,8 @@ class Method:
             is frozen), the ``start`` (weights or layers before training), a term of the ``loss``, or the ``update``.
         density: p where the user names none.
         chooses: it says itself what a child is chosen from, so that ``eligible`` patterns have no place.
+        acts_on_pretrained: it chooses among the pretrained weights or changes what they do, so that it has no place
+            beside added modules, which freeze them.
         whole_gradients: it reads every trained parameter's gradient after the backward pass, so that gradients are
             neither released nor formed for rows alone.
     """
@@ -131,6 +133,7 @@ class Method:
     part: ClassVar[Part]
     density: ClassVar[float] = 1.0
     chooses: ClassVar[bool] = False
+    acts_on_pretrained: ClassVar[bool] = False
     whole_gradients: ClassVar[bool] = False
 
     def child(self, config: ChildConfig) -> ChildConfig:
