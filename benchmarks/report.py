@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import method_tables
 import transfer_tables
 from costs import costs, floors, table
 
@@ -127,7 +128,12 @@ def main() -> int:
     folder = ROOT / "benchmarks" / "results"
     pages = {
         ROOT / "README.md": {"results": section(), "costs": costs(folder, short=True)},
-        ROOT / "docs" / "performance.md": {"costs": costs(folder), "floors": floors(folder)},
+        ROOT / "docs" / "performance.md": {
+            "costs": costs(folder),
+            "floors": floors(folder),
+            "quality": method_tables.quality(folder),
+        },
+        ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
             "cnn": transfer_tables.cnn(folder),
             "decoder": transfer_tables.decoder(folder),
