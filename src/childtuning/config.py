@@ -19,6 +19,8 @@ _CHOICES = {
     "scores": ("fisher", "magnitude", "random"),
     "estimator": ("per-example", "per-batch"),
     "labels": ("data", "sampled"),
+    "fisher_device": ("model", "cpu"),
+    "fisher_dtype": ("float32", "bfloat16"),
     "preset": (None, "official"),
 }
 _FIXED_BY_OFFICIAL = {
@@ -27,6 +29,7 @@ _FIXED_BY_OFFICIAL = {
     "scores": "fisher",
     "lowest": False,
     "labels": "data",
+    "fisher_dtype": "float32",
     "always": None,
 }
 
@@ -47,6 +50,10 @@ class ChildConfig:
         estimator: Fisher ``per-example`` (the formula) or ``per-batch`` (the official code's).
         labels: the data's own (``data``) or drawn from the model (``sampled``).
         fisher_examples: estimate from this many examples at most; ``None``: all.
+        fisher_device: keep the Fisher scores beside the ``model``'s parameters or on the ``cpu``; it changes memory,
+            and results by rounding alone.
+        fisher_dtype: keep them in ``float32`` (float64 for float64 parameters) or in ``bfloat16``, whose error
+            ``fisher_information`` states.
         eligible: patterns over parameter names; ``None``: every pretrained floating-point parameter.
         always: patterns over names that are trained whole beside the child; ``None``: the model's new head.
         rescale: divide the gradient by the density; ``None``: as the document does, in both variants.
@@ -68,6 +75,8 @@ class ChildConfig:
     estimator: Literal["per-example", "per-batch"] = "per-example"
     labels: Literal["data", "sampled"] = "data"
     fisher_examples: int | None = None
+    fisher_device: Literal["model", "cpu"] = "model"
+    fisher_dtype: Literal["float32", "bfloat16"] = "float32"
     eligible: tuple[str, ...] | None = None
     always: tuple[str, ...] | None = None
     rescale: bool | None = None

@@ -92,7 +92,7 @@ def top_parts(scores: Mapping[str, Tensor], share: Share, *, lowest: bool = Fals
     """Take the share of highest scores; ties go to the earlier parameter, then the lower index.
 
     Args:
-        scores: float32 or float64 by parameter name, without NaN, any shape and device.
+        scores: by parameter name, floating point of one dtype, without NaN, any shape and device.
         share: how many, in which units.
         lowest: take the lowest instead.
     Returns:

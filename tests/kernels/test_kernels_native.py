@@ -24,7 +24,6 @@ from childtuning.kernels import (
     native_library,
     native_ranking,
     philox,
-    places,
     top_entries,
 )
 from childtuning.kernels.native_ranking import top_entries_native
@@ -108,12 +107,14 @@ SCORES = {
     "period 64": lambda: [draws(64).repeat(20_000)],
     "few large": lambda: [torch.where(score > 4, score, 0.0) for score in _many()],
     "an empty tensor": lambda: [torch.zeros(0), draws(50), torch.zeros(0, 4)],
+    "bf16": lambda: [score.bfloat16() for score in _many()],
+    "bf16, period 64": lambda: [draws(64).repeat(20_000).bfloat16()],
 }
 
 
 def ranked_by_torch(scores: Sequence[Tensor], count: int, lowest: bool) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "LIBRARY", None)
+        patch.setattr(native_ranking, "LIBRARY", None)
         return top_entries(scores, count, lowest=lowest)
 
 
@@ -131,7 +132,9 @@ class TestRanking:
             for got, wanted in zip(native, expected, strict=True):
                 assert torch.equal(got.long(), wanted.long())
 
-    @pytest.mark.parametrize("name", ["normal", "few values", "zeros", "sorted", "period 64"])
+    @pytest.mark.parametrize(
+        "name", ["normal", "few values", "zeros", "sorted", "period 64", "bf16", "bf16, period 64"]
+    )
     def test_the_sample_serves(self, name: str) -> None:
         """The cases above are no comparison of torch with itself."""
         scores = SCORES[name]()

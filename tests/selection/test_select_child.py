@@ -103,6 +103,45 @@ def test_half_precision_scores_and_other_devices_types() -> None:
     assert select_child(scores, 1 / 3).mask("w").tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("granularity", ["element", "row", "block", "parameter"])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_bf16_scores_choose_what_the_same_numbers_in_float32_choose(granularity: str, lowest: bool) -> None:
+    """Their ties are many: 4000 entries have some 600 values."""
+    draw = torch.Generator().manual_seed(5)
+    scores = {
+        name: torch.randn(shape, generator=draw).exp().bfloat16()
+        for name, shape in {"a": (60, 40), "b": (40,), "c": (1500,), "d": ()}.items()
+    }
+    assert len(torch.cat([score.flatten() for score in scores.values()]).unique()) < 1000
+    wide = {name: score.float() for name, score in scores.items()}
+    for density in (0.003, 0.1, 0.5, 1.0):
+        child, same = (
+            select_child(s, density, granularity=granularity, lowest=lowest) for s in (scores, wide)
+        )
+        assert child.fingerprint() == same.fingerprint()
+        if granularity == "element":
+            assert child.num_trained == round(density * 3941)
+
+
+def test_bf16_scores_beside_others_and_by_other_ways() -> None:
+    draw = torch.Generator().manual_seed(6)
+    scores = {name: torch.rand(300, generator=draw).bfloat16() for name in "ab"}
+    wide = {name: score.float() for name, score in scores.items()}
+    mixed = {"a": scores["a"], "b": wide["b"]}
+    for ways in ({}, {"scope": "parameter"}):
+        wanted = select_child(wide, 0.2, **ways).fingerprint()
+        assert select_child(scores, 0.2, **ways).fingerprint() == wanted
+        assert select_child(mixed, 0.2, **ways).fingerprint() == wanted
+    assert (
+        select_child(scores, "auto", mass=0.7).fingerprint()
+        == select_child(wide, "auto", mass=0.7).fingerprint()
+    )
+    assert official_child(scores, 0.2).fingerprint() == official_child(wide, 0.2).fingerprint()
+    scores["b"][7] = float("nan")
+    with pytest.raises(ParameterError, match="'b' hold NaN"):
+        select_child(scores, 0.2)
+
+
 def test_random_child_is_a_function_of_seed_names_and_shapes() -> None:
     first, second = torch.nn.Linear(50, 40), torch.nn.Linear(50, 40)
     torch.manual_seed(3)

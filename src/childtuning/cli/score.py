@@ -33,6 +33,8 @@ def run(
     estimator: o.Estimator = None,
     fisher_labels: o.FisherLabels = None,
     fisher_examples: o.FisherExamples = None,
+    fisher_device: o.FisherDevice = None,
+    fisher_dtype: o.FisherDtype = None,
     eligible: o.Eligible = None,
     always: o.Always = None,
     batch_size: o.BatchSize = None,

@@ -17,6 +17,7 @@ from childtuning.fisher.batches import contrasting_pair, example, examples, num_
 from childtuning.fisher.engine import Engine
 from childtuning.fisher.loop import add_batch_squares_, add_example_squares_
 from childtuning.fisher.losses import LossFn, model_loss, shifts_labels
+from childtuning.fisher.sums import Sums
 from childtuning.fisher.weights import ExampleWeights
 
 _DISAGREE = "the layer-wise pass does not agree with the batch-of-one loop"
@@ -31,15 +32,14 @@ class PerBatch:
         self,
         model: nn.Module,
         loss_fn: LossFn | None,
-        parameters: Mapping[str, Tensor],
-        scores: Mapping[str, Tensor],
+        sums: Sums,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn or model_loss
-        self.parameters, self.scores = parameters, scores
+        self.parameters, self.sums = sums.parameters, sums
 
     def __call__(self, batch: Any) -> int:
         """Add one term."""
-        if not add_batch_squares_(self.scores, self.model, batch, self.loss_fn, self.parameters):
+        if not add_batch_squares_(self.sums, self.model, batch, self.loss_fn, self.parameters):
             raise ParameterError(_NOT_REACHED)
         return 1
 
@@ -55,16 +55,17 @@ class PerExample:
         self,
         model: nn.Module,
         loss_fn: LossFn | None,
-        parameters: Mapping[str, Tensor],
-        scores: Mapping[str, Tensor],
+        sums: Sums,
         *,
         training: bool,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn or model_loss
-        self.parameters, self.scores = parameters, scores
-        self.engine = Engine(model, parameters)
+        self.parameters, self.sums = sums.parameters, sums
+        self.engine = Engine(model, self.parameters)
         self.weights = ExampleWeights(own_loss=loss_fn is None, shifted=shifts_labels(model))
-        self.looped = set(parameters) if training else set()  # dropout and batch statistics differ in a batch
+        self.looped = (
+            set(self.parameters) if training else set()
+        )  # dropout and batch statistics differ in a batch
         self.proven: set[str] = set()
         self.checked = training
 
@@ -74,13 +75,13 @@ class PerExample:
         if size > 1 and not self.checked:
             self._check(batch, size)
         if self.looped == set(self.parameters) or not self.checked:
-            self._loop(batch, size, self.parameters, self.scores, demand=True)
+            self._loop(batch, size, self.parameters, self.sums, demand=True)
             return size
         if not self._settle_weights(batch, size):
             return self(batch)
         found = self._run(batch, size)
         if self.looped:
-            self._loop(batch, size, self.looped, self.scores)
+            self._loop(batch, size, self.looped, self.sums)
         if found:
             self._prove(batch, size, found)
         return size
@@ -91,8 +92,8 @@ class PerExample:
 
         def sink(name: str, add: Callable[[Tensor], None]) -> None:
             if name in self.proven:
-                return add(self.scores[name])
-            score = torch.zeros_like(self.scores[name])
+                return self.sums.add(name, add)
+            score = self.sums.zero(name)
             add(score)
             if bool(score.any()):
                 unproven[name] = score
@@ -106,14 +107,15 @@ class PerExample:
 
     def _prove(self, batch: Any, size: int, unproven: Mapping[str, Tensor | None]) -> None:
         """Do the batch by the loop for these parameters; those that the engine had wrong stay with the loop."""
-        reference = self._zeros(unproven)
+        reference = self.sums.exact(unproven)
         self._loop(batch, size, unproven, reference)
-        scale = _largest(self.scores.values())
+        scale = self.sums.largest()
         wrong = set()
         for name, found in unproven.items():
-            if found is None or not self._agree(name, found, reference[name], scale):
+            wanted = reference[name].to(self.parameters[name].device)
+            if found is None or not self._agree(name, found, wanted, scale):
                 wrong.add(name)
-            self.scores[name].add_(reference[name])
+            self.sums.add(name, lambda total, wanted=wanted: total.add_(wanted))
         self.proven |= unproven.keys() - wrong
         self._hand_over(dict.fromkeys(wrong, _DISAGREE))
 
@@ -121,9 +123,9 @@ class PerExample:
         """Compare the engine with the loop on two examples, and find how the loss weighs examples."""
         self.checked = True
         pair = contrasting_pair(batch, size)
-        reference = self._zeros(self.parameters)
+        reference = self.sums.exact(self.parameters)
         losses = self._loop(batch, size, self.parameters, reference, indices=pair, demand=True)
-        scale = _largest(reference.values())
+        scale = reference.largest()
         two = examples(batch, pair, size)
         reasons: dict[str, str] = {}
         met: set[str] = set()
@@ -134,12 +136,13 @@ class PerExample:
             return self.weights(two, 2)
 
         def sink(name: str, add: Callable[[Tensor], None]) -> None:
-            score = torch.zeros_like(reference[name])
+            score = self.sums.zero(name)
             add(score)
             met.add(name)
-            if not self._agree(name, score, reference[name], scale):
+            wanted = reference[name].to(score.device)
+            if not self._agree(name, score, wanted, scale):
                 reasons[name] = _DISAGREE
-            elif bool(reference[name].any()):
+            elif bool(wanted.any()):
                 self.proven.add(name)
 
         try:
@@ -194,7 +197,7 @@ class PerExample:
         batch: Any,
         size: int,
         names: Iterable[str],
-        into: Mapping[str, Tensor],
+        into: Sums,
         *,
         indices: list[int] | None = None,
         demand: bool = False,
@@ -211,9 +214,6 @@ class PerExample:
         eps = torch.finfo(self.parameters[name].dtype).eps
         difference = float((found - wanted).abs().max()) if found.numel() else 0.0
         return difference <= max(1e-3, 30 * eps) * float(wanted.max()) + (2 * eps) ** 2 * scale
-
-    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(self.scores[name]) for name in names}
 
     def _hand_over(self, reasons: Mapping[str, str]) -> None:
         """Leave these parameters to the loop from now on, and say so."""
@@ -237,7 +237,3 @@ class PerExample:
 
 class _NoWeightsError(Exception):
     """No weighting explains the loss of the pair."""
-
-
-def _largest(scores: Iterable[Tensor]) -> float:
-    return max(float(score.max()) if score.numel() else 0.0 for score in scores)

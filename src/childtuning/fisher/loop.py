@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from childtuning.errors import DataError
 from childtuning.fisher.batches import example
 from childtuning.fisher.losses import LossFn
+from childtuning.fisher.sums import Sums
 
 
 @contextmanager
@@ -40,16 +42,28 @@ def check_finite(loss: Tensor) -> None:
         raise DataError(f"the loss is {loss.item()}. Check the labels, or use float32.")
 
 
-def gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Differentiate; parameters that the loss does not reach are passed over."""
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(parameters, found, strict=True):
-        if gradient is not None:
-            yield name, gradient.to_dense() if gradient.is_sparse else gradient
+def take_gradients(
+    loss: Tensor, parameters: Mapping[str, Tensor], take_fn: Callable[[str, Tensor], None]
+) -> None:
+    """Differentiate; each gradient is handed over as it is formed and let go of before the next one is.
+
+    Parameters that the loss does not reach are passed over.
+    """
+
+    def taken(gradient: Tensor, name: str) -> Tensor | None:
+        if gradient.is_sparse:
+            return take_fn(name, gradient.to_dense())
+        take_fn(name, gradient)
+        return gradient.new_zeros(()).expand(gradient.shape)  # autograd keeps this to the end: one number
+
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items():
+            hooks.callback(parameter.register_hook(partial(taken, name=name)).remove)
+        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
 
 def add_example_squares_(
-    scores: Mapping[str, Tensor],
+    sums: Sums,
     model: nn.Module,
     batch: Any,
     loss_fn: LossFn,
@@ -71,14 +85,12 @@ def add_example_squares_(
             if not loss.requires_grad:
                 continue
             reached = True
-            for name, gradient in gradients(loss, parameters):
-                gradient = gradient.to(scores[name].dtype)
-                scores[name].addcmul_(gradient, gradient)
+            take_gradients(loss, parameters, sums.add_square)
     return losses, reached
 
 
 def add_batch_squares_(
-    scores: Mapping[str, Tensor],
+    sums: Sums,
     model: nn.Module,
     batch: Any,
     loss_fn: LossFn,
@@ -89,13 +101,15 @@ def add_batch_squares_(
     Returns:
         whether the loss depends on any of the parameters.
     """
+
+    def add_clipped(name: str, gradient: Tensor) -> None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        sums.add_square(name, gradient * (1.0 / (gradient.norm() + 1e-6)).clamp(max=1.0))
+
     with differentiable(parameters):
         loss = loss_fn(model, batch)
         check_finite(loss)
         if not loss.requires_grad:
             return False
-        for name, gradient in gradients(loss, parameters):
-            gradient = gradient.to(scores[name].dtype)
-            gradient = gradient * (1.0 / (gradient.norm() + 1e-6)).clamp(max=1.0)
-            scores[name].addcmul_(gradient, gradient)
+        take_gradients(loss, parameters, add_clipped)
     return True

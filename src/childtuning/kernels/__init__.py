@@ -11,9 +11,10 @@ from childtuning.kernels.by_device import (
 from childtuning.kernels.gap_code import decode_gaps, encode_gaps
 from childtuning.kernels.gpu import fits_gpu_kernels
 from childtuning.kernels.native_ranking import NotNumbersError
-from childtuning.kernels.philox import MaskDraw, keep_mask, uniform
+from childtuning.kernels.philox import MaskDraw, keep_mask, random_bits, uniform
 from childtuning.kernels.places import Places, fits_kernels
 from childtuning.kernels.ranking import top_entries, top_units
+from childtuning.kernels.rounding import add_rounded_
 
 __all__ = [
     "AdamWStep",
@@ -24,6 +25,7 @@ __all__ = [
     "WholeTensors",
     "adamw_masked_",
     "adamw_rows_",
+    "add_rounded_",
     "child_table",
     "decode_gaps",
     "encode_gaps",
@@ -32,6 +34,7 @@ __all__ = [
     "has_kernels",
     "keep_mask",
     "mask_scale_",
+    "random_bits",
     "top_entries",
     "top_units",
     "uniform",

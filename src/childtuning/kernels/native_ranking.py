@@ -1,4 +1,6 @@
-"""Exact ranking of float32 scores on the CPU: two passes over the scores where they lie, and no copy of them.
+"""Exact ranking of scores on the CPU: two passes over the scores where they lie, and no copy of them.
+
+The passes compare float32; bf16 and float16 scores are converted a piece at a time, which is exact.
 
 The threshold is first bracketed from a sample [Floyd and Rivest 1975]; one pass counts what lies above the bracket and
 lists the few scores inside it, among which the threshold is found exactly; one pass collects. Whether the sample was
@@ -22,16 +24,20 @@ _ENTRIES_A_PIECE = 1 << 20
 _SAMPLE = 1 << 18
 _DEVIATIONS = 6.0  # half a bracket's width; the threshold is outside once in 10^9
 _ROOM = _ENTRIES_A_PIECE // 8  # for scores inside the bracket, by piece
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some scores that lie together: the tensor they are of, the first one's index, and how many."""
+    """Some scores that lie together: the tensor they are of, the first one's index, and themselves, flat."""
 
     tensor: int
     start: int
-    size: int
-    pointer: int
+    scores: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.scores)
 
 
 class NotNumbersError(ValueError):
@@ -42,11 +48,23 @@ class NotNumbersError(ValueError):
         self.tensor = tensor
 
 
+def fits_native_ranking(scores: Sequence[Tensor]) -> bool:
+    """Tell whether the compiled kernels are there and can rank these scores."""
+    return LIBRARY is not None and all(
+        score.dtype in _DTYPES
+        and score.device.type == "cpu"
+        and score.layout == torch.strided
+        and score.is_contiguous()
+        and score.numel() < 2**31
+        for score in scores
+    )
+
+
 def top_entries_native(scores: Sequence[Tensor], count: int, *, lowest: bool = False) -> list[Tensor] | None:
     """Find the count largest entries of all tensors together; as ``top_entries``.
 
     Args:
-        scores: contiguous float32 tensors on the CPU, each of fewer than 2^31 entries.
+        scores: tensors that ``fits_native_ranking``.
         count: how many entries to take in all, at least 1.
         lowest: find the smallest instead.
     Returns:
@@ -58,7 +76,7 @@ def top_entries_native(scores: Sequence[Tensor], count: int, *, lowest: bool = F
     assert LIBRARY is not None
     library, sign = LIBRARY, -1.0 if lowest else 1.0
     pieces = [
-        _Piece(i, start, min(_ENTRIES_A_PIECE, score.numel() - start), score.data_ptr() + 4 * start)
+        _Piece(i, start, score.detach().view(-1)[start : start + _ENTRIES_A_PIECE])
         for i, score in enumerate(scores)
         for start in range(0, score.numel(), _ENTRIES_A_PIECE)
     ]
@@ -67,10 +85,10 @@ def top_entries_native(scores: Sequence[Tensor], count: int, *, lowest: bool = F
     between: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(pieces)
 
     def look(i: int) -> None:
-        piece, room = pieces[i], _ROOM
+        scores, room = pieces[i].scores.float(), _ROOM
         inside = np.empty(room, np.float32)
         library.ct_bracket(
-            piece.pointer, piece.size, sign, low, high, counts[i].ctypes.data, inside.ctypes.data, room
+            scores.data_ptr(), len(scores), sign, low, high, counts[i].ctypes.data, inside.ctypes.data, room
         )
         between[i] = inside[: counts[i, 4]].copy()
 
@@ -97,9 +115,10 @@ def top_entries_native(scores: Sequence[Tensor], count: int, *, lowest: bool = F
 
     def collect(i: int) -> None:
         piece = pieces[i]
+        scores = piece.scores.float()
         out = taken[piece.tensor].data_ptr() + 4 * int(firsts[i])
         library.ct_collect(
-            piece.pointer, piece.size, sign, threshold, int(ties[i]), piece.start, int(sizes[i]), out
+            scores.data_ptr(), len(scores), sign, threshold, int(ties[i]), piece.start, int(sizes[i]), out
         )
 
     parallel(collect, len(pieces))
@@ -115,7 +134,8 @@ def _bracket(pieces: Sequence[_Piece], count: int, sign: float) -> tuple[float, 
     end = 0
     for piece in pieces:
         size = piece.size // step
-        LIBRARY.ct_sample(piece.pointer, size, step, sign, sample[end:].ctypes.data)
+        scores = piece.scores.float()
+        LIBRARY.ct_sample(scores.data_ptr(), size, step, sign, sample[end:].ctypes.data)
         end += size
     share = count / total
     spread = 0.0 if step == 1 else _DEVIATIONS * math.sqrt(share * (1 - share) * len(sample)) + len(pieces)

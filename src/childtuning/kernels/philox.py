@@ -149,3 +149,13 @@ def uniform(*coordinates: object, numel: int) -> torch.Tensor:
     """Draw numbers in [0, 1), float32 [numel] on the CPU, 24 random bits each, named by the coordinates."""
     words = _stream_bytes(_key(*coordinates), 0, 4 * numel).view("<u4")
     return torch.from_numpy((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
+
+
+def random_bits(*coordinates: object, numel: int, start: int = 0) -> torch.Tensor:
+    """Draw whole numbers in [0, 2^16) for the entries start … start+numel of the stream that the coordinates name.
+
+    Returns:
+        int32 [numel] on the CPU.
+    """
+    drawn = _stream_bytes(_key(*coordinates), 2 * start, 2 * numel).view("<u2")
+    return torch.from_numpy(drawn.astype(np.int32))

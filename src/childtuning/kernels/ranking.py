@@ -1,7 +1,8 @@
 """Exact ranking over many score tensors where they lie, without putting them into one.
 
 A floating-point number's bits, with the order of the negative ones turned round, sort as integers do. The k-th
-largest of all is found by counting 16 bits at a time over every tensor: two passes for float32, four for float64.
+largest of all is found by counting 16 bits at a time over every tensor: one pass for bf16, two for float32, four for
+float64.
 """
 
 from __future__ import annotations
@@ -12,26 +13,22 @@ import torch
 from torch import Tensor
 
 from childtuning.errors import ConfigError
-from childtuning.kernels.native_ranking import NotNumbersError, top_entries_native
-from childtuning.kernels.places import fits_kernels
+from childtuning.kernels.native_ranking import NotNumbersError, fits_native_ranking, top_entries_native
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def _sortable(score: Tensor) -> Tensor:
-    """Integers that order as the scores do (−0 equal to +0): int32 or int64, flat."""
-    flat = score.reshape(-1) + 0.0
-    if flat.dtype == torch.float64:
-        bits = flat.view(torch.int64)
-        return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFFFFFFFFFF)
-    bits = flat.view(torch.int32)
-    return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    """Integers that order as the scores do (−0 equal to +0), flat, as wide as the scores."""
+    bits = (score.reshape(-1) + 0.0).view(_INTEGERS[score.element_size()])
+    return torch.where(bits >= 0, bits, bits ^ torch.iinfo(bits.dtype).max)
 
 
 def _threshold(keys: Sequence[Tensor], count: int) -> tuple[int, int]:
     """Return the count-th largest key of all, and how many keys equal to it are needed."""
-    num_bits = 64 if any(key.dtype == torch.int64 for key in keys) else 32
+    num_bits = 8 * keys[0].element_size()
     prefix, needed = 0, count
     for shift in range(num_bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
         first = shift == num_bits - _DIGIT_BITS
@@ -54,7 +51,7 @@ def top_entries(scores: Iterable[Tensor], count: int, *, lowest: bool = False) -
     """Find the count largest entries of all tensors together; ties go to the earlier tensor, then the lower index.
 
     Args:
-        scores: float32 or float64 tensors of any shape.
+        scores: bf16, float16, float32 or float64 tensors of any shape, all of one dtype.
         count: how many entries to take in all.
         lowest: find the smallest instead.
     Returns:
@@ -63,16 +60,17 @@ def top_entries(scores: Iterable[Tensor], count: int, *, lowest: bool = False) -
         NotNumbersError: a score is NaN.
     """
     scores = list(scores)
-    if count and fits_kernels(*scores) and all(score.numel() < 2**31 for score in scores):
+    if count and fits_native_ranking(scores):
         taken = top_entries_native(scores, count, lowest=lowest)
         if taken is not None:
             return taken
     for position, score in enumerate(scores):
         if score.numel() and bool(score.min().isnan()):
             raise NotNumbersError(position)
+    if len(dtypes := {score.dtype for score in scores}) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ConfigError(f"scores must share one dtype, got {names}. Convert them.")
     keys = [_sortable(-score if lowest else score) for score in scores]
-    if any(key.dtype == torch.int64 for key in keys) and any(key.dtype == torch.int32 for key in keys):
-        raise ConfigError("scores must share one dtype, got float32 and float64. Convert them.")
     if count == 0:
         return [key.new_zeros(0, dtype=torch.int64) for key in keys]
     threshold, ties_left = _threshold(keys, count)

@@ -76,11 +76,11 @@ def check_mass(mass: Any) -> None:
 def _entries_for_mass(scores: Sequence[Tensor], wanted: float) -> int:
     """Count the largest entries that together reach what is wanted, by sums over 16 bits of the scores at a time."""
     prefix, taken = 0, 0
-    flats = [score.to("cpu", torch.float32) for score in scores]
     for shift in (_DIGIT_BITS, 0):
         sums = torch.zeros(1 << _DIGIT_BITS, dtype=torch.float64)
         counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
-        for flat in flats:
+        for score in scores:
+            flat = score.to("cpu", torch.float32)
             bits = (flat + 0.0).view(torch.int32)  # scores from 0 up sort as their bits do
             if shift == 0:
                 inside = (bits >> _DIGIT_BITS) == prefix

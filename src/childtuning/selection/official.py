@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from childtuning.child import Child
@@ -25,7 +26,11 @@ def official_child(scores: Mapping[str, Tensor], density: float, *, always: Iter
     """
     density = check_density(density)
     always = as_patterns(always)
-    ranked = check_scores({name: score for name, score in scores.items() if not matches(name, always)})
+    checked = check_scores({name: score for name, score in scores.items() if not matches(name, always)})
+    # numpy has no bf16, and a percentile may lie between two numbers of it
+    ranked = {
+        name: score.to(torch.promote_types(score.dtype, torch.float32)) for name, score in checked.items()
+    }
     everything = np.concatenate([score.cpu().numpy().reshape(-1) for score in ranked.values()])
     threshold = float(np.percentile(everything, (1 - density) * 100))
     return Child.from_masks(

@@ -81,7 +81,7 @@ def select_child(
 
 
 def check_scores(scores: Mapping[str, Tensor], *, ranks_entries: bool = False) -> dict[str, Tensor]:
-    """Return the scores in float32 (float64 where given), each checked to hold no NaN.
+    """Return the scores in one dtype, each checked to hold no NaN: as they are, or in float32 where they differ.
 
     Args:
         scores: by parameter name.
@@ -91,9 +91,12 @@ def check_scores(scores: Mapping[str, Tensor], *, ranks_entries: bool = False) -
     """
     if not scores:
         raise ParameterError("there are no scores to select from. Check the eligible and always patterns.")
-    checked: dict[str, Tensor] = {}
     for name, score in scores.items():
         if not ranks_entries and score.numel() and bool(score.min().isnan()):
             raise not_numbers(name)
-        checked[name] = score.detach() if score.dtype == torch.float64 else score.detach().float()
-    return checked
+    dtypes = {score.dtype for score in scores.values()}
+    alike = len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16, torch.float32}
+    return {
+        name: score.detach() if alike or score.dtype == torch.float64 else score.detach().float()
+        for name, score in scores.items()
+    }

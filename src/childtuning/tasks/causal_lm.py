@@ -22,6 +22,7 @@ from childtuning.tasks.instructions import (
 from childtuning.tasks.kind import Answers, Columns, Kind, Part, register
 from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import looks_like_conll
+from childtuning.tasks.token_cache import Tokens, cached_tokens
 
 
 @register
@@ -103,19 +104,27 @@ class CausalLM(Kind):
                 f"max_length must be at least {len(start) + 2}, got {max_length}. Pass max_length=128."
             )
         if isinstance(split, RunningText):
-            return _blocks(_tokens(processor, split.text), start, max_length)
+            return _blocks(_tokens(processor, [split.text])[0], start, max_length)
+        shown = [self._shown(processor, prompt) for prompt in split.prompts]
+        prompts = [
+            [*start, *tokens] if isinstance(prompt, str) else tokens  # a template writes the start itself
+            for prompt, tokens in zip(split.prompts, _tokens(processor, shown), strict=True)
+        ]
         if split.responses is None:
-            prompts = [self._prompt(processor, start, prompt)[1] for prompt in split.prompts]
             kept = [tokens[-max_length:] for tokens in prompts]
             num_cut = sum(len(tokens) > max_length for tokens in prompts)
             # A prompt without a token still needs one for a model to go on from.
             return EncodedExamples(
                 {"input_ids": [tokens or [_end(processor)] for tokens in kept]}, None, num_cut=num_cut
             )
+        responses = [
+            self._written(processor, prompt, text, response)
+            for prompt, text, response in zip(split.prompts, shown, split.responses, strict=True)
+        ]
+        end = _end(processor)
         inputs, labels, num_cut = [], [], 0
-        for prompt, response in zip(split.prompts, split.responses, strict=True):
-            shown, tokens = self._prompt(processor, start, prompt)
-            answer = self._response(processor, prompt, shown, response)
+        for tokens, answer in zip(prompts, _tokens(processor, responses), strict=True):
+            answer = answer if end in answer else [*answer, end]
             lead = tokens[: len(start)] if tokens[: len(start)] == start else []
             room = max_length - len(lead)
             num_cut += len(tokens) - len(lead) + len(answer) > room
@@ -125,32 +134,29 @@ class CausalLM(Kind):
             labels.append([*[IGNORED] * (len(lead) + len(kept)), *answer])
         return EncodedExamples({"input_ids": inputs}, labels, num_cut=num_cut)
 
-    def _prompt(self, processor: Any, start: list[int], prompt: str | Messages) -> tuple[str, list[int]]:
-        """The prompt as text, and its tokens with the ones that a text starts with."""
+    def _shown(self, processor: Any, prompt: str | Messages) -> str:
+        """The prompt as text."""
         if isinstance(prompt, str):
-            return prompt, [*start, *_tokens(processor, prompt)]
+            return prompt
         if not getattr(processor, "chat_template", None):
             raise ModelError(
                 "the model's tokenizer has no chat template, which rows of messages need. "
                 "Pass a model that has one, or rows with prompt and response."
             )
-        shown = processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return shown, _tokens(processor, shown)  # a template writes the start itself
+        return processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
-    def _response(self, processor: Any, prompt: str | Messages, shown: str, response: str) -> list[int]:
-        """The tokens of a response, closed by the end of text."""
-        end = _end(processor)
-        if not isinstance(prompt, str):
-            messages = [*prompt, {"role": "assistant", "content": response}]
-            whole = processor.apply_chat_template(messages, tokenize=False)
-            if not whole.startswith(shown):
-                raise ModelError(
-                    "the tokenizer's chat template does not continue a prompt by its response. "
-                    "Pass rows with prompt and response, or another model."
-                )
-            response = whole[len(shown) :]
-        tokens = _tokens(processor, response)
-        return tokens if end in tokens else [*tokens, end]
+    def _written(self, processor: Any, prompt: str | Messages, shown: str, response: str) -> str:
+        """The response as text that goes on from the prompt's."""
+        if isinstance(prompt, str):
+            return response
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        whole = processor.apply_chat_template(messages, tokenize=False)
+        if not whole.startswith(shown):
+            raise ModelError(
+                "the tokenizer's chat template does not continue a prompt by its response. "
+                "Pass rows with prompt and response, or another model."
+            )
+        return whole[len(shown) :]
 
     def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
         """Pad at the right, whatever the tokenizer does: positions are counted from the left."""
@@ -236,8 +242,14 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _tokens(processor: Any, text: str) -> list[int]:
-    return list(processor(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _tokens(processor: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text by itself, or from the cache. Templates, which may tell the date, are not cached."""
+
+    def tokenise() -> Tokens:
+        rows = [list(processor(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+        return Tokens({"input_ids": rows})
+
+    return cached_tokens(processor, ("texts alone",), (texts,), tokenise).columns["input_ids"]
 
 
 def _start(processor: Any) -> list[int]:
