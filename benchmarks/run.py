@@ -27,6 +27,7 @@ BENCHMARKS = {
     "memory": "peak memory of a training step, beside full fine-tuning and PEFT",
     "train": "the whole training step, beside the same; with --script, whole runs",
     "import": "import childtuning, beside import torch",
+    "compare": "a comparison, beside plain training of the same runs",
     "floors": "the machine's memory bandwidth and matmul rate, which floors are computed from",
 }
 
@@ -54,7 +55,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="holds TASK/train.jsonl.gz")
     add("--script", action="store_true", help="train: whole runs against the official script's loop")
     add("--tasks", nargs="+", default=["rte", "cola"], help="train --script: tasks")
-    add("--train-limit", type=int, help="train --script: training examples for both")
+    add("--train-limit", type=int, help="train --script, compare: training examples")
     add("--epochs", type=float, default=3, help="train --script: epochs of both  [3]")
     given = parser.parse_args(words)
     given.repeats = given.repeats or (2 if given.quick else 7)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from childtuning.cli import demo, evaluate, inspect, merge, methods, predict, score, train
+from childtuning.cli import compare, demo, evaluate, inspect, merge, methods, predict, report, score, train
 from childtuning.errors import ChildTuningError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, evaluate, score, inspect, merge, methods, demo):
+for command in (train, compare, report, predict, evaluate, score, inspect, merge, methods, demo):
     app.command(command.NAME)(command.run)
 
 

@@ -47,6 +47,15 @@ DataDir = Annotated[
     str | None, _option(_data, "Folder that holds TASK/ with both splits; asked before the hub.")
 ]
 TrainLimit = Annotated[int | None, _option(_data, "Use this many training examples at most.")]
+HeldOut = Annotated[
+    float | None, _option(_data, "Share of the training examples to set aside and score apart.  \\[0]")
+]
+Elsewhere = Annotated[
+    list[str] | None,
+    _option(
+        _data, "Score on another task of --data-dir as well, by label mapping: sick, snli/test; repeatable."
+    ),
+]
 Model = Annotated[str | None, _option(_model, "Model folder or hub name.  \\[packaged all-MiniLM-L6-v2]")]
 InitFrom = Annotated[
     str | None,
@@ -66,6 +75,10 @@ Scope = Annotated[str | None, _option(_child, "Rank all together (global) or in 
 Estimator = Annotated[str | None, _option(_child, "Fisher per-example or per-batch.  \\[per-example]")]
 FisherLabels = Annotated[str | None, _option(_child, "Labels for Fisher: data or sampled.  \\[data]")]
 FisherExamples = Annotated[int | None, _option(_child, "Estimate Fisher from this many examples at most.")]
+FisherDevice = Annotated[str | None, _option(_child, "Keep Fisher scores on model or cpu.  \\[model]")]
+FisherDtype = Annotated[
+    str | None, _option(_child, "Keep Fisher scores in float32 or bfloat16.  \\[float32]")
+]
 Eligible = Annotated[list[str] | None, _option(_child, "Pattern of parameters to choose from; repeatable.")]
 Always = Annotated[
     list[str] | None, _option(_child, "Pattern of parameters trained whole; repeatable.  \\[the new head]")
@@ -106,8 +119,11 @@ Compile = Annotated[
     ),
 ]
 Seed = Annotated[int | None, _option(_training, "Of head, order, dropout and masks.  \\[0]")]
-DataSeed = Annotated[int | None, _option(_data, "Of what --train-limit draws.  \\[0]")]
+DataSeed = Annotated[int | None, _option(_data, "Of what --train-limit and --held-out draw.  \\[0]")]
 SaveSteps = Annotated[int | None, _option(_training, "Steps between checkpoints.  \\[every epoch]")]
+ReportTo = Annotated[
+    list[str] | None, _option(_training, "Log to tensorboard, wandb, mlflow, … as well; repeatable.")
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file of these options, as a run writes it; options given here win."),

@@ -24,7 +24,12 @@ def is_terminal() -> bool:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """Print exactly one JSON object; what is not finite becomes null."""
-    print(json.dumps(_finite(content), ensure_ascii=False))
+    print(json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return one JSON object on one line; what is not finite becomes null."""
+    return json.dumps(_finite(content), ensure_ascii=False)
 
 
 def print_table(
@@ -45,6 +50,14 @@ def print_facts(facts: Mapping[str, str]) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+def point_text(point: Mapping[str, Any]) -> str:
+    """Return hyperparameters in a few words."""
+    return ", ".join(
+        f"{'lr' if name == 'learning_rate' else name} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in point.items()
+    )
 
 
 def human_bytes(count: float) -> str:

@@ -26,6 +26,8 @@ def run(
     data_dir: o.DataDir = None,
     train_limit: o.TrainLimit = None,
     data_seed: o.DataSeed = None,
+    held_out: o.HeldOut = None,
+    elsewhere: o.Elsewhere = None,
     model: o.Model = None,
     init_from: o.InitFrom = None,
     method: o.Method = None,
@@ -36,6 +38,8 @@ def run(
     estimator: o.Estimator = None,
     fisher_labels: o.FisherLabels = None,
     fisher_examples: o.FisherExamples = None,
+    fisher_device: o.FisherDevice = None,
+    fisher_dtype: o.FisherDtype = None,
     eligible: o.Eligible = None,
     always: o.Always = None,
     rescale: o.Rescale = None,
@@ -53,6 +57,7 @@ def run(
     compile: o.Compile = None,
     seed: o.Seed = None,
     save_steps: o.SaveSteps = None,
+    report_to: o.ReportTo = None,
     config: o.ConfigFile = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the run.  \\[runs/TASK-METHOD-SEED]", show_default=False)
@@ -91,6 +96,8 @@ def run(
     print_facts(
         {
             **{name: f"{value:.4f}" for name, value in result.metrics.items()},
+            **{f"{name}, held out": f"{value:.4f}" for name, value in (result.held_out or {}).items()},
+            **{f"on {name}": f"{found['accuracy']:.4f}" for name, found in result.elsewhere.items()},
             "trained": f"{result.trained_parameters:,} entries ({result.density:.1%} of the eligible{beside})",
             "optimizer state": human_bytes(result.state_bytes),
             "delta": human_bytes(result.delta_bytes),

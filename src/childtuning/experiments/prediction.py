@@ -53,9 +53,11 @@ class Reader:
         outputs = self._over(model, encoded, self.kind.outputs)
         return self.kind.measure(metrics, outputs, encoded, split, self.label_names)
 
-    def predict(self, model: Any, split: Split, options: Answers) -> list[dict[str, Any]]:
-        """Return by example what a model answers, as it is written for users."""
-        encoded = self.encode(split, "the input")
+    def predict(
+        self, model: Any, split: Split, options: Answers, encoded: Any = None
+    ) -> list[dict[str, Any]]:
+        """Return by example what a model answers, as it is written for users; they may be encoded already."""
+        encoded = self.encode(split, "the input") if encoded is None else encoded
         answer = partial(self.kind.answers, processor=self.processor, options=options)
         return self.kind.predictions(self._over(model, encoded, answer), encoded, split, self.label_names)
 

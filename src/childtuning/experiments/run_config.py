@@ -22,6 +22,8 @@ _CHILD_OPTIONS = (
     "scope",
     "estimator",
     "fisher_examples",
+    "fisher_device",
+    "fisher_dtype",
     "eligible",
     "always",
     "rescale",
@@ -42,22 +44,27 @@ class RunConfig:
         label_type: ``auto``, ``class`` or ``number``.
         data_dir: a folder with ``<task>/`` and in it the two splits.
         train_limit: use this many training examples at most, drawn by ``data_seed``.
+        held_out: a share of the training examples that is set aside before anything is drawn from them: scored at the
+            end, apart from what is reported, so that hyperparameters can be chosen by it.
+        elsewhere: other tasks of ``data_dir`` on whose examples the model is scored as well, by a mapping of labels:
+            ``sick`` (its dev split) or ``snli/test``.
         model: a model folder or hub name; ``None``: the packaged all-MiniLM-L6-v2.
         init_from: a finished run's folder: start from its tuned network instead of the base model's, with a new head;
             or a model folder, which is then the model.
         method: one of ``childtuning methods``, with options behind a colon, or several joined by ``+``.
         density: p, or ``auto``; ``None``: the method's own default.
         mass: for ``density="auto"``: the share of the Fisher information that the child holds.
-        granularity, scope, estimator, fisher_labels, fisher_examples, eligible, always, rescale, release_gradients,
-            preset: the rest of ``ChildConfig``.
+        granularity, scope, estimator, fisher_labels, fisher_examples, fisher_device, fisher_dtype, eligible, always,
+            rescale, release_gradients, preset: the rest of ``ChildConfig``.
         learning_rate: peak, after the warm-up and before a linear decay to 0.
         epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
             ``max_length`` in tokens.
         precision: ``fp32``, ``bf16`` autocast, or ``auto``: bf16 where the machine computes in it natively.
         compile: run the model through ``torch.compile`` while training.
         seed: of the head's start, data order, dropout, and masks.
-        data_seed: of what ``train_limit`` draws.
+        data_seed: of what ``held_out`` and ``train_limit`` draw.
         save_steps: a checkpoint every so many optimizer steps; ``None``: every epoch.
+        report_to: where else to log while training: ``tensorboard``, or whatever transformers' Trainer reports to.
     Raises:
         ConfigError: all the faults there are, in one line.
     """
@@ -72,6 +79,8 @@ class RunConfig:
     label_type: str = "auto"
     data_dir: str | None = None
     train_limit: int | None = None
+    held_out: float = 0.0
+    elsewhere: tuple[str, ...] | None = None
     model: str | None = None
     init_from: str | None = None
     method: str = "child-d"
@@ -82,6 +91,8 @@ class RunConfig:
     estimator: str = "per-example"
     fisher_labels: str = "data"
     fisher_examples: int | None = None
+    fisher_device: str = "model"
+    fisher_dtype: str = "float32"
     eligible: tuple[str, ...] | None = None
     always: tuple[str, ...] | None = None
     rescale: bool | None = None
@@ -100,6 +111,7 @@ class RunConfig:
     seed: int = 0
     data_seed: int = 0
     save_steps: int | None = None
+    report_to: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         faults = list(self._range_faults())
@@ -132,8 +144,9 @@ class RunConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 faults.append(f"{name} must not be negative, got {value}. Pass 0 for none.")
-        if not 0 <= self.warmup_ratio < 1:
-            faults.append(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}. Pass a share: 0.1.")
+        for name in ("warmup_ratio", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}. Pass a share: 0.1.")
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 faults.append(f"{name} must be in [0, 2^32), got {getattr(self, name)}.")
@@ -215,6 +228,30 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise ConfigError(f"config file {str(path)!r} is not TOML ({fault}). Correct that line.") from None
+
+
+def option_of_text(name: str, text: str) -> Any:
+    """Return an option's value as a user types it: ``2e-5``, ``row``, ``true``.
+
+    Raises:
+        ConfigError: a run has no such option, or the text is no value of its type.
+    """
+    known = {field.name: str(field.type) for field in fields(RunConfig)}
+    if name not in known:
+        raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
+    declared = known[name]
+    if name == "density":
+        return _density(text)
+    try:
+        if "bool" in declared:
+            return {"true": True, "false": False}[text.lower()]
+        if "int" in declared:
+            return int(text)
+        return float(text) if "float" in declared else text
+    except (ValueError, KeyError):
+        kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+        wanted = next(words for kind, words in kinds.items() if kind in declared)
+        raise ConfigError(f"{name} must be {wanted}, got {text!r}.") from None
 
 
 def _density(text: str) -> float | str:

@@ -8,6 +8,7 @@ tokenizer/             the tokenizer; image_processor/ where the examples are im
 method/                what a method leaves for others (an adapter in PEFT's own format)
 start/                 how the run it started from differs from the base model, a delta (--init-from)
 log.jsonl              what was logged while training
+tensorboard/           the same for TensorBoard (--report-to tensorboard)
 metrics.json           the result; written last, so that it marks a finished run
 checkpoints/           while the run is going on
 """
@@ -26,7 +27,7 @@ from childtuning.experiments.run_config import RunConfig, read_toml
 from childtuning.tasks import KINDS
 
 CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
-METHOD_FILES, CHECKPOINTS, START = "method", "checkpoints", "start"
+METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
 _OURS = (
     "log.jsonl",
     CONFIG,
@@ -35,12 +36,13 @@ _OURS = (
     *sorted({kind.processor_folder for kind in KINDS.values()}),
     METHOD_FILES,
     START,
+    TENSORBOARD,
     CHECKPOINTS,
     "child.safetensors",
     "delta.json",
     "delta.safetensors",
 )
-_NOT_IDENTITY = ("save_steps",)
+_NOT_IDENTITY = ("save_steps", "report_to")
 
 
 def write_text(path: Path, text: str) -> None:

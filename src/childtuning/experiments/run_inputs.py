@@ -10,29 +10,33 @@ from childtuning.experiments.run_config import RunConfig
 from childtuning.experiments.run_start import is_model_folder
 from childtuning.methods import Combination
 from childtuning.patterns import match_names
-from childtuning.tasks import Kind, Task, load_task, task_from_files
+from childtuning.tasks import Kind, Split, Task, load_task, task_from_files
 from childtuning.training import LoadedModel, Prepared, load_model
 
 
-def read_run_task(config: RunConfig) -> Task:
-    """Load the examples that a run trains on and is measured on."""
+def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
+    """Load the examples that a run trains on and is measured on, and those of training that it sets aside."""
+    # What is set aside comes first, so that it is the same for every training size; docstrings draw from a pool.
+    draw_first = config.task == "docstrings" or not config.held_out
     drawn: dict[str, Any] = {
         "kind": config.task_kind,
-        "train_limit": config.train_limit,
+        "train_limit": config.train_limit if draw_first else None,
         "seed": config.data_seed,
     }
     if config.task is not None:
-        return load_task(config.task, data_dir=config.data_dir, **drawn)
-    assert config.train is not None and config.eval is not None
-    return task_from_files(
-        config.train,
-        config.eval,
-        text=config.text,
-        text_pair=config.text_pair,
-        label=config.label,
-        label_type=config.label_type,  # type: ignore[arg-type]
-        **drawn,
-    )
+        task = load_task(config.task, data_dir=config.data_dir, **drawn)
+    else:
+        assert config.train is not None and config.eval is not None
+        task = task_from_files(
+            config.train,
+            config.eval,
+            text=config.text,
+            text_pair=config.text_pair,
+            label=config.label,
+            label_type=config.label_type,  # type: ignore[arg-type]
+            **drawn,
+        )
+    return task.hold_out(config.held_out, config.train_limit, seed=config.data_seed)
 
 
 def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) -> LoadedModel:

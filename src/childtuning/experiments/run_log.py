@@ -1,12 +1,16 @@
-"""What happens during a run, a line of JSON at a time."""
+"""What happens during a run: a line of JSON at a time, and whatever else people watch runs with."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from childtuning.errors import ConfigError, did_you_mean
+from childtuning.experiments.run_files import TENSORBOARD
 
 
 class RunLog(TrainerCallback):
@@ -37,3 +41,32 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """Return what logs to TensorBoard and its like while training; TensorBoard's files are the run's own.
+
+    Args:
+        names: as the Trainer's ``report_to`` takes them.
+        folder: the run's.
+    Raises:
+        ConfigError: the Trainer does not know one of them, or it is not installed.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    found: list[TrainerCallback] = []
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise ConfigError(f"report_to knows no {name!r}. {did_you_mean(name, known)}")
+        try:
+            callback = INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as fault:
+            reason = " ".join(str(fault).split())
+            raise ConfigError(
+                f"report_to {name!r} is not installed ({reason}) Install it, or leave it out."
+            ) from None
+        if name == "tensorboard":
+            callback.logging_dir = str(folder / TENSORBOARD)
+        found.append(callback)
+    return found

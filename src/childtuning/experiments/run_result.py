@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -14,6 +14,10 @@ class RunResult:
         task, method, seed: as configured.
         metric: name and value of the task's main metric on the dev split.
         metrics: all of the task's metrics.
+        held_out: the same on the training examples that were set aside; ``None`` where there were none.
+        constant: the same for always giving the most frequent answer of the training examples; ``None`` where a kind of
+            task has no such thing.
+        elsewhere: by other task, its metrics under a mapping of labels.
         density: the share of the eligible entries in the child.
         trained_parameters: entries that were trained, the new head included.
         child_parameters: those of them that are eligible.
@@ -46,6 +50,9 @@ class RunResult:
     empty_texts: int
     cut_by_length: int
     output: str
+    held_out: dict[str, float] | None = None
+    constant: dict[str, float] | None = None
+    elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""

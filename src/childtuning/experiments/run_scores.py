@@ -40,7 +40,7 @@ def score_run(
 
     config = replace(config.resolved(), method="child-d", density=config.density)
     child_config = config.child()
-    task = read_run_task(config)
+    task, _ = read_run_task(config)
     loaded = load_run_model(config, task.how, task.label_names)
     apply_start(config, loaded)
     chosen = fisher_sample(len(task.train), child_config.fisher_examples, child_config.seed)
@@ -67,7 +67,10 @@ def score_run(
         "density": child.density,
         "eligible_parameters": child.num_eligible,
         "parameters": {
-            name: {"mean": float(score.mean()), "share": child.parts[name].num_trained / score.numel()}
+            name: {
+                "mean": float(score.float().mean()),
+                "share": child.parts[name].num_trained / score.numel(),
+            }
             for name, score in scores.items()
         },
     }

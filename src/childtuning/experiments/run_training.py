@@ -30,25 +30,35 @@ from childtuning.experiments.run_files import (
     write_text,
 )
 from childtuning.experiments.run_folder import RunFolder
-from childtuning.experiments.run_inputs import load_run_model, prepare_run_model, read_run_task
+from childtuning.experiments.run_inputs import prepare_run_model
 from childtuning.experiments.run_result import RunResult
 from childtuning.experiments.run_start import apply_start
+from childtuning.experiments.run_tests import RunTests
+from childtuning.experiments.shared_inputs import Inputs
 from childtuning.patterns import matches
 from childtuning.tasks import Kind, LengthBucketBatches, Task
-from childtuning.training import ChildTrainer, LoadedModel
+from childtuning.training import ChildTrainer, LoadedModel, ScoreFn
 
 Tell = Callable[[str], None]
 
 
 def build_trainer(
-    config: RunConfig, kind: Kind, encoded: Any, loaded: LoadedModel, folder: Path, *, progress: bool
+    config: RunConfig,
+    kind: Kind,
+    encoded: Any,
+    loaded: LoadedModel,
+    folder: Path,
+    *,
+    progress: bool,
+    scores: ScoreFn | None = None,
 ) -> ChildTrainer:
     """Return the trainer of a run, ready to be started."""
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from childtuning.experiments.run_log import RunLog
+    from childtuning.experiments.run_log import RunLog, trackers
 
+    num_steps = int(len(encoded) * config.epochs / (config.batch_size * config.gradient_accumulation))
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=config.batch_size,
@@ -66,9 +76,10 @@ def build_trainer(
         save_strategy="epoch" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=max(1, min(10, num_steps // 20)),  # some twenty points also of a short run
         disable_tqdm=not progress,
         report_to="none",
+        run_name=folder.name,
         dataloader_pin_memory=False,
     )
     methods = config.methods()
@@ -83,10 +94,11 @@ def build_trainer(
         data_collator=kind.collator(loaded.processor),
         child=child,
         always=prepared.always,
+        scores=scores,
         methods=methods.methods,
         train_batches=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
         base_name=loaded.name,
-        callbacks=[RunLog(folder / "log.jsonl")],
+        callbacks=[RunLog(folder / "log.jsonl"), *trackers(config.report_to or (), folder)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -100,6 +112,7 @@ def train_run(
     resume: bool = False,
     progress: bool = False,
     tell: Tell = lambda line: None,
+    inputs: Inputs | None = None,
 ) -> RunResult:
     """Execute a run and leave its folder behind.
 
@@ -111,6 +124,7 @@ def train_run(
         output: the run's folder; new or empty, unless ``overwrite`` (an earlier run's) or ``resume``.
         progress: draw bars on standard error.
         tell: called with lines for the user.
+        inputs: where data, model and scores come from; by default they are made for this run alone.
     Returns:
         the result, as it also stands in ``metrics.json``.
     Raises:
@@ -119,22 +133,25 @@ def train_run(
     import transformers
 
     config = config.resolved()
+    inputs = inputs or Inputs()
     folder = Path(output).expanduser()
     check_output(folder, config, overwrite=overwrite, resume=resume)
     if resume and (folder / METRICS).is_file():
         tell("the run is finished already; this is its result")
         return RunResult(**RunFolder(folder).metrics)
-    task = read_run_task(config)
+    task, held_out = inputs.task(config)
     if task.num_empty:
         tell(f"{task.num_empty} rows have empty text; they are kept")
-    loaded = load_run_model(config, task.how, task.label_names)
+    loaded = inputs.model(config, task)
     beginning = apply_start(config, loaded, folder if resume else None)
     reader = Reader(task.how, loaded.processor, task.label_names, config.max_length, tell=tell)
-    train = reader.encode(task.train, "the training examples")
-    dev = reader.encode(task.dev, "the evaluation examples")
+    train = inputs.encoded(config, reader, task.train, "the training examples")
+    tests = RunTests(config, task, held_out, reader, inputs)
     reset_peak_memory()
     labels = _labels(task, loaded)
-    trainer = build_trainer(config, task.how, train, loaded, folder, progress=progress)
+    trainer = build_trainer(
+        config, task.how, train, loaded, folder, progress=progress, scores=inputs.scores(config)
+    )
     checkpoint = last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
     start = time.perf_counter()
@@ -157,18 +174,17 @@ def train_run(
     transformers.set_seed(config.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_seconds = time.perf_counter() - start
-    costs = {
+    facts = {
         "fisher_seconds": fisher_seconds,
         "train_seconds": train_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "train_examples": len(train),
-        "eval_examples": len(dev),
         "empty_texts": task.num_empty,
-        "cut_by_length": train.num_cut + dev.num_cut,
+        "cut_by_length": train.num_cut + tests.num_cut,
+        **tests.measure(trainer.model),
     }
-    metrics = reader.measure(trainer.model, task.dev, task.metrics, dev)
     _save(config, task.how, loaded, labels, trainer, folder)
-    result = _result(config, task, metrics, trainer, folder, costs)
+    result = _result(config, task, trainer, folder, facts)
     write_json(folder / METRICS, result.to_dict())
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return result
@@ -195,10 +211,9 @@ def _save(
 def _result(
     config: RunConfig,
     task: Task,
-    metrics: dict[str, float],
     trainer: ChildTrainer,
     folder: Path,
-    costs: dict[str, Any],
+    facts: dict[str, Any],
 ) -> RunResult:
     child, delta = trainer.select(), trainer.delta()
     if isinstance(child, Child):
@@ -210,15 +225,14 @@ def _result(
         task=task.name,
         method=config.method,
         seed=config.seed,
-        metric={"name": task.metrics[0], "value": metrics[task.metrics[0]]},
-        metrics=metrics,
+        metric={"name": task.metrics[0], "value": facts["metrics"][task.metrics[0]]},
         density=child.density,
         trained_parameters=delta.num_trained,
         child_parameters=child_parameters,
         eligible_parameters=eligible_parameters,
         state_bytes=trainer.child_optimizer.num_state_bytes,
         delta_bytes=sum((folder / name).stat().st_size for name in ("delta.json", "delta.safetensors")),
-        **costs,
+        **facts,
         output=str(folder),
     )
 

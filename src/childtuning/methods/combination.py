@@ -63,6 +63,11 @@ class Combination:
         return next((method.density for method in self.methods if method.part == "child"), 1.0)
 
     @property
+    def takes_density(self) -> bool:
+        """Whether a method trains a share of the entries, which the user may set."""
+        return any(method.part == "child" and method.density < 1 for method in self.methods)
+
+    @property
     def chooses(self) -> bool:
         """Whether a method settles what a child is chosen from."""
         return any(method.chooses for method in self.methods)

@@ -17,12 +17,14 @@ from childtuning.tasks.regression import Regression
 from childtuning.tasks.rows import Source, read_rows
 from childtuning.tasks.split import Split
 from childtuning.tasks.token_classification import TokenClassification
+from childtuning.tasks.transfer import Elsewhere, load_elsewhere
 
 __all__ = [
     "Answers",
     "CausalLM",
     "Classification",
     "Columns",
+    "Elsewhere",
     "EncodedExamples",
     "Examples",
     "GLUE",
@@ -48,6 +50,7 @@ __all__ = [
     "guess_columns",
     "infer_kind",
     "load_docstring_task",
+    "load_elsewhere",
     "load_task",
     "read_examples",
     "read_rows",

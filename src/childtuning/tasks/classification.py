@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,10 @@ class Classification(TextKind):
         truth = [ids[str(label)] for label in split.labels or ()]
         return compute_metrics(metrics, likeliest(outputs), truth)
 
+    def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
+        """Return logits of the most frequent class."""
+        return most_frequent(train.labels or (), label_names)
+
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
     ) -> list[dict[str, Any]]:
@@ -64,6 +69,13 @@ def likeliest(logits: Sequence[Any]) -> np.ndarray:
     """Return the class of the largest logit by example; NaN for all where a logit is not finite."""
     rows = np.stack(logits)
     return rows.argmax(1) if np.isfinite(rows).all() else np.full(len(rows), np.nan)
+
+
+def most_frequent(labels: Iterable[Any], label_names: Sequence[str]) -> np.ndarray:
+    """Return logits [num_labels], float32, of the class that most labels name; of equals, the first by id."""
+    counts = Counter(map(str, labels))
+    best = max(label_names, key=lambda name: counts[name])
+    return np.asarray([float(name == best) for name in label_names], dtype=np.float32)
 
 
 def class_predictions(logits: Sequence[Any], label_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from childtuning.errors import DataError
@@ -135,6 +135,21 @@ class Task:
                 f"in the train split of {self.name!r}. Add examples of another class."
             )
         check_labels(self.dev, sorted(seen), where=f"the dev split of {self.name!r}")
+
+    def hold_out(self, share: float, limit: int | None, *, seed: int = 0) -> tuple[Task, Split | None]:
+        """Set a share of the training examples aside, and draw at most ``limit`` from the others.
+
+        Args:
+            share: in [0, 1); 0 sets nothing aside.
+            limit: the most training examples; None keeps all.
+            seed: of both draws.
+        Returns:
+            the task without them, and what was set aside; None for nothing.
+        Raises:
+            ConfigError, DataError: too few examples are left.
+        """
+        train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
+        return replace(self, train=train.sample(limit, seed=seed)), aside
 
     @property
     def how(self) -> Kind:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from childtuning.errors import DataError
-from childtuning.tasks.classification import class_line, class_predictions, likeliest
+from childtuning.tasks.classification import class_line, class_predictions, likeliest, most_frequent
 from childtuning.tasks.images import Images, holds_images, read_images
 from childtuning.tasks.kind import Collate, Columns, Kind, Part, register
 from childtuning.tasks.metrics import compute_metrics, default_metrics, metrics_of
@@ -121,6 +121,10 @@ class ImageClassification(Kind):
         return compute_metrics(
             metrics, likeliest(outputs), [label_names.index(label) for label in split.labels or ()]
         )
+
+    def constant_output(self, train: Images, label_names: Sequence[str]) -> np.ndarray:
+        """Return logits of the most frequent class."""
+        return most_frequent(train.labels or (), label_names)
 
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Images, label_names: Sequence[str]

@@ -183,6 +183,13 @@ class Kind(ABC):
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Any]:
         """Run a model on a batch and return what `measure` needs, an entry an example."""
 
+    def constant_output(self, train: Split, label_names: Sequence[str]) -> Any:
+        """Return what `outputs` would be of every example if the likeliest answer were given without looking.
+
+        The answer that is most frequent among the training examples; None where there is no such thing.
+        """
+        return None
+
     @abstractmethod
     def measure(
         self,

@@ -76,6 +76,10 @@ class Regression(TextKind):
         """Correlate outputs with targets."""
         return compute_metrics(metrics, np.stack(outputs)[:, 0], np.asarray(split.labels))
 
+    def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
+        """Return the mean target; no constant correlates with anything."""
+        return np.asarray([np.mean([float(label) for label in train.labels or ()])], dtype=np.float32)
+
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
     ) -> list[dict[str, Any]]:

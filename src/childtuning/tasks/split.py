@@ -63,6 +63,26 @@ class Split(ABC):
             raise ConfigError(f"train_limit must be at least 1, got {limit}. Leave it out to use every row.")
         if limit >= len(self):
             return self
-        # RandomState because its stream is frozen: numpy's newer generators may change between releases.
-        order = np.random.RandomState(seed % 2**32).permutation(len(self))
-        return self.subset(sorted(order[:limit].tolist()))
+        return self.subset(sorted(_order(len(self), seed)[:limit]))
+
+    def hold_out(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
+        """Return the examples without a random share of them, and that share, both in their original order.
+
+        Args:
+            share: in (0, 1); at least one example lies on either side.
+            seed: any integer.
+        Raises:
+            ConfigError: when there are fewer than two examples.
+        """
+        if len(self) < 2:
+            raise ConfigError(
+                f"{len(self)} training examples cannot be parted, got held_out={share}. Pass 0."
+            )
+        size = min(max(1, round(share * len(self))), len(self) - 1)
+        order = _order(len(self), seed)
+        return self.subset(sorted(order[:-size])), self.subset(sorted(order[-size:]))
+
+
+def _order(size: int, seed: int) -> list[int]:
+    # RandomState because its stream is frozen: numpy's newer generators may change between releases.
+    return np.random.RandomState(seed % 2**32).permutation(size).tolist()

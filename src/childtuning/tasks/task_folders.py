@@ -41,17 +41,25 @@ def splits_of(name: str, folder: Path) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def _find(folder: Path, split: str) -> Path | None:
-    names = [
+def file_of(folder: Path, split: str) -> Path | None:
+    """Return the table or text file of a split: train, dev, or one by its name without the type."""
+    stems = _STEMS.get(split, (split,))
+    names = (
         f"{stem}{ending}{packed}"
-        for stem in _STEMS[split]
+        for stem in stems
         for ending in (".jsonl", *_TEXT_ENDINGS)
         for packed in (".gz", "")
-    ]
-    names += [f"{_IDX[split]}{packed}" for packed in (".gz", "")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    )
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _find(folder: Path, split: str) -> Path | None:
+    found = file_of(folder, split)
+    if found is not None:
+        return found
+    for packed in (".gz", ""):
+        if (folder / f"{_IDX[split]}{packed}").is_file():
+            return folder / f"{_IDX[split]}{packed}"
     for name in _IMAGE_FOLDERS[split]:
         if (folder / name).is_dir():
             return folder / name

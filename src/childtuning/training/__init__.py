@@ -1,6 +1,7 @@
 """Layer 2: child-tuning inside the Hugging Face Trainer, and what a method may decide."""
 
 from childtuning.training.child_choice import (
+    ScoreFn,
     choose_child,
     fisher_sample,
     fisher_scores,
@@ -25,6 +26,7 @@ __all__ = [
     "MethodCallback",
     "PARTS",
     "Prepared",
+    "ScoreFn",
     "choose_child",
     "find_layers",
     "fisher_sample",

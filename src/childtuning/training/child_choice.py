@@ -17,6 +17,8 @@ from childtuning.selection import magnitude_scores, official_child, random_child
 from childtuning.task_free import TaskFree
 
 Progress = Callable[[int, int | None], None]
+Scores = dict[str, Tensor]
+ScoreFn = Callable[[Callable[[], Scores]], Scores]
 OFFICIAL_ELIGIBLE = ("*layer*",)
 
 
@@ -53,7 +55,7 @@ def choose_child(
     batches: Callable[[], Iterable[Any]],
     *,
     always: Sequence[str],
-    scores: dict[str, Tensor] | None = None,
+    scores: Scores | ScoreFn | None = None,
     progress: bool | Progress = False,
 ) -> Child | TaskFree:
     """Choose the child that a configuration describes.
@@ -63,7 +65,8 @@ def choose_child(
         model: the pretrained model with its head.
         batches: makes the batches of the task's training set; called only where scores need them.
         always: names or patterns that are trained whole beside the child where the configuration names none.
-        scores: ready scores, used in place of new ones.
+        scores: ready scores, used in place of new ones; or a function that is given the Fisher pass and returns its
+            scores, or those of an equal one.
         progress: as for ``fisher_information``.
     Raises:
         ParameterError: a pattern matches no parameter.
@@ -77,10 +80,14 @@ def choose_child(
         return TaskFree(_number(config.density), config.seed, config.granularity, always, axes)
     if config.density == 1.0 and not config.preset:
         return _whole(model, config.eligible, always)
-    if scores is not None:
-        scores = in_model_order(model, scores)
+    if callable(scores):
+        score_fn, scores = scores, None
+    else:
+        score_fn, scores = _made, None if scores is None else in_model_order(model, scores)
     if config.preset == "official":
-        return _official(config, model, batches, scores, progress)
+        if scores is None:
+            scores = score_fn(lambda: _official_scores(config, model, batches, progress))
+        return official_child(scores, _number(config.density))
     options: dict[str, Any] = {
         "scope": config.scope,
         "granularity": config.granularity,
@@ -98,7 +105,7 @@ def choose_child(
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
     if scores is None:
-        scores = fisher_scores(config, model, batches(), always=always, progress=progress)
+        scores = score_fn(lambda: fisher_scores(config, model, batches(), always=always, progress=progress))
     return select_child(
         scores,
         config.density,
@@ -138,6 +145,8 @@ def fisher_scores(
         always=always,
         progress=progress,
         seed=config.seed,
+        scores_device=_kept_on(config),
+        scores_dtype=torch.bfloat16 if config.fisher_dtype == "bfloat16" else None,
     )
 
 
@@ -175,25 +184,28 @@ def _whole(model: nn.Module, eligible: Sequence[str] | None, always: Sequence[st
     )
 
 
-def _official(
-    config: ChildConfig,
-    model: nn.Module,
-    batches: Callable[[], Iterable[Any]],
-    scores: dict[str, Tensor] | None,
-    progress: bool | Progress,
-) -> Child:
-    """The official code's child: encoder layers only, its Fisher estimate in train mode, its percentile."""
-    if scores is None:
-        scores = fisher_information(
-            model,
-            batches(),
-            estimator="per-batch",
-            eligible=config.eligible or OFFICIAL_ELIGIBLE,
-            progress=progress,
-            training=True,
-            seed=config.seed,
-        )
-    return official_child(scores, _number(config.density))
+def _official_scores(
+    config: ChildConfig, model: nn.Module, batches: Callable[[], Iterable[Any]], progress: bool | Progress
+) -> Scores:
+    """The official code's scores: encoder layers only, its Fisher estimate in train mode."""
+    return fisher_information(
+        model,
+        batches(),
+        estimator="per-batch",
+        eligible=config.eligible or OFFICIAL_ELIGIBLE,
+        progress=progress,
+        training=True,
+        seed=config.seed,
+        scores_device=_kept_on(config),
+    )
+
+
+def _kept_on(config: ChildConfig) -> str | None:
+    return None if config.fisher_device == "model" else config.fisher_device
+
+
+def _made(make_fn: Callable[[], Scores]) -> Scores:
+    return make_fn()
 
 
 def _number(density: float | str) -> float:

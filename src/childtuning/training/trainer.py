@@ -21,6 +21,8 @@ from childtuning.task_free import TaskFree
 from childtuning.training.checkpoint_files import CheckpointFiles
 from childtuning.training.child_choice import (
     Progress,
+    ScoreFn,
+    Scores,
     choose_child,
     fisher_sample,
     saves_computation,
@@ -81,7 +83,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
         child: a ``ChildConfig``, or a ready ``Child`` or ``TaskFree``.
         always: parameter names or patterns trained whole beside the child where the configuration names none;
             ``None``: the model's task head (``task_head``).
-        scores: ready scores by parameter name, in place of a Fisher pass.
+        scores: ready scores by parameter name, in place of a Fisher pass; or a function that is given the pass and
+            returns its scores, or those that it has kept of an equal one.
         methods: what else is done beside training a child: terms of the loss, changes of the update. What they
             ``prepare`` has been done to the model.
         train_batches: a batch sampler for the training set (with ``set_epoch`` if its order changes by epoch).
@@ -97,7 +100,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         *args: Any,
         child: ChildConfig | Child | TaskFree,
         always: Iterable[str] | None = None,
-        scores: dict[str, Tensor] | None = None,
+        scores: Scores | ScoreFn | None = None,
         methods: Sequence[Method] = (),
         train_batches: Sampler[list[int]] | None = None,
         base_name: str | None = None,

@@ -1,0 +1,258 @@
+"""childtuning compare"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from childtuning.cli import options as o
+from childtuning.cli.printing import is_terminal, point_text, print_json, print_table, tell
+from childtuning.errors import ConfigError
+
+NAME = "compare"
+_comparison, _execution = "Comparison", "Execution"
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+def run(
+    more_grid: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="More of --grid: NAME=VALUE,VALUE …", metavar="[NAME=VALUES]...", show_default=False
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None, _option(_comparison, "A protocol of the paper by name; see below.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        _option(_comparison, "Methods, parted by commas: full,child-d,child-d+r3f,lora:r=8."),
+    ] = None,
+    seeds: Annotated[int | None, _option(_comparison, "Seeds 0, 1, …  \\[5]")] = None,
+    tune_seeds: Annotated[
+        int | None, _option(_comparison, "Seeds that every set of hyperparameters is tried with.  \\[1]")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        _option(_comparison, "Values to try: lr=2e-5,4e-5; of one method: lora:lr=1e-3; repeatable."),
+    ] = None,
+    train_sizes: Annotated[
+        str | None, _option(_comparison, "Numbers of training examples: 100,1000,all.  \\[all]")
+    ] = None,
+    baseline: Annotated[
+        str | None, _option(_comparison, "The method that the others are tested against.  \\[the first]")
+    ] = None,
+    selection: Annotated[
+        str | None,
+        _option(
+            _comparison, "Choose hyperparameters by the held-out or the reported examples.  \\[held-out]"
+        ),
+    ] = None,
+    store: Annotated[
+        Path, _option(_execution, "File that records the runs; made if it is not there.")
+    ] = Path("runs/compare.db"),
+    executor: Annotated[
+        str, _option(_execution, "local, or ray: the Ray cluster around this machine.")
+    ] = "local",
+    jobs: Annotated[int, typer.Option(help="Local processes.", rich_help_panel=_execution, min=1)] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Processor threads of each run; results depend on it in the last bits.  \\[cores / jobs]",
+            rich_help_panel=_execution,
+            min=1,
+        ),
+    ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep the runs' folders, deltas and all.", rich_help_panel=_execution),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and stop.", rich_help_panel=_execution)
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do failed runs again.", rich_help_panel=_execution)
+    ] = False,
+    task: Annotated[
+        list[str] | None, o._option("Data", "Tasks by name, parted by commas; or files, as for train.")
+    ] = None,
+    task_kind: o.TaskKind = None,
+    train: o.TrainFile = None,
+    eval: o.EvalFile = None,
+    text: o.Text = None,
+    text_pair: o.TextPair = None,
+    label: o.Label = None,
+    label_type: o.LabelType = None,
+    data_dir: o.DataDir = None,
+    data_seed: o.DataSeed = None,
+    held_out: o.HeldOut = None,
+    elsewhere: o.Elsewhere = None,
+    model: o.Model = None,
+    init_from: o.InitFrom = None,
+    density: o.Density = None,
+    mass: o.Mass = None,
+    granularity: o.Granularity = None,
+    scope: o.Scope = None,
+    estimator: o.Estimator = None,
+    fisher_labels: o.FisherLabels = None,
+    fisher_examples: o.FisherExamples = None,
+    eligible: o.Eligible = None,
+    always: o.Always = None,
+    rescale: o.Rescale = None,
+    release_gradients: o.ReleaseGradients = None,
+    preset: o.Preset = None,
+    learning_rate: o.LearningRate = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    gradient_accumulation: o.Accumulation = None,
+    warmup_ratio: o.WarmupRatio = None,
+    weight_decay: o.WeightDecay = None,
+    max_grad_norm: o.MaxGradNorm = None,
+    max_length: o.MaxLength = None,
+    precision: o.Precision = None,
+    compile: o.Compile = None,
+    save_steps: o.SaveSteps = None,
+    report_to: o.ReportTo = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Compare methods over seeds, each with the hyperparameters that suit it, and say what is significant.
+
+    Stopped at any moment and started again, it does what is missing: `childtuning compare --store FILE` is enough.
+    Several processes may work on one store.
+
+    Protocols: paper, glue-small, low-resource, domain-transfer, task-transfer, ablation, overlap.
+
+    Example:
+
+        childtuning compare --task rte --data-dir data --methods full,child-d --grid lr=2e-5,4e-5 density=0.1,0.3
+
+        childtuning compare --train a.csv --eval b.csv --methods full,child-d,lora --seeds 10 --jobs 2
+    """
+    given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+    from childtuning.cli.compare_progress import tell_plan, watched
+    from childtuning.experiments.comparison import EXECUTORS, asked_for, compare, set_up, stored
+
+    if executor not in EXECUTORS:
+        raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
+    comparison = asked_for(
+        stored(store),
+        tasks=task,
+        methods=methods,
+        grid=[*(grid or ()), *(more_grid or ())],
+        protocol=protocol,
+        train_sizes=train_sizes,
+        settings={
+            "num_seeds": seeds,
+            "tune_seeds": tune_seeds,
+            "baseline": baseline,
+            "selection": selection,
+            "threads": threads,
+            "keep": keep or None,
+        },
+        options={name: value for name, value in given.items() if value is not None and value != []},
+        jobs=jobs,
+        command=shlex.join(["childtuning", *sys.argv[1:]]),
+    )
+    set_up(store, comparison, retry_failed=retry_failed)
+    tell_plan(store, comparison, jobs=jobs, tell=tell)
+    if dry_run:
+        return
+    with watched(store, comparison, jobs=jobs, tell=tell, live=is_terminal()):
+        recorded = compare(store, comparison, executor=executor, jobs=jobs)  # type: ignore[arg-type]
+    _show(store, recorded, comparison, as_json=as_json)
+
+
+_NOT_OPTIONS = (
+    "more_grid",
+    "protocol",
+    "methods",
+    "seeds",
+    "tune_seeds",
+    "grid",
+    "train_sizes",
+    "baseline",
+    "selection",
+    "store",
+    "executor",
+    "jobs",
+    "threads",
+    "keep",
+    "dry_run",
+    "retry_failed",
+    "task",
+    "as_json",
+)
+
+
+def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None:
+    from childtuning.cli.compare_progress import run_text
+    from childtuning.experiments.comparison import choose, summarize
+
+    rows = summarize(choose(recorded.records, comparison.seeds_to_tune), comparison.against)
+    failed = [record for record in recorded.records if record.state == "failed"]
+    if as_json:
+        print_json(
+            {
+                "store": str(store),
+                "runs": len(recorded.records),
+                "failed": [{"id": run.id, "error": run.error} for run in failed],
+                "baseline": comparison.against,
+                "rows": [row.to_dict() for row in rows],
+                "artifacts": dict(recorded.artifacts),
+            }
+        )
+        return
+    for run in failed:
+        tell(f"failed: {run_text(run)}: {run.error}")
+    for where in dict.fromkeys((row.group.task, row.group.train_size, row.group.start) for row in rows):
+        mine = [row for row in rows if (row.group.task, row.group.train_size, row.group.start) == where]
+        task, size, start = where
+        of = "" if size is None else f", {size} examples"
+        after = "" if start is None else f", a new head after {start}"
+        print_table(
+            f"{task} ({mine[0].metric}){of}{after}",
+            (
+                "method",
+                "mean ± sd",
+                "95 % interval",
+                "median",
+                "best",
+                "collapsed",
+                "− baseline",
+                "p",
+                "chosen",
+            ),
+            [_row(row) for row in mine],
+        )
+    print(f"\nNext: childtuning report {store} -o report.html")
+
+
+def _row(row: Any) -> list[str]:
+    known, paired = row.description, row.paired
+    beside = "" if paired is None else f"{_number(paired.difference, sign=True)}"
+    p = None if paired is None else row.p_corrected
+    return [
+        row.group.method,
+        f"{_number(known.mean)} ± {_number(known.sd)}",
+        "" if known.interval is None else " … ".join(map(_number, known.interval)),
+        _number(known.median),
+        _number(known.best),
+        str(known.num_collapsed),
+        beside,
+        "" if p is None else f"{p:.3f}",
+        point_text(row.point),
+    ]
+
+
+def _number(value: float | None, *, sign: bool = False) -> str:
+    if value is None or math.isnan(value):
+        return "—"
+    return f"{value:+.4f}" if sign else f"{value:.4f}"

@@ -1,0 +1,137 @@
+"""What a comparison is about to do, and how far it is, for people."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from childtuning.cli.printing import point_text
+from childtuning.experiments.comparison import Comparison, Record, Store, num_runs
+
+_SECONDS = 2.0
+Tell = Callable[[str], None]
+
+
+def tell_plan(path: Path, comparison: Comparison, *, jobs: int, tell: Tell) -> None:
+    """Say how many runs there are, of what, how many are done, and how long the others may take."""
+    total = num_runs(comparison)
+    tell(
+        f"{total} runs: {len(comparison.tasks)} tasks × {len(comparison.methods)} methods"
+        + (f" × {len(comparison.train_sizes)} sizes" if len(comparison.train_sizes) > 1 else "")
+        + f", {comparison.num_seeds} seeds"
+    )
+    for method in comparison.methods:
+        points = comparison.points(method)
+        if len(points) > 1:
+            tell(
+                f"  {method}: {len(points)} sets of hyperparameters, each with {comparison.tune_seeds} seeds"
+            )
+        elif points[0]:
+            tell(f"  {method}: {point_text(points[0])}")
+    with Store.open(path) as store:
+        known = store.records_in_brief()
+    done = sum(run.state in ("done", "failed") for run in known)
+    tell(f"{done} done, {total - done} to do; {_left(known, total, jobs)}")
+
+
+@contextmanager
+def watched(path: Path, comparison: Comparison, *, jobs: int, tell: Tell, live: bool) -> Iterator[None]:
+    """Show how far the runs of a store are, while they are being done: a table that changes, or a line a run."""
+    total = num_runs(comparison)
+    with Store.open(path) as store:
+        if live:
+            console = Console(stderr=True)
+            with Live(
+                get_renderable=lambda: _table(store.records_in_brief(), total, jobs),
+                console=console,
+                refresh_per_second=1 / _SECONDS,
+                transient=True,
+            ):
+                yield
+            return
+        told = {run.id for run in store.records_in_brief() if run.state in ("done", "failed")}
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(_SECONDS):
+                _tell_new(store.records_in_brief(), told, total, tell)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            _tell_new(store.records_in_brief(), told, total, tell)
+
+
+def _tell_new(runs: Sequence[Record], told: set[str], total: int, tell: Tell) -> None:
+    for run in runs:
+        if run.state in ("done", "failed") and run.id not in told:
+            told.add(run.id)
+            came = f"{run.metric} {run.score:.4f}" if run.state == "done" else f"failed: {run.error}"
+            tell(f"[{len(told)}/{total}] {run_text(run)}: {came}")
+
+
+def run_text(run: Record) -> str:
+    """Return which run it is, in a few words."""
+    size = "" if run.group.train_size is None else f"{run.group.train_size} examples"
+    start = "" if run.group.start is None else f"after {run.group.start}"
+    words = (run.group.task, run.group.method, start, size, f"seed {run.seed}", point_text(run.point))
+    return " ".join(word for word in words if word)
+
+
+def _table(runs: Sequence[Record], total: int, jobs: int) -> Table:
+    done = [run for run in runs if run.state in ("done", "failed")]
+    table = Table(
+        title=f"{len(done)} of {total} runs, {_left(runs, total, jobs)}",
+        title_justify="left",
+        header_style="bold",
+    )
+    for name in ("task", "method", "runs", "failed", "mean so far", "now"):
+        table.add_column(name, justify="left" if name in ("task", "method", "now") else "right")
+    groups: dict[Any, list[Record]] = {}
+    for run in runs:
+        groups.setdefault(
+            (run.group.task, run.group.train_size, run.group.start, run.group.method), []
+        ).append(run)
+    for (task, size, start, method), members in groups.items():
+        finished = [run for run in members if run.state == "done"]
+        where = task + (f" {size}" if size else "") + (f" after {start}" if start else "")
+        now = [f"seed {run.seed} {point_text(run.point)}" for run in members if run.state == "running"]
+        table.add_row(
+            where,
+            method,
+            f"{len(finished)}/{len(members)}",
+            str(sum(run.state == "failed" for run in members) or ""),
+            f"{fmean(run.score for run in finished):.4f}" if finished else "",
+            "; ".join(now),
+        )
+    return table
+
+
+def _left(runs: Sequence[Record], total: int, jobs: int) -> str:
+    """Say how long the rest may take, by what runs like them took."""
+    took: dict[Any, list[float]] = {}
+    for run in runs:
+        if run.seconds is not None:
+            for key in (run.group, run.group.method, None):
+                took.setdefault(key, []).append(run.seconds)
+    if not took:
+        return "the first run will tell for how long"
+    waiting = [run for run in runs if run.state in ("planned", "running")]
+    known = [fmean(took.get(run.group) or took.get(run.group.method) or took[None]) for run in waiting]
+    unknown = max(0, total - len(runs))
+    seconds = (sum(known) + unknown * fmean(took[None])) / jobs
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

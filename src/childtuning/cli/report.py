@@ -1,0 +1,103 @@
+"""childtuning report"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from childtuning.cli import options as o
+from childtuning.cli.printing import json_text, print_json
+from childtuning.errors import ConfigError
+
+NAME = "report"
+
+
+class Format(StrEnum):
+    """What a report can be."""
+
+    html = "html"
+    json = "json"
+    md = "md"
+    latex = "latex"
+
+
+_OF_SUFFIX = {
+    ".html": Format.html,
+    ".htm": Format.html,
+    ".json": Format.json,
+    ".md": Format.md,
+    ".tex": Format.latex,
+}
+
+
+def run(
+    store: Annotated[
+        Path,
+        typer.Argument(help="The store of `childtuning compare`, or its JSON export.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write.  \\[html: STORE.html, else standard output]"),
+    ] = None,
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="html: a page; md, latex: tables; json: everything.  \\[by --output's ending, or html]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Show what a comparison found, as one self-contained page or as tables.
+
+    Example:
+
+        childtuning report rte.db -o rte.html
+
+        childtuning report rte.db --format latex
+    """
+    store, output = store.expanduser(), output.expanduser() if output is not None else None
+    kind = format or _format_of(output)
+    if kind is Format.html and output is None:
+        output = store.with_suffix(".html")
+    if output is None and as_json and kind is not Format.json:
+        raise ConfigError(
+            f"--json prints one JSON object, and --format {kind} without --output text. Pass -o FILE."
+        )
+    if output is not None and output.resolve() == store.resolve():
+        raise ConfigError(f"output {str(output)!r} is the store itself. Pass another file.")
+    from childtuning import report
+
+    recorded = report.read_recorded(store)
+    if kind is Format.json:
+        text = json_text(report.json_content(recorded)) + "\n"
+    else:
+        make = {
+            Format.html: report.html_page,
+            Format.md: report.markdown_tables,
+            Format.latex: report.latex_tables,
+        }
+        text = make[kind](recorded)
+    if output is None:
+        print(text, end="")
+        return
+    output.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json(
+            {"store": str(store), "output": str(output), "format": str(kind), "runs": len(recorded.records)}
+        )
+    else:
+        print(output)
+
+
+def _format_of(output: Path | None) -> Format:
+    if output is None:
+        return Format.html
+    if output.suffix.lower() not in _OF_SUFFIX:
+        raise ConfigError(
+            f"what {str(output)!r} should hold is unclear by its ending. Pass --format html, json, md or latex."
+        )
+    return _OF_SUFFIX[output.suffix.lower()]

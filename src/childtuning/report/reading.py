@@ -1,0 +1,43 @@
+"""Read a comparison from a store, or from the JSON that one exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from childtuning.errors import ConfigError
+from childtuning.experiments.comparison.records import Recorded
+
+_SQLITE = b"SQLite format 3\x00"
+
+
+def read_recorded(path: str | Path) -> Recorded:
+    """Return all that is recorded.
+
+    Args:
+        path: a store's file, or its export.
+    Raises:
+        ConfigError: there is no such file, or it is neither.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"{str(path)!r} is no store: {what}. Pass the --store of `childtuning compare`.")
+    content = path.read_bytes()
+    if content.startswith(_SQLITE):
+        from childtuning.experiments.comparison.store import Store
+
+        with Store.open(path) as store:
+            return store.read()
+    return _from_export(path, content)
+
+
+def _from_export(path: Path, content: bytes) -> Recorded:
+    try:
+        return Recorded.from_dict(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        if isinstance(fault, ConfigError):
+            raise ConfigError(f"{str(path)!r}: {fault}") from None
+        raise ConfigError(
+            f"{str(path)!r} is neither a store nor the JSON of one. Pass the --store of `childtuning compare`."
+        ) from None

@@ -1,0 +1,32 @@
+"""The parts of the page, in order."""
+
+from __future__ import annotations
+
+from childtuning.report.section import MakeSection
+from childtuning.report.sections import (
+    costs,
+    curves,
+    failures,
+    overlap,
+    places,
+    ranking,
+    reproduce,
+    runs,
+    sizes,
+    transfer,
+    tuning,
+)
+
+SECTIONS: tuple[MakeSection, ...] = (
+    ranking.section,
+    costs.section,
+    sizes.section,
+    transfer.section,
+    curves.section,
+    places.section,
+    overlap.section,
+    tuning.section,
+    failures.section,
+    runs.section,
+    reproduce.section,
+)

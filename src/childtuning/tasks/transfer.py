@@ -1,0 +1,93 @@
+"""Examples of tasks that were not trained, and what their labels mean to a model. [Xu et al. 2021, section 4.5]"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from childtuning.errors import DataError, did_you_mean
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.files import read_examples
+from childtuning.tasks.task_folders import file_of
+
+# Whether a label says that one text follows from the other, or says the same.
+_FOLLOWS: Mapping[str, bool] = {
+    "entailment": True,
+    "neutral": False,
+    "contradiction": False,
+    "not_entailment": False,
+    "duplicate": True,
+    "not_duplicate": False,
+    "equivalent": True,
+    "not_equivalent": False,
+}
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Examples that a model was not trained for.
+
+    Attributes:
+        name: as asked for.
+        examples: labelled pairs of texts.
+    """
+
+    name: str
+    examples: Examples
+
+    def accuracy(self, predicted: Sequence[str], label_names: Sequence[str]) -> float:
+        """Return the share of examples on which a model is right, whose classes may be others.
+
+        Where both have the same classes, these are compared; else only whether the second text follows from the first
+        (or says the same), so that SciTail's and RTE's two classes take contradiction for what they call everything
+        else.
+
+        Args:
+            predicted: one of ``label_names`` an example.
+            label_names: the model's classes.
+        """
+        truth = [str(label) for label in self.examples.labels or ()]
+        same = set(truth) == set(label_names)
+        right = sum(
+            given == true if same else _FOLLOWS[given] == _FOLLOWS[true]
+            for given, true in zip(predicted, truth, strict=True)
+        )
+        return right / len(truth)
+
+
+def load_elsewhere(name: str, label_names: Sequence[str], data_dir: str | Path | None) -> Elsewhere:
+    """Load examples of another task: ``sick`` for its dev split, ``snli/test`` for a split by name.
+
+    Args:
+        name: a folder of ``data_dir``, and perhaps a split, which is a file's name without its type.
+        label_names: the classes of the model that is to be measured on them.
+        data_dir: where the folder lies.
+    Raises:
+        DataError: there is no such file, or its labels have no counterpart among the model's.
+    """
+    task, _, split = name.partition("/")
+    folder = Path(data_dir or ".") / task
+    if data_dir is None or not folder.is_dir():
+        known = sorted(path.name for path in Path(data_dir).iterdir()) if data_dir else []
+        raise DataError(
+            f"elsewhere {name!r} needs a folder {task!r} in data_dir, got {data_dir}. "
+            f"{did_you_mean(task, known) if known else 'Pass --data-dir DIR.'}"
+        )
+    path = file_of(folder, split or "dev")
+    if path is None:
+        raise DataError(
+            f"elsewhere {name!r}: {folder} has no split {split or 'dev'!r}. Name one that is there."
+        )
+    examples = read_examples(path, label_kind="class")
+    if not len(examples):
+        raise DataError(f"elsewhere {name!r}: {path} has no examples. Leave it out.")
+    if not label_names:
+        raise DataError(f"elsewhere {name!r} needs a model with classes, got a task without. Leave it out.")
+    unknown = sorted((examples.classes() | set(label_names)) - set(_FOLLOWS))
+    if unknown and examples.classes() != set(label_names):
+        raise DataError(
+            f"elsewhere {name!r}: label {unknown[0]!r} has no counterpart on the other side. "
+            f"Known are {', '.join(_FOLLOWS)}."
+        )
+    return Elsewhere(name, examples)

@@ -1,0 +1,77 @@
+"""childtuning compare, as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def compare_words(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> list[object]:
+    files = ["--train", sentiment / "train.jsonl", "--eval", sentiment / "dev.jsonl", "--model", tiny_bert]
+    return ["compare", *files, "--epochs", 1, "--threads", 1, "--store", tmp_path / "runs.db"]
+
+
+def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) -> None:
+    words = [
+        *compare_words,
+        "--methods",
+        "full,child-d",
+        "--seeds",
+        2,
+        "--grid",
+        "lr=1e-2,1e-3",
+        "density=0.1",
+    ]
+    done = childtuning(*words, "--dry-run")
+    assert done.code == 0 and "6 runs" in done.err and "0 done, 6 to do" in done.err
+    done = childtuning(*words, "--json")
+    assert done.code == 0, done.err
+    assert "[6/6]" in done.err
+    told = done.json
+    assert told["runs"] == 6 and told["failed"] == [] and told["baseline"] == "full"
+    assert [row["group"]["method"] for row in told["rows"]] == ["full", "child-d"]
+    full, child = told["rows"]
+    assert full["paired"] is None and child["paired"]["num"] == 2
+    assert child["point"]["density"] == 0.1 and "density" not in full["point"]
+    again = childtuning("compare", "--store", tmp_path / "runs.db")
+    assert again.code == 0 and "6 done, 0 to do" in again.err and "[" not in again.err
+    for word in ("full", "child-d", "95 % interval", "Next: childtuning report"):
+        assert word in again.out
+    wider = childtuning("compare", "--store", tmp_path / "runs.db", "--seeds", 3, "--json")
+    assert wider.json["runs"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "fulll"], "Did you mean 'full'"),
+        (["--methods", "full", "--executor", "slurm"], "--executor must be one of local, ray"),
+        (["--methods", "full", "--jobs", "0"], "greater than or equal to 1"),
+        (["--methods", "full", "--density", "0.5"], "none of the methods chooses a child, got density"),
+        (["--methods", "full,child-d", "--density", "2"], "density"),
+        (["--methods", "full", "--task", "rte"], "exclude each other"),
+        (["--methods", "full", "density"], "the grid takes NAME=VALUE"),
+        (["--methods", "full", "--selection", "test"], "selection must be"),
+    ],
+)
+def test_bad_input_is_one_line(
+    childtuning: Any, compare_words: list[object], tmp_path: Path, words: list[str], message: str
+) -> None:
+    done = childtuning(*compare_words, *words)
+    assert done.code == 2 and message in done.err and len(done.err.strip().splitlines()) == 1, done.err
+    assert not (tmp_path / "runs.db").exists()
+
+
+def test_nothing_to_compare(childtuning: Any, tmp_path: Path) -> None:
+    done = childtuning("compare", "--store", tmp_path / "none.db")
+    assert done.code == 2 and "there is nothing to compare" in done.err
+
+
+def test_a_foreign_file_is_left_alone(childtuning: Any, compare_words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "runs.db").write_text("my notes\n" * 300)
+    done = childtuning(*compare_words, "--methods", "full")
+    assert done.code == 2 and "Pass another --store" in done.err
+    assert (tmp_path / "runs.db").read_text() == "my notes\n" * 300

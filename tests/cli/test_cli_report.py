@@ -1,0 +1,120 @@
+"""`childtuning report`: what it reads, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from tests.report import synthetic
+
+from childtuning.cli.printing import json_text
+from childtuning.experiments.comparison.records import Recorded
+from childtuning.experiments.comparison.store import Store
+from childtuning.report import html_page, json_content, latex_tables, markdown_tables
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Recorded:
+    return synthetic.odd()["nan"]
+
+
+@pytest.fixture
+def export(tmp_path: Path, recorded: Recorded) -> Path:
+    path = tmp_path / "rte.json"
+    path.write_text(json_text(recorded.to_dict()))
+    return path
+
+
+def test_the_page_lies_beside_the_store_or_where_asked(childtuning, export: Path, recorded: Recorded) -> None:
+    done = childtuning("report", export)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{export.with_suffix('.html')}\n"
+    assert export.with_suffix(".html").read_text(encoding="utf-8") == html_page(recorded)
+    page = export.parent / "page.html"
+    assert childtuning("report", export, "-o", page).code == 0
+    assert page.read_text(encoding="utf-8") == html_page(recorded)
+
+
+def test_tables_go_to_standard_output_or_a_file(childtuning, export: Path, recorded: Recorded) -> None:
+    assert childtuning("report", export, "--format", "md").out == markdown_tables(recorded)
+    assert childtuning("report", export, "--format", "latex").out == latex_tables(recorded)
+    table = export.parent / "table.tex"
+    assert childtuning("report", export, "-o", table).out == f"{table}\n"
+    assert table.read_text(encoding="utf-8") == latex_tables(recorded)
+
+
+def test_json_is_one_object_that_can_be_shown_again(childtuning, export: Path, recorded: Recorded) -> None:
+    done = childtuning("report", export, "--format", "json")
+    assert done.code == 0
+    assert done.json == json.loads(json_text(json_content(recorded)))
+    again = export.parent / "again.json"
+    again.write_text(done.out)
+    assert childtuning("report", again, "--format", "md").out == markdown_tables(recorded)
+
+
+def test_json_tells_what_was_written(childtuning, export: Path) -> None:
+    done = childtuning("report", export, "--json")
+    assert done.json == {
+        "store": str(export),
+        "output": str(export.with_suffix(".html")),
+        "format": "html",
+        "runs": 9,
+    }
+    done = childtuning("report", export, "--format", "md", "--json")
+    assert done.code == 2 and "-o FILE" in done.err
+
+
+def test_a_store_is_shown_while_others_write_to_it(childtuning, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    with Store.open(path, create=True) as store:
+        store.set_comparison(synthetic.comparison(["rte"], ["full"], 2), {"python": "3.11"})
+        store.plan([synthetic.record(seed=seed, state="planned", result=None) for seed in range(2)])
+        done = childtuning("report", path, "--format", "json")
+        assert done.code == 0, done.err
+        expected = json.loads(json_text(json_content(store.read())))
+    assert done.json == expected
+    assert len(done.json["records"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no such file"),
+        (b"", "neither a store nor the JSON"),
+        (b"\x00\xff\x13binary", "neither a store nor the JSON"),
+        (b"[1, 2]", "schema 1"),
+        (b'{"schema": 7, "comparison": {}, "records": []}', "schema 1"),
+        (b'{"schema": 1, "comparison": {}, "records": [{"id": 3}], "environment": {}, "artifacts": {}}', "neither"),
+        (b'{"schema": 1, "records": []}', "neither"),
+        ("sqlite", "no store of runs"),
+        ("folder", "it is a folder"),
+    ],
+)  # fmt: skip
+def test_what_is_no_store_is_refused_in_one_line(childtuning, tmp_path: Path, content, words: str) -> None:
+    path = tmp_path / "x.db"
+    if content == "folder":
+        path.mkdir()
+    elif content == "sqlite":
+        with sqlite3.connect(path) as connection:
+            connection.execute("CREATE TABLE t (x)")
+        connection.close()
+    elif content is not None:
+        path.write_bytes(content)
+    done = childtuning("report", path)
+    assert done.code == 2
+    assert done.err.count("\n") == 1 and words in done.err and str(path) in done.err, done.err
+    assert done.out == "" and not path.with_suffix(".html").exists()
+
+
+def test_the_store_is_never_overwritten(childtuning, export: Path) -> None:
+    before = export.read_bytes()
+    done = childtuning("report", export, "--format", "json", "-o", export)
+    assert done.code == 2 and "the store itself" in done.err
+    assert export.read_bytes() == before
+
+
+def test_an_unknown_ending_needs_a_format(childtuning, export: Path) -> None:
+    done = childtuning("report", export, "-o", export.parent / "page.pdf")
+    assert done.code == 2 and "--format" in done.err

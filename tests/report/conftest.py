@@ -1,0 +1,41 @@
+"""Pages that several tests look at; each is made once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+from tests.report import synthetic
+
+from childtuning.experiments.comparison import resampling
+from childtuning.report import html_page
+
+Page = Callable[[str], str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_statistics() -> Iterator[None]:
+    """A tenth of the draws: what is tested is how numbers are shown, not the numbers.
+
+    Holm's correction collects garbage first, which is slow with all that transformers imports.
+    """
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resampling, "NUM_RESAMPLES", 999)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def page() -> Page:
+    """Return a function that makes the page of a comparison of ``synthetic`` by its name."""
+
+    @cache
+    def made(name: str) -> str:
+        odd = synthetic.odd()
+        return html_page(odd[name] if name in odd else getattr(synthetic, name)())
+
+    return made

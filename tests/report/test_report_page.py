@@ -1,0 +1,269 @@
+"""The page as it is written: what stands where, and that nothing in a name becomes markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from dataclasses import fields
+from itertools import product
+from typing import Any
+
+import pytest
+import typer
+from tests.report import synthetic
+from tests.report.parsed_page import Element, parse
+
+from childtuning.cli import app
+from childtuning.cli.options import run_config
+from childtuning.experiments.comparison.records import Recorded
+from childtuning.experiments.run_config import RunConfig
+from childtuning.report import html_page
+from childtuning.report.train_command import train_words
+
+NAMES = ["glue", "low_resource", "domain_transfer", "task_transfer", *synthetic.odd()]
+SECTIONS = {
+    "glue": ["ranking", "costs", "curves", "places", "overlap", "tuning", "failures", "runs", "reproduce"],
+    "low_resource": ["ranking", "costs", "sizes", "curves", "runs", "reproduce"],
+    "domain_transfer": ["ranking", "costs", "transfer", "runs", "reproduce"],
+    "task_transfer": ["ranking", "costs", "transfer", "runs", "reproduce"],
+    "empty": [],
+    "nothing finished": ["runs", "reproduce"],
+    "failed only": ["failures", "runs", "reproduce"],
+    "one run": ["ranking", "curves", "runs", "reproduce"],
+    "one method": ["ranking", "runs", "reproduce"],
+    "one seed": ["ranking", "costs", "runs", "reproduce"],
+    "all nan": ["ranking", "curves", "runs", "reproduce"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_page_is_whole(page, name: str) -> None:
+    root = parse(page(name))
+    ids = [element.attributes["id"] for element in root.all() if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
+    targets = {a.attributes["href"] for a in root.all() if (a.attributes.get("href") or "").startswith("#")}
+    assert targets <= {f"#{id}" for id in ids}
+    for element in root.all():
+        assert "NaN" not in " ".join(map(str, element.attributes.values())), element
+        assert element.attributes.get("role") != "img" or element.attributes["aria-label"]
+    for figure in root.all("figure"):
+        assert figure.one("figcaption").text
+        assert [*figure.all("table"), *(s for s in figure.all("svg") if s.attributes.get("role") == "img")]
+    for table in root.all("table"):
+        assert table.attributes["aria-label"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_fetched(page, name: str) -> None:
+    root = parse(page(name))
+    for element in root.all():
+        for attribute in ("src", "href", "action", "srcset", "data", "poster"):
+            value = element.attributes.get(attribute)
+            assert value is None or value.startswith("#") or value == "data:,", (element.tag, value)
+    assert not re.search(r"url\(|@import|https?:", " ".join(e.text for e in root.all("style")))
+    policy = next(e for e in root.all("meta") if e.attributes.get("http-equiv"))
+    assert (policy.attributes["content"] or "").startswith("default-src 'none'")
+
+
+@pytest.mark.parametrize(("name", "expected"), SECTIONS.items())
+def test_sections_with_nothing_to_show_are_left_out(page, name: str, expected: list[str]) -> None:
+    root = parse(page(name))
+    assert [section.attributes["id"] for section in root.all("section")] == expected
+    links = [a.attributes["href"] for nav in root.all("nav") for a in nav.all("a")]
+    assert links == [f"#{id}" for id in expected]
+
+
+def test_names_and_errors_never_become_markup(page) -> None:
+    for name in ("markup", "failed only"):
+        root = parse(page(name))
+        assert not [b for b in root.all("b") if not b.text], "a <b> of a name was opened"
+        assert len(list(root.all("script"))) == 2
+    text = parse(page("markup")).text
+    assert text.count("</script><b>&\"'`\\ {x} é") > 10
+
+
+def test_the_headline_says_what_was_compared(page) -> None:
+    header = parse(page("glue")).one("header")
+    assert header.one("h1").text == "5 methods on rte, mrpc and cola"
+    facts = {e.one("dt").text: e.one("dd").text for e in header.one("dl").all("div")}
+    assert facts["runs"] == "150 of 152" and facts["failed"] == "2" and facts["collapsed"] == "1"
+    findings = [li.text for li in header.one("ul", "findings").all("li")]
+    assert len(findings) == 3
+    assert re.fullmatch(
+        r"rte child-d leads with accuracy 0\.5\d\d \(0\.5\d\d … 0\.\d{3}\), 0\.0\d\d above full: "
+        r"(no clear difference|significant), p\s[=<]\s0\.\d+\.",
+        findings[0],
+    )
+
+
+def test_the_ranking_is_in_order_with_every_seed() -> None:
+    levels = {"full": 0.60, "lora": 0.50, "child-d": 0.70}
+    runs = [
+        synthetic.record(method=method, seed=seed, score=level + 0.01 * seed)
+        for (method, level), seed in product(levels.items(), range(8))
+    ]
+    root = parse(html_page(Recorded(synthetic.comparison(["rte"], list(levels), 8), runs)))
+    forest = root.one("table", "forest")
+    head, _, *rows = forest.table()
+    assert [row[0] for row in rows] == ["child-d", "full", "lora4 of 8 collapsed"]
+    assert head[2:] == ["mean", "95 % interval", "minus full", "p (Holm)", ""]
+    assert [row[2] for row in rows] == ["0.735", "0.635", "0.535"]
+    assert [row[4:] for row in rows] == [
+        ["+0.100", "0.016", "better"],
+        ["", "", "baseline"],
+        ["−0.100", "0.016", "worse"],
+    ]
+    for row, (method, level) in zip(
+        forest.one("tbody").all("tr"), sorted(levels.items(), key=lambda i: -i[1]), strict=True
+    ):
+        dots = list(row.all("circle"))
+        assert [dot.attributes["data-tip"] for dot in dots] == [
+            f"{method}, seed {seed}: {level + 0.01 * seed:.4f}" for seed in range(8)
+        ]
+        places = [float((dot.attributes["cx"] or "").rstrip("%")) for dot in dots]
+        assert places == sorted(places) and places[0] >= 0 and places[-1] <= 100
+        assert f"mean {level + 0.035:.3f}" in _words(row)
+
+
+def _words(row: Element) -> str:
+    return next(
+        svg.attributes["aria-label"] or "" for svg in row.all("svg") if svg.attributes.get("role") == "img"
+    )
+
+
+def test_a_loss_is_ranked_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(synthetic.METRICS, "news", "perplexity")
+    monkeypatch.setitem(synthetic.FLOORS, "perplexity", None)
+    levels = {"full": 20.0, "lora": 25.0, "child-d": 15.0}
+    runs = [
+        synthetic.record("news", method, seed, score=level + seed)
+        for (method, level), seed in product(levels.items(), range(8))
+    ]
+    root = parse(html_page(Recorded(synthetic.comparison(["news"], list(levels), 8), runs)))
+    rows = root.one("table", "forest").table()[2:]
+    assert [(row[0], row[6]) for row in rows] == [
+        ("child-d", "better"),
+        ("full", "baseline"),
+        ("lora", "worse"),
+    ]
+
+
+def test_scores_by_training_size_and_from_other_tasks(page) -> None:
+    sizes = parse(page("low_resource")).one("section", id="sizes")
+    table = next(sizes.all("table")).table()
+    assert table[0] == ["method", "100", "300", "1,000", "2,490"]
+    assert [row[0] for row in table[1:]] == ["full", "child-f", "child-d"]
+    assert all(re.fullmatch(r"0\.\d{3}", cell) for row in table[1:] for cell in row[1:])
+
+    domains = [t.table() for t in parse(page("domain_transfer")).one("section", id="transfer").all("table")]
+    assert len(domains) == 3
+    assert domains[0][0][1:] == ["mnli", "snli", "sick", "scitail", "rte"]
+    assert [row[0] for row in domains[0][1:]] == ["mnli", "snli"]
+
+    tasks = [t.table() for t in parse(page("task_transfer")).one("section", id="transfer").all("table")]
+    assert len(tasks) == 2
+    assert [row[0] for row in tasks[0][1:]] == ["mrpc", "rte"]
+    rows = {row[0]: dict(zip(tasks[0][0][1:], row[1:], strict=True)) for row in tasks[0][1:]}
+    assert rows["mrpc"]["mrpc"] == "" and rows["mrpc"]["rte"] != "" and rows["rte"]["cola"] != ""
+
+
+def test_curves_are_downsampled_whatever_was_logged() -> None:
+    runs = [synthetic.record(method=m, seed=s, curve=3000) for m in ("full", "child-d") for s in range(3)]
+    root = parse(html_page(Recorded(synthetic.comparison(["rte"], ["full", "child-d"], 3), runs)))
+    paths = [p.attributes["d"] or "" for p in root.one("section", id="curves").all("path")]
+    assert len(paths) == 2 * (3 + 1)
+    assert {path.count("L") for path in paths} == {59}
+
+
+def test_two_thousand_runs_stay_small() -> None:
+    methods = [f"child-d:{density / 20:.2f}" for density in range(1, 11)]
+    runs = [
+        synthetic.record(task, method, seed, point={"learning_rate": rate / 1e6}, curve=300)
+        for task, method, rate, seed in product(("rte", "cola"), methods, range(10, 110, 5), range(5))
+    ]
+    assert len(runs) == 2000
+    made = html_page(Recorded(synthetic.comparison(("rte", "cola"), methods, 5, tune_seeds=5), runs))
+    rows = list(parse(made).one("table", id="runs-table").one("tbody").all("tr"))
+    assert len(rows) == 2000
+    assert sum("hidden" not in row.attributes for row in rows) == 40
+    assert len(made) < 3_000_000
+
+
+def _data(root: Element) -> dict:
+    return json.loads(root.one("script", id="runs-data").text)
+
+
+def _every_option() -> list[dict]:
+    """Configurations that together have every option at a value that is not its default."""
+    one: dict = {"task": "rte", "method": "child-d+r3f:0.7", "density": 0.25, "data_dir": "/data/it's here"}
+    other: dict = {
+        "train": "-a b.csv",
+        "eval": "$x.csv",
+        "method": "child-d",
+        "density": "auto",
+        "label_type": "class",
+    }
+    special = {
+        "granularity": "row",
+        "scope": "parameter",
+        "estimator": "per-batch",
+        "fisher_labels": "sampled",
+    }
+    special |= {"precision": "bf16", "preset": None, "fisher_device": "cpu", "fisher_dtype": "bfloat16"}
+    special |= {"report_to": "tensorboard", "mass": 0.5, "warmup_ratio": 0.25, "held_out": 0.125}
+    for field in fields(RunConfig):
+        if field.name in {*one, *other, "text", "text_pair", "label"}:
+            continue
+        kind = str(field.type)
+        value: Any = special.get(field.name, ["a b", "*.c"] if "tuple" in kind else not field.default if "bool" in kind
+            else 7 if "int" in kind else 0.75 if "float" in kind else "some where")  # fmt: skip
+        one[field.name] = value
+    other |= dict.fromkeys(("text", "text_pair", "label"), "a column")
+    other |= {"rescale": False, "release_gradients": False, "seed": 8}
+    assert {*one, *other} == {field.name for field in fields(RunConfig)}
+    return [one, other]
+
+
+def test_every_run_can_be_done_again() -> None:
+    configs = [
+        {name: value for name, value in config.items() if value is not None} for config in _every_option()
+    ]
+    runs = [synthetic.record(seed=config["seed"], config=config) for config in configs]
+    data = _data(parse(html_page(Recorded(synthetic.comparison(["rte"], ["full"], 4), runs))))
+    train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    for run, config in zip(runs, configs, strict=True):
+        detail = data["runs"][run.id]
+        wanted = RunConfig.from_options(config)
+        assert RunConfig.from_options(tomllib.loads(detail["toml"] + data["shared"]["toml"])) == wanted
+        words = shlex.split(f"{detail['words']} {data['shared']['words']}")
+        given = train.make_context("train", words).params
+        options = {name: value for name, value in given.items() if name in RunConfig.__dataclass_fields__}
+        options = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
+        }
+        assert run_config(None, options) == wanted
+
+
+def test_the_command_leaves_defaults_out() -> None:
+    assert (
+        train_words({"task": "rte", "epochs": 3.0, "mass": 0.9, "compile": False, "seed": 0}) == "--task rte"
+    )
+
+
+def test_what_all_runs_share_stands_once(page) -> None:
+    data = _data(parse(page("glue")))
+    assert "data_dir" in data["shared"]["toml"]
+    assert len(data["runs"]) == 152
+    assert not any("data_dir" in run["toml"] for run in data["runs"].values())
+    failed = [run for run in data["runs"].values() if run.get("error")]
+    assert [run["error"] for run in failed] == ["out of memory: 1.9 GB wanted"] * 2
+
+
+def test_the_exact_command_and_the_environment_stand_at_the_end(page) -> None:
+    section = list(parse(page("glue")).all("section"))[-1]
+    assert section.one("pre").text == synthetic.COMMAND
+    tables = {table.attributes["aria-label"]: dict(table.table()) for table in section.all("table")}
+    assert tables["Environment"]["packages.torch"] == "2.13.0"
+    assert tables["Settings"]["grid.learning_rate"] == "2e-5, 4e-5, 0.0001"
