@@ -28,6 +28,7 @@ BENCHMARKS = {
     "train": "the whole training step, beside the same; with --script, whole runs",
     "import": "import childtuning, beside import torch",
     "compare": "a comparison, beside plain training of the same runs",
+    "report": "opening a report of 2,000 runs in Chromium, beside an empty page",
     "floors": "the machine's memory bandwidth and matmul rate, which floors are computed from",
 }
 

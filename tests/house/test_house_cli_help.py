@@ -9,7 +9,18 @@ from collections.abc import Callable
 
 import pytest
 
-EXPECTED = {"demo", "evaluate", "inspect", "merge", "predict", "score", "train"}
+EXPECTED = {
+    "compare",
+    "demo",
+    "evaluate",
+    "inspect",
+    "merge",
+    "methods",
+    "predict",
+    "report",
+    "score",
+    "train",
+}
 
 
 def examples_of(name: str, text: str) -> list[str]:

@@ -172,15 +172,15 @@ def test_one_task_can_be_chosen(visit: Open) -> None:
 def test_a_run_opens_with_its_configuration_and_command(visit: Open) -> None:
     page = visit("glue").page
     dialog = page.locator("dialog")
-    page.locator("#runs-table tbody a").first.click()
+    page.locator("#runs-table tbody a").nth(1).click()
     page.wait_for_selector("dialog[open]")
-    run = synthetic.glue().records[0]
+    run = synthetic.glue().records[1]
     assert dialog.get_attribute("open") is not None
     assert page.get_by_role("dialog", name=f"Run {run.id}").is_visible()
     command, config = dialog.locator("pre").all_inner_texts()[-2:]
     assert command.startswith("childtuning train ") and command.endswith(f"--output runs/{run.id}")
-    assert "--learning-rate 2e-05" in command and "--method full" in command
-    assert "learning_rate = 2e-05" in config and 'data_dir = "/data/glue"' in config
+    assert "--learning-rate 4e-05" in command and "--method full" in command
+    assert "learning_rate = 4e-05" in config and 'data_dir = "/data/glue"' in config
     page.keyboard.press("Escape")
     assert dialog.get_attribute("open") is None and "#" not in page.url
 

@@ -98,6 +98,29 @@ def test_the_headline_says_what_was_compared(page) -> None:
     )
 
 
+def test_the_headline_claims_no_more_than_the_runs_show() -> None:
+    def findings(levels: dict[str, float], num_seeds: int) -> list[str]:
+        runs = [
+            synthetic.record(method=method, seed=seed, score=level + 0.001 * seed)
+            for (method, level), seed in product(levels.items(), range(num_seeds))
+        ]
+        root = parse(html_page(Recorded(synthetic.comparison(["rte"], list(levels), num_seeds), runs)))
+        return [li.text.replace("\xa0", " ") for li in root.one("ul", "findings").all("li")]
+
+    clear = "child-d leads with accuracy 0.704 (0.702 … 0.705), 0.100 above full: significant, p = 0.008."
+    assert findings({"full": 0.6, "child-d": 0.7}, 8) == [f"rte {clear}"]
+    (few,) = findings({"full": 0.6, "child-d": 0.7}, 3)
+    assert few.endswith("0.100 above full: no clear difference, p = 0.250.")
+    (single,) = findings({"full": 0.6, "child-d": 0.7}, 1)
+    assert single.endswith("0.100 above full: one common seed is no test.")
+    (best,) = findings({"full": 0.7, "child-d": 0.6}, 8)
+    assert best.endswith(", the baseline; every other method is significantly worse.")
+    (near,) = findings({"full": 0.7, "child-d": 0.6}, 3)
+    assert near.endswith(", the baseline; none is significantly better.")
+    (collapsed,) = findings({"full": 0.5, "child-d": 0.4}, 3)
+    assert collapsed == "rte every run collapsed: none is better than always giving the most frequent answer."
+
+
 def test_the_ranking_is_in_order_with_every_seed() -> None:
     levels = {"full": 0.60, "lora": 0.50, "child-d": 0.70}
     runs = [

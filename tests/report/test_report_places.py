@@ -68,6 +68,7 @@ def _maps(recorded: Recorded) -> list[list[list[str]]]:
 def test_shares_count_seeds_in_which_nothing_was_trained() -> None:
     """Parameters without a trained entry are left out of a record, but not out of the share."""
     name = "encoder.layer.{}.query.weight"
+    whole = {name.format(layer): (100, 100) for layer in range(3)}
     runs = [
         synthetic.record(
             method="child-d", seed=0, parts={name.format(0): (10, 100), name.format(1): (60, 100)}
@@ -75,12 +76,10 @@ def test_shares_count_seeds_in_which_nothing_was_trained() -> None:
         synthetic.record(
             method="child-d", seed=1, parts={name.format(1): (20, 100), "classifier.weight": (4, 4)}
         ),
-        synthetic.record(
-            method="full", seed=0, parts={name.format(0): (100, 100), name.format(1): (100, 100)}
-        ),
+        synthetic.record(method="full", seed=0, parts=whole),
     ]
     layers, outside = _maps(Recorded(synthetic.comparison(["rte"], ["full", "child-d"], 2), runs))
-    assert layers == [["layer", "0", "1"], ["query", "5.0", "40"]]
+    assert layers == [["layer", "0", "1", "2"], ["query", "5.0", "40", ""]]
     assert outside == [["outside the layers", "share"], ["classifier", "50"]]
 
 

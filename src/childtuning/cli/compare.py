@@ -230,17 +230,18 @@ def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None
                 "p",
                 "chosen",
             ),
-            [_row(row) for row in mine],
+            [_row(row, comparison.num_seeds) for row in mine],
         )
     print(f"\nNext: childtuning report {store} -o report.html")
 
 
-def _row(row: Any) -> list[str]:
+def _row(row: Any, num_seeds: int) -> list[str]:
     known, paired = row.description, row.paired
     beside = "" if paired is None else f"{_number(paired.difference, sign=True)}"
     p = None if paired is None else row.p_corrected
     return [
         row.group.method,
+        f"{known.num}/{num_seeds}",
         f"{_number(known.mean)} ± {_number(known.sd)}",
         "" if known.interval is None else " … ".join(map(_number, known.interval)),
         _number(known.median),

@@ -19,7 +19,7 @@ _SWITCHES: Mapping[str, Mapping[bool, str | None]] = {
 
 
 def train_words(config: Mapping[str, Any]) -> str:
-    """Return the options of ``childtuning train`` for a run's configuration, quoted for a shell; defaults are left out."""
+    """Return the options of ``childtuning train`` for a run, quoted for a shell; those at a default are left out."""
     words: list[str] = []
     for name, value in config.items():
         if value is None or value == _DEFAULTS.get(name):

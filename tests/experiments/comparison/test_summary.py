@@ -222,6 +222,8 @@ def test_what_cannot_be_averaged_has_no_mean() -> None:
         ((), None),
         ((), None),
     ]
+    missing = [choice(Group("rte", "full"), {0: 0.5}), choice(Group("cola", "full"), {0: NAN})]
+    assert [one.mean for one in across_tasks(summarize(missing, None), None)] == [None]
     mixed = [
         choice(Group(task, method), {0: 0.5, 1: 0.6}, metric=metric, constant=None)
         for task, metric in (("rte", "accuracy"), ("wiki", "loss"))

@@ -20,7 +20,7 @@ class Tried:
         point: by name.
         records: its finished runs, by seed.
         selection: mean of the score they are chosen by, over the seeds that every set was tried with; NaN if a run
-            of them has no score.
+            of them is missing, failed or has no score.
     """
 
     point: Mapping[str, Any]
@@ -69,7 +69,8 @@ def _choice(
     for point, runs in points.items():
         runs.sort(key=lambda record: record.seed)
         chosen_by = [record.selection for record in runs if record.seed in tune_seeds]
-        tried.append(Tried(dict(point), tuple(runs), fmean(chosen_by) if chosen_by else math.nan))
+        all_there = len(chosen_by) == len(tune_seeds)
+        tried.append(Tried(dict(point), tuple(runs), fmean(chosen_by) if all_there else math.nan))
     sign = -1 if lower_is_better(tried[0].records[0].metric) else 1
     best = max(tried, key=lambda one: -math.inf if math.isnan(one.selection) else sign * one.selection)
     return Choice(group, best.point, best.records, tuple(tried))

@@ -60,10 +60,8 @@ def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | No
                 rng=np.random.default_rng(0),
             ).confidence_interval
         if math.isfinite(found.low) and math.isfinite(found.high):
-            low, high = (
-                max(float(found.low), lowest),
-                min(float(found.high), highest),
-            )  # rounded, it may lie outside
+            low = max(float(found.low), lowest)  # what is rounded may lie outside
+            high = min(float(found.high), highest)
             return center + spread * low, center + spread * high
     return None
 

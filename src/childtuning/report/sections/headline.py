@@ -65,9 +65,9 @@ def _lead(evidence: Evidence) -> str:
     if not evidence.count["done"]:
         return "No run has finished, so there is nothing to compare yet."
     asked = evidence.comparison
-    words = [numbers.listed(evidence.methods, 8)]
-    if evidence.baseline in evidence.methods and len(evidence.methods) > 1:
-        words.append(f"held against {evidence.baseline}")
+    others = [method for method in evidence.methods if method != evidence.baseline]
+    against = f" against {evidence.baseline}" if others and evidence.baseline in evidence.methods else ""
+    words = [f"{numbers.listed(others or evidence.methods, 8)}{against}"]
     if asked.get("num_seeds"):
         words.append(f"with {numbers.counted(asked['num_seeds'], 'seed')} each")
     if asked.get("model") or (asked.get("options") or {}).get("model"):
@@ -97,17 +97,15 @@ def _finding(setting: Setting, evidence: Evidence, marks: MethodMarks) -> Markup
     words: list[Any] = [el("b", setting.label), " "]
     if found.mean is None:
         words.append("no method has a score in every run.")
-    elif len(setting.results) == 1:
-        words += [
-            marks.named(best.method),
-            f" has {setting.metric} {numbers.score(found.mean)}{_interval(best)}.",
-        ]
+    elif all(one.row.description.num_collapsed == one.row.description.num for one in setting.results):
+        words.append("every run collapsed: none is better than always giving the most frequent answer.")
     else:
+        leads = "leads with" if len(setting.results) > 1 else "has"
         words += [
             marks.named(best.method),
-            f" leads with {setting.metric} {numbers.score(found.mean)}{_interval(best)}",
+            f" {leads} {setting.metric} {numbers.score(found.mean)}{_interval(best)}",
         ]
-        words += _beside_baseline(setting, evidence.baseline)
+        words += _beside_baseline(setting, evidence.baseline) if len(setting.results) > 1 else ["."]
     return el("li", words, data_task=setting.task)
 
 

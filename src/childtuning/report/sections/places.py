@@ -25,10 +25,7 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     """Return the heat maps of layer by kind of weight."""
     figures, whole = [], []
     for setting in evidence.main:
-        totals: Totals = {}
-        for record in evidence.records:
-            if record.group.task == setting.task:
-                totals |= {name: total for name, (_, total) in record.parts.items()}
+        totals = _totals([record for record in evidence.records if record.group.task == setting.task])
         for method, records in _runs(setting):
             if all(trained == total for record in records for trained, total in record.parts.values()):
                 whole.append(method)
@@ -54,6 +51,15 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     return Section("places", "Where the child lives", "Places", lead, content)
 
 
+def _totals(records: Sequence[Record]) -> Totals:
+    """Return how many entries each parameter has, in the model's order: that of the run which trains the most."""
+    totals: Totals = {}
+    for record in sorted(records, key=lambda record: -len(record.parts)):
+        for name, (_, total) in record.parts.items():
+            totals.setdefault(name, total)
+    return totals
+
+
 def _runs(setting: Setting) -> list[tuple[str, Sequence[Record]]]:
     found = [
         (one.method, [record for record in one.choice.records if record.parts]) for one in setting.results
@@ -68,20 +74,22 @@ def _figure(setting: Setting, method: str, records: Sequence[Record], totals: To
             trained[place_of(name)] += count
     for name, total in totals.items():
         there[place_of(name)] += total * len(records)
-    shares = {place: count / there[place] for place, count in trained.items() if there[place]}
-    layers = [place for place in shares if place.region == "layer"]
+    shares = {place: trained[place] / total for place, total in there.items() if total and trained[place]}
+    stacks = {place.stack for place in shares if place.region == "layer"}
+    columns = sorted(
+        {(place.stack, place.number) for place in there if place.stack in stacks and place.region == "layer"}
+    )
     label = f"{method} on {setting.label}: share of entries that were trained"
-    maps = [_layers(label, layers, shares)] if layers else []
+    maps = [_layers(label, columns, shares)] if columns else []
     outside = [place for place in shares if place.region != "layer"]
     if outside:
         maps.append(_outside(label, outside, shares))
     return figure(method, maps, note=f"on {setting.label}", task=setting.task, kind="fitted")
 
 
-def _layers(label: str, places: Sequence[Place], shares: dict[Place, float]) -> Markup:
-    columns = sorted({(place.stack, place.number) for place in places})
-    by_weight = sorted(dict.fromkeys(place.kind for place in places), key=lambda kind: kind.endswith(" bias"))
-    kinds = short_names(by_weight)
+def _layers(label: str, columns: Sequence[tuple[str, int]], shares: dict[Place, float]) -> Markup:
+    found = dict.fromkeys(place.kind for place in shares if place.region == "layer")
+    kinds = short_names(sorted(found, key=lambda kind: kind.endswith(" bias")))
     values = [[shares.get(Place("layer", *column, kind)) for column in columns] for kind in kinds]
     stacks = short_names(stack for stack, _ in columns)
     several = len(stacks) > 1

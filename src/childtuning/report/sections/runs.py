@@ -103,7 +103,10 @@ def _cells(
         cells.append(el("td", group.start or "base model", class_="text"))
     if with_size:
         cells.append(
-            _number(group.train_size if group.train_size is not None else result.get("train_examples"), str)
+            _number(
+                group.train_size if group.train_size is not None else result.get("train_examples"),
+                "{:,}".format,
+            )
         )
     cells.append(el("th", link, scope="row", class_="text"))
     cells += [_point(record.point.get(name)) for name in points]
