@@ -15,9 +15,9 @@ from childtuning.report import html_page
 Page = Callable[[str], str]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_statistics() -> Iterator[None]:
-    """A tenth of the draws: what is tested is how numbers are shown, not the numbers.
+    """A tenth of the draws, for these tests alone: what is tested is how numbers are shown, not the numbers.
 
     Holm's correction collects garbage first, which is slow with all that transformers imports.
     """
@@ -29,7 +29,7 @@ def _quick_statistics() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page() -> Page:
     """Return a function that makes the page of a comparison of ``synthetic`` by its name."""
 

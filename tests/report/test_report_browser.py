@@ -163,10 +163,10 @@ def test_one_task_can_be_chosen(visit: Open) -> None:
     page.get_by_role("combobox", name="Task").select_option("cola")
     titles = page.locator("figure:visible figcaption b").all_inner_texts()
     assert "cola" in titles and not {"rte", "mrpc"} & set(titles)
-    assert page.locator(".findings li:visible").count() == 1
+    assert page.locator(".findings li:visible b").all_inner_texts() == ["Across tasks", "cola"]
     assert set(_column(page, 0, shown=True)) == {"cola"}
     page.get_by_role("combobox", name="Task").select_option("all tasks")
-    assert page.locator(".findings li:visible").count() == 3
+    assert page.locator(".findings li:visible").count() == 4
 
 
 def test_a_run_opens_with_its_configuration_and_command(visit: Open) -> None:

@@ -111,3 +111,8 @@ def test_methods_differ_in_colour_or_shape() -> None:
     assert marks.colour("m5") == "m0"
     assert {marks.colour(method) for method in methods[:7]} == {f"m{place}" for place in range(7)}
     assert MethodMarks(methods, None).colour("m5") == "m6"
+
+
+def test_without_a_margin_an_axis_ends_at_its_numbers() -> None:
+    scale = fit([10, 600], "step", margin=0.0)
+    assert (scale.low, scale.high) == (10, 600)

@@ -80,7 +80,7 @@ def fit(
         low, high = low / gap, high * gap
         ticks = _decades(low, high, most_ticks)
     else:
-        room = (high - low) * margin or abs(high) * 0.1 or 1.0
+        room = (high - low) * margin if low < high else abs(high) * 0.1 or 1.0
         low, high = low - room, high + room
         ticks = _round_steps(low, high, most_ticks)
     return Scale(low, high, log, ticks, format_fn or _plain(ticks), title)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from childtuning.experiments.comparison.statistics import Paired
 from childtuning.report import numbers
-from childtuning.report.evidence import Evidence, Result, Setting
+from childtuning.report.evidence import Across, Evidence, Result, Setting
 from childtuning.report.markup import Markup, el
 from childtuning.report.method_marks import MethodMarks
 
@@ -34,8 +36,9 @@ def title(evidence: Evidence) -> str:
 
 def headline(evidence: Evidence, marks: MethodMarks) -> Markup:
     """Return the head of the page."""
-    findings = [_finding(setting, evidence, marks) for setting in evidence.main[:_MOST_FINDINGS]]
-    rest = len(evidence.main) - len(findings)
+    findings = [_across(across, evidence.baseline, marks) for across in evidence.across[:1]]
+    findings += [_finding(setting, evidence, marks) for setting in evidence.main[:_MOST_FINDINGS]]
+    rest = len(evidence.main[_MOST_FINDINGS:])
     return el(
         "header",
         el("p", "childtuning report", class_="kicker"),
@@ -105,7 +108,12 @@ def _finding(setting: Setting, evidence: Evidence, marks: MethodMarks) -> Markup
             marks.named(best.method),
             f" {leads} {setting.metric} {numbers.score(found.mean)}{_interval(best)}",
         ]
-        words += _beside_baseline(setting, evidence.baseline) if len(setting.results) > 1 else ["."]
+        if len(setting.results) == 1:
+            words.append(".")
+        elif best.method == evidence.baseline:
+            words += _as_baseline([other.sign for other in setting.results[1:]])
+        else:
+            words += _beside_baseline(best.row.paired, best.row.p_corrected, best.sign, evidence.baseline)
     return el("li", words, data_task=setting.task)
 
 
@@ -114,14 +122,32 @@ def _interval(result: Result) -> str:
     return "" if interval is None else f" ({numbers.score(interval[0])} … {numbers.score(interval[1])})"
 
 
-def _beside_baseline(setting: Setting, baseline: str | None) -> list[Any]:
-    """Return how the best method stands to the baseline, from the comma on."""
-    best, others = setting.results[0], setting.results[1:]
-    paired = best.row.paired
+def _across(across: Across, baseline: str | None, marks: MethodMarks) -> Markup:
+    best, *others = across.averages
+    words = [
+        el("b", across.label),
+        " ",
+        marks.named(best.method),
+        f" leads with a mean of {numbers.score(best.mean)}",
+    ]
     if best.method == baseline:
-        if all(other.sign < 0 for other in others):
-            return [", the baseline; every other method is significantly worse."]
-        return [", the baseline; none is significantly better."]
+        words += _as_baseline([across.sign(other) for other in others])
+    else:
+        words += _beside_baseline(best.paired, best.p_corrected, across.sign(best), baseline)
+    return el("li", words)
+
+
+def _as_baseline(signs: Sequence[int]) -> list[Any]:
+    """Return how the baseline stands, being the best, by the signs of the others."""
+    if all(sign < 0 for sign in signs):
+        return [", the baseline; every other method is significantly worse."]
+    return [", the baseline; none is significantly better."]
+
+
+def _beside_baseline(
+    paired: Paired | None, p_corrected: float | None, sign: int, baseline: str | None
+) -> list[Any]:
+    """Return how the best method stands to the baseline, from the comma on."""
     if paired is None:
         return ["."]
     if paired.difference is None:
@@ -130,10 +156,10 @@ def _beside_baseline(setting: Setting, baseline: str | None) -> list[Any]:
         ]
     direction = "above" if paired.difference > 0 else "below"
     text = f", {numbers.score(abs(paired.difference))} {direction} {baseline}: "
-    if best.row.p_corrected is None:
+    if p_corrected is None:
         return [f"{text}one common seed is no test."]
-    p = numbers.p_value(best.row.p_corrected)
+    p = numbers.p_value(p_corrected)
     p = f"p {p if p.startswith('<') else f'= {p}'}".replace(" ", "\N{NO-BREAK SPACE}")
-    if best.sign:
+    if sign:
         return [text, el("span", f"significant, {p}", class_="badge better"), "."]
     return [f"{text}no clear difference, {p}."]
