@@ -23,13 +23,17 @@ def cnn(folder: Path) -> str:
         sizes = _values(mine, "per_class")
         rows = []
         for method in _values(mine, "method"):
+            num = len(_of(mine, method=method, per_class=sizes[0]))
+            if num < 2:
+                continue  # one seed says nothing beside five
+            fewer = f" ({num} seeds)" if num < _num_seeds(mine) else ""
             cells = []
             for size in sizes:
                 found = _of(mine, method=method, per_class=size)
                 full = _of(mine, method="full", per_class=size)
                 cells += [_spread(found, "accuracy"), _difference(found, full, "accuracy")]
             first = _of(mine, method=method)[0]
-            rows.append([method, *cells, f"{first['key']['lr']:g}", *_costs(first["result"])])
+            rows.append([method + fewer, *cells, f"{first['key']['lr']:g}", *_costs(first["result"])])
         header = ["method"]
         for size in sizes:
             header += [f"{size} a class", "− full"]
