@@ -63,9 +63,8 @@ class PerExample:
         self.parameters, self.sums = sums.parameters, sums
         self.engine = Engine(model, self.parameters)
         self.weights = ExampleWeights(own_loss=loss_fn is None, shifted=shifts_labels(model))
-        self.looped = (
-            set(self.parameters) if training else set()
-        )  # dropout and batch statistics differ in a batch
+        # In train mode dropout and batch statistics differ in a batch.
+        self.looped = set(self.parameters) if training else set()
         self.proven: set[str] = set()
         self.checked = training
 

@@ -74,6 +74,7 @@ def test_wrong_grids_are_refused(text: str, words: str) -> None:
         ({"train_sizes": "100,few"}, "train sizes are numbers above 0, or all, got 'few'"),
         ({"protocol": "glue"}, "Did you mean 'glue-small'"),
         ({"tasks": None}, "there is nothing to compare"),
+        ({"tasks": None, "protocol": "paper"}, "protocol 'paper' names no tasks of its own"),
         ({"tasks": None, "protocol": "domain-transfer"}, "Pass --data-dir"),
     ],
 )

@@ -69,6 +69,10 @@ def asked_for(
         given["tasks"] = tuple(word.strip() for text in tasks for word in text.split(","))
     elif "train" in runs:
         given["tasks"] = (Path(runs["train"]).name.split(".")[0],)
+    if anew and "tasks" not in given:
+        raise ConfigError(
+            f"protocol {protocol!r} names no tasks of its own. Pass --task NAME, or --train and --eval."
+        )
     if methods:
         given["methods"] = read_methods(methods)
     if train_sizes:

@@ -87,7 +87,10 @@ class Record:
 
     @property
     def collapsed(self) -> bool:
-        """Whether a finished run has no score, or none above always giving the most frequent training label."""
+        """Whether a finished run has no score, or none above always giving the most frequent training label.
+
+        Where that answer has no score, or is none, only runs without a score count.
+        """
         if self.state != "done" or self.result is None:
             return False
         constant = self.result.get("constant")
