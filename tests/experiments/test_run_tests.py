@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from childtuning import ChildConfig
 from childtuning.errors import ConfigError, DataError
 from childtuning.experiments import RunConfig, run_inputs, shared_inputs, train_run
 from childtuning.experiments.shared_inputs import Inputs
+from childtuning.methods import registry
+from childtuning.methods.child_d import ChildD
+from childtuning.methods.r_drop import RDrop
+from childtuning.training import Prepared
 
 
 def a_config(model: Path, data: Path, **options: Any) -> RunConfig:
@@ -107,6 +112,32 @@ def test_scores_are_found_once(
     for index, one in enumerate([*same, *others]):
         train_run(one, tmp_path / str(index), inputs=shared)
         assert len(calls) == max(1, index - len(same) + 2)
+
+
+def test_kept_scores_are_those_of_the_methods_own_child(
+    tiny_bert: Path, sentiment: Path, monkeypatch
+) -> None:
+    @dataclass(frozen=True)
+    class Batches(ChildD):
+        name = "batches"
+
+        def child(self, config: ChildConfig) -> ChildConfig:
+            return replace(super().child(config), estimator="per-batch")
+
+    @dataclass(frozen=True)
+    class Frozen(RDrop):
+        name = "frozen"
+
+        def prepare(self, prepared: Prepared) -> Prepared:
+            return replace(prepared, eligible=("*.layer.*",))
+
+    for method in (Batches, Frozen):
+        monkeypatch.setitem(registry._methods, method.name, method)
+    shared = Inputs(keep=True)
+    config = a_config(tiny_bert, sentiment, method="child-d")
+    for method, fresh in (("child-d", 1), ("child-lowest", 1), ("batches", 2), ("child-d+frozen", 3)):
+        made: list[int] = shared.scores(replace(config, method=method))(lambda fresh=fresh: [fresh])  # type: ignore
+        assert made == [fresh], method
 
 
 def pairs(folder: Path, name: str, labels: list[str], split: str = "dev") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from childtuning.experiments.prediction import Reader
 from childtuning.experiments.run_config import RunConfig
 from childtuning.experiments.run_inputs import load_run_model, read_run_task
 from childtuning.tasks import Elsewhere, Split, Task, load_elsewhere
-from childtuning.training import LoadedModel
+from childtuning.training import LoadedModel, Method
 
 _T = TypeVar("_T")
 Scores = dict[str, Tensor]
@@ -34,26 +34,10 @@ _DATA = (
     "data_seed",
 )
 _MODEL = ("model", "init_from")
-# What scores do not depend on; the method is looked at on its own.
-_NOT_SCORES = (
-    "method",
-    "density",
-    "mass",
-    "granularity",
-    "scope",
-    "elsewhere",
-    "rescale",
-    "release_gradients",
-    "learning_rate",
-    "epochs",
-    "gradient_accumulation",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "compile",
-    "save_steps",
-    "report_to",
-)
+# What scores depend on beside the data, the model, and the child that is asked for.
+_PASS = ("seed", "always", "batch_size", "max_length", "precision")
+# What of a child's configuration they do not depend on.
+_NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
 _KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # entries of each sort
 
 
@@ -91,9 +75,9 @@ class Inputs:
 
     def scores(self, config: RunConfig) -> Callable[[Callable[[], Scores]], Scores]:
         """Return what a trainer asks for scores: a function of the pass that finds them."""
-        changed = tuple(m for m in config.methods().methods if m.part in ("start", "modules"))
-        fields = tuple(name for name in RunConfig.__dataclass_fields__ if name not in _NOT_SCORES)
-        key = (_options(config, fields), changed, config.child().eligible)
+        changed = tuple(m for m in config.methods().methods if type(m).prepare is not Method.prepare)
+        child = {k: v for k, v in asdict(config.child()).items() if k not in _NOT_SCORES}
+        key = (_options(config, (*_DATA, *_MODEL, *_PASS)), changed, tuple(child.items()))
         return lambda make_fn: self._once("scores", key, make_fn)
 
     def _once(self, sort: str, key: Any, make_fn: Callable[[], _T]) -> _T:

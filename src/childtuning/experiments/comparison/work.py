@@ -69,9 +69,8 @@ def work(store: Store, comparison: Comparison) -> None:
             if run is None:
                 if not store.num_running():
                     return
-                time.sleep(
-                    _POLL_SECONDS
-                )  # another process is at work: its runs may ask for more, or be left to us
+                # Another process is at work: its runs may ask for more, or be left to us.
+                time.sleep(_POLL_SECONDS)
                 continue
             try:
                 last = execute(run, store.folder_of(run.id), inputs, keep=keep)
