@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from tests.ranks import WORLD, on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,21 +39,15 @@ def train(kind: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def work(rank: int, folder: Path) -> None:
     for kind in KINDS:
-        save_file(train(kind, rank, 2), Path(folder) / f"{kind}-{rank}.safetensors")
-    dist.destroy_process_group()
+        save_file(train(kind, rank, WORLD), folder / f"{kind}-{rank}.safetensors")
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    on_ranks(work, tmp_path)
     for kind in KINDS:
-        first, second = (load_file(tmp_path / f"{kind}-{rank}.safetensors") for rank in range(2))
+        first, second = (load_file(tmp_path / f"{kind}-{rank}.safetensors") for rank in range(WORLD))
         for name, value in train(kind, 0, 1).items():
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], value)

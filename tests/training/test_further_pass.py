@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,20 +72,14 @@ def gradients(model: nn.Module, rank: int) -> dict[str, Tensor]:
     return {name: p.grad for name, p in unwrapped(model).named_parameters() if p.grad is not None}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def work(rank: int, folder: Path) -> None:
     model = DistributedDataParallel(a_net())
-    save_file(gradients(model, rank), Path(folder) / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    save_file(gradients(model, rank), folder / f"{rank}.safetensors")
 
 
 @pytest.mark.slow
 def test_ranks_average_the_gradients_of_all_passes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    on_ranks(work, tmp_path)
     alone = [gradients(a_net(), rank) for rank in range(2)]
     for rank in range(2):
         for name, value in load_file(tmp_path / f"{rank}.safetensors").items():
