@@ -148,6 +148,42 @@ class TestDynamic:
             Combination.parse("child-dynamic:0")
 
 
+class TestPruned:
+    @pytest.mark.parametrize("granularity", ["element", "row"])
+    def test_the_child_alone_is_left(self, tiny_bert: Path, tmp_path: Path, granularity: str) -> None:
+        trainer = method_trainer(
+            tiny_bert,
+            tmp_path,
+            "child-pruned",
+            density=0.4,
+            child={"granularity": granularity},
+            save_strategy="no",
+        )
+        before, child = weights(trainer), trainer.select()
+        trainer.train()
+        after = weights(trainer)
+        assert isinstance(child, Child)
+        twin = method_trainer(tiny_bert, tmp_path, "child-d", density=0.4, child={"granularity": granularity})
+        same = twin.select()
+        assert isinstance(same, Child) and same.fingerprint() == child.fingerprint()
+        for name in child.parts:
+            outside = ~child.mask(name)
+            kept = before[name] if before[name].ndim == 1 else torch.zeros_like(before[name])
+            assert torch.equal(after[name][outside], kept[outside])
+        moved = sum(int((before[n] != after[n])[child.mask(n)].sum()) for n in child.parts)
+        assert moved > 0.5 * child.num_trained
+        model = method_trainer(tiny_bert, tmp_path, "full").bare_model
+        trainer.delta().apply_(model)
+        assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
+
+    def test_resume_is_bitwise(self, tiny_bert: Path, tmp_path: Path) -> None:
+        check_resume(tiny_bert, tmp_path, "child-pruned", density=0.2)
+
+    def test_no_preset(self, tiny_bert: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no official preset"):
+            method_trainer(tiny_bert, tmp_path, "child-pruned", child={"preset": "official"})
+
+
 class TestMass:
     @pytest.mark.parametrize("mass", [0.01, 0.5, 0.9, 0.999, 1.0])
     def test_the_smallest_child_that_holds_it(self, mass: float) -> None:

@@ -6,6 +6,7 @@ from childtuning.methods.child_d import ChildD
 from childtuning.methods.child_dynamic import ChildDynamic
 from childtuning.methods.child_f import ChildF
 from childtuning.methods.child_lowest import ChildLowest
+from childtuning.methods.child_pruned import ChildPruned
 from childtuning.methods.child_random import ChildRandom
 from childtuning.methods.combination import Combination
 from childtuning.methods.freeze import Freeze
@@ -33,6 +34,7 @@ __all__ = [
     "ChildDynamic",
     "ChildF",
     "ChildLowest",
+    "ChildPruned",
     "ChildRandom",
     "Combination",
     "ENTRY_POINTS",

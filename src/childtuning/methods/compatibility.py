@@ -16,6 +16,7 @@ _PAIRS: dict[frozenset[str], str] = {
         {"child-dynamic", "recadam"}
     ): "entries that join the child late have no pretrained value on record",
     frozenset({"child-dynamic", "sam"}): "gradients at the displaced weights are no statistics of the task",
+    frozenset({"child-pruned", "mixout"}): "mixout brings back the weights that were pruned",
     frozenset({"bitfit", "mixout"}): "only biases are trained, and mixout mixes weights",
     frozenset({"head", "mixout"}): "only the head is trained, and mixout mixes pretrained weights",
     frozenset({"head", "llrd"}): "there is one layer to train, so that no rate decays over layers",

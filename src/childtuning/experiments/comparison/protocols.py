@@ -64,8 +64,11 @@ PROTOCOLS: Mapping[str, Protocol] = {
         {"tasks": ("mrpc", "rte"), "methods": _MAIN, "transfer_to": ("mrpc", "rte", "cola", "stsb")},
     ),
     "ablation": Protocol(
-        "children that are random, or of the lowest Fisher information",
-        {"tasks": ("rte", "mrpc"), "methods": ("full", "child-d", "child-random", "child-lowest")},
+        "children that are random, of the lowest Fisher information, or all that is left of the network",
+        {
+            "tasks": ("rte", "mrpc"),
+            "methods": ("full", "child-d", "child-random", "child-lowest", "child-pruned"),
+        },
     ),
     "overlap": Protocol(
         "how far the children overlap that several tasks choose",

@@ -1,0 +1,70 @@
+"""child-pruned: the child alone, in a network whose other weights are zero; the paper's ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from childtuning.child import Child
+from childtuning.config import ChildConfig
+from childtuning.errors import ConfigError
+from childtuning.methods.registry import register
+from childtuning.patterns import canonical_names
+from childtuning.training import ChildTrainer, Method, MethodCallback
+
+
+@register
+@dataclass(frozen=True)
+class ChildPruned(Method):
+    """The child of child-d, with every other weight of the matrices that it was chosen from set to zero.
+
+    What Child-Tuning keeps, the whole network's forward pass, is taken away: the child is all that is left, as in
+    pruning. [Xu et al. 2021, section 5] Vectors (biases, the scales of normalisations) stay as they are outside the
+    child: a network without them computes nothing. The saved delta is as large as the parameters it was chosen from,
+    zeros included, for it overwrites them.
+    """
+
+    name = "child-pruned"
+    summary = "train child-d's child with all other weights at zero (ablation)"
+    source = "Xu et al. 2021, section 5"
+    trains = "the top share p by Fisher information, fixed; the rest is zero"
+    memory = "3n with AdamW: state and places"
+    part = "child"
+    density = 0.3
+    acts_on_pretrained = True
+
+    def child(self, config: ChildConfig) -> ChildConfig:
+        """Return the child.
+
+        Raises:
+            ConfigError: a preset was given.
+        """
+        if config.preset is not None:
+            raise ConfigError("child-pruned has no official preset. Leave out preset.")
+        return replace(config, variant="task-driven", scores="fisher", lowest=False)
+
+    def callback(self, trainer: ChildTrainer) -> MethodCallback:
+        """Return what prunes when training begins."""
+        return _Pruning(trainer)
+
+
+class _Pruning(MethodCallback):
+    """Zeros outside the child, and a delta that holds them."""
+
+    def __init__(self, trainer: ChildTrainer) -> None:
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prune; a resumed training finds its zeros already there."""
+        child = self.trainer.select()
+        assert isinstance(child, Child)
+        named = dict(self.trainer.bare_model.named_parameters())
+        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        for name, part in child.parts.items():
+            if plain[name].ndim > 1:
+                plain[name].masked_fill_(~part.mask().to(plain[name].device), 0)
+        shapes = {name: plain[name].shape for name, part in child.parts.items()}
+        self.trainer.touched = Child.whole(shapes, always=child.always)
