@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cli.killed import killed_at_batch
 
 METHODS = ["full", "child-d", "child-f", "child-random", "child-lowest"]
 
@@ -168,21 +164,11 @@ def same_delta(left: Path, right: Path) -> bool:
 
 @pytest.mark.parametrize("method", ["child-d", "child-f"])
 def test_a_killed_run_resumes_bitwise(childtuning, train_words, tmp_path, method) -> None:
-    words = [*train_words, "--method", method, "--save-steps", 4, "--epochs", 6]
+    words = [*train_words, "--method", method, "--save-steps", 4, "--epochs", 3]
     straight = childtuning(*words, "--output", tmp_path / "straight")
     assert straight.code == 0, straight.err
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "childtuning", *map(str, words), "--output", str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 200
-    while not list(run.glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "metrics.json").exists(), "killed too late for this test to say anything"
+    killed_at_batch(6, words, run)
     assert childtuning("predict", run, "--text", "a cat").code == 2
     resumed = childtuning(*words, "--output", run, "--resume")
     assert resumed.code == 0, resumed.err

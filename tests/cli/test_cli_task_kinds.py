@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.cli.killed import killed_at_batch
 from tests.tiny_kinds import (
     save_tiny_lm,
     save_tiny_vision,
@@ -122,26 +119,12 @@ def test_image_classification(childtuning, tmp_path, family) -> None:
 def test_a_killed_language_model_resumes_bitwise(childtuning, tmp_path) -> None:
     model = save_tiny_lm(tmp_path / "model")
     files = write_instructions(tmp_path)
-    words = ["--epochs", 6, "--save-steps", 3, "--gradient-accumulation", 2]
+    words = ["--epochs", 4, "--save-steps", 3, "--gradient-accumulation", 2]
     straight = train(childtuning, files, model, tmp_path / "straight", *words)
     assert straight.code == 0, straight.err
     run = tmp_path / "killed"
-    given = ["train", "--train", files[0], "--eval", files[1], "--model", model, "--output", run]
-    command = [sys.executable, "-m", "childtuning", *given, "--batch-size", 8, "--lr", 1e-2, *words]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 200
-    while not list(run.glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "metrics.json").exists(), "killed too late for this test to say anything"
+    given = ["train", "--train", files[0], "--eval", files[1], "--model", model]
+    killed_at_batch(8, [*given, "--batch-size", 8, "--lr", 1e-2, *words], run)
     resumed = train(childtuning, files, model, run, *words, "--resume")
     assert resumed.code == 0, resumed.err
     assert "going on from checkpoint-" in resumed.err

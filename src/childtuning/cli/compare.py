@@ -16,12 +16,14 @@ from childtuning.errors import ConfigError
 
 NAME = "compare"
 _comparison, _execution = "Comparison", "Execution"
+_OWN = ("task", "method", "seed", "train_limit")  # in a form of this command's own, for several of each
 
 
 def _option(panel: str, text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
+@o.takes(name for name in o.SHARED if name not in _OWN)
 def run(
     more_grid: Annotated[
         list[str] | None,
@@ -82,46 +84,10 @@ def run(
         bool, typer.Option("--retry-failed", help="Do failed runs again.", rich_help_panel=_execution)
     ] = False,
     task: Annotated[
-        list[str] | None, o._option("Data", "Tasks by name, parted by commas; or files, as for train.")
+        list[str] | None, _option("Data", "Tasks by name, parted by commas; or files, as for train.")
     ] = None,
-    task_kind: o.TaskKind = None,
-    train: o.TrainFile = None,
-    eval: o.EvalFile = None,
-    text: o.Text = None,
-    text_pair: o.TextPair = None,
-    label: o.Label = None,
-    label_type: o.LabelType = None,
-    data_dir: o.DataDir = None,
-    data_seed: o.DataSeed = None,
-    held_out: o.HeldOut = None,
-    elsewhere: o.Elsewhere = None,
-    model: o.Model = None,
-    init_from: o.InitFrom = None,
-    density: o.Density = None,
-    mass: o.Mass = None,
-    granularity: o.Granularity = None,
-    scope: o.Scope = None,
-    estimator: o.Estimator = None,
-    fisher_labels: o.FisherLabels = None,
-    fisher_examples: o.FisherExamples = None,
-    eligible: o.Eligible = None,
-    always: o.Always = None,
-    rescale: o.Rescale = None,
-    release_gradients: o.ReleaseGradients = None,
-    preset: o.Preset = None,
-    learning_rate: o.LearningRate = None,
-    epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    gradient_accumulation: o.Accumulation = None,
-    warmup_ratio: o.WarmupRatio = None,
-    weight_decay: o.WeightDecay = None,
-    max_grad_norm: o.MaxGradNorm = None,
-    max_length: o.MaxLength = None,
-    precision: o.Precision = None,
-    compile: o.Compile = None,
-    save_steps: o.SaveSteps = None,
-    report_to: o.ReportTo = None,
     as_json: o.AsJson = False,
+    **given: Any,
 ) -> None:
     """Compare methods over seeds, each with the hyperparameters that suit it, and say what is significant.
 
@@ -136,7 +102,6 @@ def run(
 
         childtuning compare --train a.csv --eval b.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
-    given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
     from childtuning.cli.compare_progress import tell_plan, watched
     from childtuning.experiments.comparison import EXECUTORS, asked_for, compare, set_up, stored
 
@@ -157,7 +122,7 @@ def run(
             "threads": threads,
             "keep": keep or None,
         },
-        options={name: value for name, value in given.items() if value is not None and value != []},
+        options=o.explicit(given),
         jobs=jobs,
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )
@@ -168,28 +133,6 @@ def run(
     with watched(store, comparison, jobs=jobs, tell=tell, live=is_terminal()):
         recorded = compare(store, comparison, executor=executor, jobs=jobs)  # type: ignore[arg-type]
     _show(store, recorded, comparison, as_json=as_json)
-
-
-_NOT_OPTIONS = (
-    "more_grid",
-    "protocol",
-    "methods",
-    "seeds",
-    "tune_seeds",
-    "grid",
-    "train_sizes",
-    "baseline",
-    "selection",
-    "store",
-    "executor",
-    "jobs",
-    "threads",
-    "keep",
-    "dry_run",
-    "retry_failed",
-    "task",
-    "as_json",
-)
 
 
 def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,9 @@ from childtuning.cli.printing import human_bytes, is_terminal, print_json, print
 NAME = "demo"
 
 
+@o.takes(["model"])
 def run(
+    *,
     output: Annotated[
         Path, typer.Option(help="Folder for the runs; earlier demo runs there are replaced.")
     ] = Path("runs/demo"),
@@ -23,8 +25,8 @@ def run(
         str | None, typer.Option(help="A sentence of yours to label at the end; asked for on a terminal.")
     ] = None,
     train_limit: Annotated[int, typer.Option(help="Training examples.", min=24)] = 400,
-    model: o.Model = None,
     as_json: o.AsJson = False,
+    **given: Any,
 ) -> None:
     """Compare full, task-free and task-driven tuning on docstrings of Python's standard library.
 
@@ -37,7 +39,7 @@ def run(
     tell("Loading a pretrained encoder and a few hundred docstrings of Python's standard library …")
     from childtuning.experiments.demo import SENTENCE, demo_runs, label_sentence, summarize
 
-    options = {"train_limit": train_limit, **({} if model is None else {"model": model})}
+    options = {"train_limit": train_limit, **o.explicit(given)}
     results = list(demo_runs(output, num_seeds=seeds, progress=is_terminal(), tell=tell, **options))
     rows = summarize(results)
     best = max(results, key=lambda result: result.metric["value"])

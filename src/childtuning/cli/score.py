@@ -14,35 +14,22 @@ from childtuning.errors import ConfigError
 NAME = "score"
 
 
+_OPTIONS = [
+    *(name for name in o.DATA if name not in ("data_seed", "held_out", "elsewhere")),
+    *o.MODEL,
+    *("density", "mass", *(name for name in o.CHILD if "fisher" in name or name == "estimator")),
+    *("eligible", "always", "batch_size", "max_length", "seed"),
+]
+
+
+@o.takes(_OPTIONS)
 def run(
+    *,
     output: Annotated[Path, typer.Option(help="Write the scores here, as safetensors.")],
-    task: o.Task = None,
-    task_kind: o.TaskKind = None,
-    train: o.TrainFile = None,
-    eval: o.EvalFile = None,
-    text: o.Text = None,
-    text_pair: o.TextPair = None,
-    label: o.Label = None,
-    label_type: o.LabelType = None,
-    data_dir: o.DataDir = None,
-    train_limit: o.TrainLimit = None,
-    model: o.Model = None,
-    init_from: o.InitFrom = None,
-    density: o.Density = None,
-    mass: o.Mass = None,
-    estimator: o.Estimator = None,
-    fisher_labels: o.FisherLabels = None,
-    fisher_examples: o.FisherExamples = None,
-    fisher_device: o.FisherDevice = None,
-    fisher_dtype: o.FisherDtype = None,
-    eligible: o.Eligible = None,
-    always: o.Always = None,
-    batch_size: o.BatchSize = None,
-    max_length: o.MaxLength = None,
-    seed: o.Seed = None,
     config: o.ConfigFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: o.AsJson = False,
+    **given: Any,
 ) -> None:
     """Estimate Fisher information only, and show where a child of some density would live.
 
@@ -50,11 +37,6 @@ def run(
 
         childtuning score --task rte --data-dir data --output rte-fisher.safetensors
     """
-    given = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("config", "output", "overwrite", "as_json")
-    }
     from childtuning.experiments import score_run
 
     output = output.expanduser()
@@ -62,8 +44,8 @@ def run(
         raise ConfigError(f"output {str(output)!r} is a folder. Pass a file.")
     if output.exists() and not overwrite:
         raise ConfigError(f"output file {str(output)!r} exists already. Pass --overwrite, or another.")
-    if eval is None and train is not None:
-        given["eval"] = train
+    if given["eval"] is None and given["train"] is not None:
+        given["eval"] = given["train"]
     result: dict[str, Any] = score_run(o.run_config(config, given), output, progress=is_terminal(), tell=tell)
     if as_json:
         print_json(result)

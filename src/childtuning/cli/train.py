@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,50 +14,9 @@ from childtuning.cli.printing import human_bytes, is_terminal, print_facts, prin
 NAME = "train"
 
 
+@o.takes(o.SHARED)
 def run(
-    task: o.Task = None,
-    task_kind: o.TaskKind = None,
-    train: o.TrainFile = None,
-    eval: o.EvalFile = None,
-    text: o.Text = None,
-    text_pair: o.TextPair = None,
-    label: o.Label = None,
-    label_type: o.LabelType = None,
-    data_dir: o.DataDir = None,
-    train_limit: o.TrainLimit = None,
-    data_seed: o.DataSeed = None,
-    held_out: o.HeldOut = None,
-    elsewhere: o.Elsewhere = None,
-    model: o.Model = None,
-    init_from: o.InitFrom = None,
-    method: o.Method = None,
-    density: o.Density = None,
-    mass: o.Mass = None,
-    granularity: o.Granularity = None,
-    scope: o.Scope = None,
-    estimator: o.Estimator = None,
-    fisher_labels: o.FisherLabels = None,
-    fisher_examples: o.FisherExamples = None,
-    fisher_device: o.FisherDevice = None,
-    fisher_dtype: o.FisherDtype = None,
-    eligible: o.Eligible = None,
-    always: o.Always = None,
-    rescale: o.Rescale = None,
-    release_gradients: o.ReleaseGradients = None,
-    preset: o.Preset = None,
-    learning_rate: o.LearningRate = None,
-    epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    gradient_accumulation: o.Accumulation = None,
-    warmup_ratio: o.WarmupRatio = None,
-    weight_decay: o.WeightDecay = None,
-    max_grad_norm: o.MaxGradNorm = None,
-    max_length: o.MaxLength = None,
-    precision: o.Precision = None,
-    compile: o.Compile = None,
-    seed: o.Seed = None,
-    save_steps: o.SaveSteps = None,
-    report_to: o.ReportTo = None,
+    *,
     config: o.ConfigFile = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the run.  \\[runs/TASK-METHOD-SEED]", show_default=False)
@@ -69,6 +28,7 @@ def run(
         bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")
     ] = False,
     as_json: o.AsJson = False,
+    **given: Any,
 ) -> None:
     """Fine-tune a model on a task or on files of your own.
 
@@ -78,7 +38,6 @@ def run(
 
         childtuning train --train a.csv --eval b.jsonl --text review --label stars --output runs/mine
     """
-    given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
     from childtuning.experiments import train_run
 
     settings = o.run_config(config, given)
@@ -106,6 +65,3 @@ def run(
             "run": result.output,
         }
     )
-
-
-_NOT_OPTIONS = ("config", "output", "resume", "overwrite", "as_json")
