@@ -38,6 +38,17 @@ def test_what_is_held_out_is_the_same_for_every_training_size(tiny_bert: Path, s
     assert moved != aside
 
 
+def test_what_is_measured_can_be_limited(tiny_bert: Path, sentiment: Path) -> None:
+    config = a_config(tiny_bert, sentiment, held_out=0.25, data_seed=3)
+    whole, aside = run_inputs.read_run_task(config)
+    few, same = run_inputs.read_run_task(replace(config, eval_limit=5))
+    assert len(few.dev) == 5 and set(few.dev.text) <= set(whole.dev.text)
+    assert few.train == whole.train and same == aside
+    assert run_inputs.read_run_task(replace(config, eval_limit=10**6))[0].dev == whole.dev
+    with pytest.raises(ConfigError, match="eval_limit must be above 0"):
+        replace(config, eval_limit=0)
+
+
 def test_scores_are_those_of_a_run_on_these_examples(
     tiny_bert: Path, sentiment: Path, tmp_path: Path
 ) -> None:

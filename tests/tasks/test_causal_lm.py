@@ -175,7 +175,7 @@ def test_files_are_told_apart(tmp_path):
     packed.write_bytes(gzip.compress(b"the cat sat\non the mat\n"))
     text = task_from_files(packed, packed)
     assert text.kind == "causal-lm" and text.train == RunningText("the cat sat\non the mat\n")
-    with pytest.raises(ConfigError, match="train_limit counts rows"):
+    with pytest.raises(ConfigError, match="limit counts rows"):
         task_from_files(packed, packed, train_limit=3)
     assert read_prompts(Source(packed)).prompts == ["the cat sat", "on the mat"]
     labelled = write(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b", "label": x} for x in "xy"])

@@ -106,7 +106,7 @@ def test_train_limit_is_a_function_of_the_seed(data_dir):
 
     assert texts(0) == texts(0) and len(texts(0)) == 6
     assert len({tuple(texts(seed)) for seed in range(8)}) > 1
-    with pytest.raises(ConfigError, match="train_limit"):
+    with pytest.raises(ConfigError, match="limit of examples must be at least 1"):
         load_task("cola", data_dir=data_dir, train_limit=0)
 
 

@@ -15,7 +15,7 @@ NLI = ("entailment", "neutral", "contradiction")
 
 def elsewhere(*labels: str) -> Elsewhere:
     texts = [str(index) for index in range(len(labels))]
-    return Elsewhere("other", Examples(texts, texts, list(labels)))
+    return Elsewhere("other", Examples(texts, texts, list(labels)), frozenset(labels))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,9 @@ def test_what_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="label 'art' has no counterpart"):
         load_elsewhere("topics", NLI, tmp_path)
     assert load_elsewhere("topics", ("art", "sport"), tmp_path)
+    one = load_elsewhere("topics", ("art", "sport"), tmp_path, limit=1, seed=2)
+    assert len(one.examples) == 1 and one.classes == {"art", "sport"}
+    assert one.accuracy(one.examples.labels, ("art", "sport")) == 1.0
     with pytest.raises(DataError, match="needs a model with classes"):
         load_elsewhere("topics", (), tmp_path)
     with pytest.raises(DataError, match="Pass --data-dir"):

@@ -15,7 +15,7 @@ NAME = "score"
 
 
 _OPTIONS = [
-    *(name for name in o.DATA if name not in ("data_seed", "held_out", "elsewhere")),
+    *(name for name in o.DATA if name not in ("eval_limit", "data_seed", "held_out", "elsewhere")),
     *o.MODEL,
     *("density", "mass", *(name for name in o.CHILD if "fisher" in name or name == "estimator")),
     *("eligible", "always", "batch_size", "max_length", "seed"),

@@ -44,6 +44,8 @@ class RunConfig:
         label_type: ``auto``, ``class`` or ``number``.
         data_dir: a folder with ``<task>/`` and in it the two splits.
         train_limit: use this many training examples at most, drawn by ``data_seed``.
+        eval_limit: measure on this many evaluation examples at most, and on as many of every other task of
+            ``elsewhere``, drawn by ``data_seed``.
         held_out: a share of the training examples that is set aside before anything is drawn from them: scored at the
             end, apart from what is reported, so that hyperparameters can be chosen by it.
         elsewhere: other tasks of ``data_dir`` on whose examples the model is scored as well, by a mapping of labels:
@@ -62,7 +64,7 @@ class RunConfig:
         precision: ``fp32``, ``bf16`` autocast, or ``auto``: bf16 where the machine computes in it natively.
         compile: run the model through ``torch.compile`` while training.
         seed: of the head's start, data order, dropout, and masks.
-        data_seed: of what ``held_out`` and ``train_limit`` draw.
+        data_seed: of what ``held_out``, ``train_limit`` and ``eval_limit`` draw.
         save_steps: a checkpoint every so many optimizer steps; ``None``: every epoch.
         report_to: where else to log while training: ``tensorboard``, or whatever transformers' Trainer reports to.
     Raises:
@@ -79,6 +81,7 @@ class RunConfig:
     label_type: str = "auto"
     data_dir: str | None = None
     train_limit: int | None = None
+    eval_limit: int | None = None
     held_out: float = 0.0
     elsewhere: tuple[str, ...] | None = None
     model: str | None = None
@@ -136,7 +139,7 @@ class RunConfig:
                     f"a named task has its own columns, got {', '.join(given)}. Leave out, or pass files."
                 )
         positive = ("learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length")
-        for name in (*positive, "train_limit", "save_steps"):
+        for name in (*positive, "train_limit", "eval_limit", "save_steps"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 faults.append(f"{name} must be above 0, got {value}.")

@@ -36,6 +36,7 @@ def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
             label_type=config.label_type,  # type: ignore[arg-type]
             **drawn,
         )
+    task = task.limit_evaluation(config.eval_limit, seed=config.data_seed)
     return task.hold_out(config.held_out, config.train_limit, seed=config.data_seed)
 
 

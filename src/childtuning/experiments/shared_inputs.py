@@ -30,6 +30,7 @@ _DATA = (
     "label_type",
     "data_dir",
     "train_limit",
+    "eval_limit",
     "held_out",
     "data_seed",
 )
@@ -59,8 +60,11 @@ class Inputs:
 
     def elsewhere(self, name: str, config: RunConfig, task: Task) -> Elsewhere:
         """Return examples of another task."""
-        key = (name, config.data_dir, task.label_names)
-        return self._once("elsewhere", key, lambda: load_elsewhere(name, task.label_names, config.data_dir))
+        drawn = {"limit": config.eval_limit, "seed": config.data_seed}
+        key = (name, config.data_dir, task.label_names, *drawn.values())
+        return self._once(
+            "elsewhere", key, lambda: load_elsewhere(name, task.label_names, config.data_dir, **drawn)
+        )
 
     def encoded(self, config: RunConfig, reader: Reader, split: Split, where: str) -> Any:
         """Return examples as numbers; ``where`` says which they are."""

@@ -136,6 +136,10 @@ class Task:
             )
         check_labels(self.dev, sorted(seen), where=f"the dev split of {self.name!r}")
 
+    def limit_evaluation(self, limit: int | None, *, seed: int = 0) -> Task:
+        """Return the task with at most ``limit`` evaluation examples, as ``Split.sample`` draws them."""
+        return replace(self, dev=self.dev.sample(limit, seed=seed))
+
     def hold_out(self, share: float, limit: int | None, *, seed: int = 0) -> tuple[Task, Split | None]:
         """Set a share of the training examples aside, and draw at most ``limit`` from the others.
 

@@ -91,7 +91,7 @@ class RunningText(Split):
         """
         if limit is not None:
             raise ConfigError(
-                f"train_limit counts rows, and running text has none, got {limit}. Pass a shorter file."
+                f"a limit counts rows, and running text has none, got {limit}. Pass a shorter file."
             )
         return self
 

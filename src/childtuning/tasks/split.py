@@ -60,7 +60,9 @@ class Split(ABC):
         if limit is None:
             return self
         if limit < 1:
-            raise ConfigError(f"train_limit must be at least 1, got {limit}. Leave it out to use every row.")
+            raise ConfigError(
+                f"a limit of examples must be at least 1, got {limit}. Leave it out to use every row."
+            )
         if limit >= len(self):
             return self
         return self.subset(sorted(_order(len(self), seed)[:limit]))

@@ -31,10 +31,12 @@ class Elsewhere:
     Attributes:
         name: as asked for.
         examples: labelled pairs of texts.
+        classes: all that they may have.
     """
 
     name: str
     examples: Examples
+    classes: frozenset[str]
 
     def accuracy(self, predicted: Sequence[str], label_names: Sequence[str]) -> float:
         """Return the share of examples on which a model is right, whose classes may be others.
@@ -48,7 +50,7 @@ class Elsewhere:
             label_names: the model's classes.
         """
         truth = [str(label) for label in self.examples.labels or ()]
-        same = set(truth) == set(label_names)
+        same = self.classes == set(label_names)
         right = sum(
             given == true if same else _FOLLOWS[given] == _FOLLOWS[true]
             for given, true in zip(predicted, truth, strict=True)
@@ -56,13 +58,22 @@ class Elsewhere:
         return right / len(truth)
 
 
-def load_elsewhere(name: str, label_names: Sequence[str], data_dir: str | Path | None) -> Elsewhere:
+def load_elsewhere(
+    name: str,
+    label_names: Sequence[str],
+    data_dir: str | Path | None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Elsewhere:
     """Load examples of another task: ``sick`` for its dev split, ``snli/test`` for a split by name.
 
     Args:
         name: a folder of ``data_dir``, and perhaps a split, which is a file's name without its type.
         label_names: the classes of the model that is to be measured on them.
         data_dir: where the folder lies.
+        limit: the most examples; None keeps all.
+        seed: of drawing them.
     Raises:
         DataError: there is no such file, or its labels have no counterpart among the model's.
     """
@@ -84,10 +95,11 @@ def load_elsewhere(name: str, label_names: Sequence[str], data_dir: str | Path |
         raise DataError(f"elsewhere {name!r}: {path} has no examples. Leave it out.")
     if not label_names:
         raise DataError(f"elsewhere {name!r} needs a model with classes, got a task without. Leave it out.")
-    unknown = sorted((examples.classes() | set(label_names)) - set(_FOLLOWS))
-    if unknown and examples.classes() != set(label_names):
+    classes = frozenset(examples.classes())
+    unknown = sorted((classes | set(label_names)) - set(_FOLLOWS))
+    if unknown and classes != set(label_names):
         raise DataError(
             f"elsewhere {name!r}: label {unknown[0]!r} has no counterpart on the other side. "
             f"Known are {', '.join(_FOLLOWS)}."
         )
-    return Elsewhere(name, examples)
+    return Elsewhere(name, examples.sample(limit, seed=seed), classes)

@@ -181,6 +181,7 @@ def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_pa
         data,
         methods=["full,child-d"],
         grid=[],
+        train_sizes="24",
         settings={"num_seeds": 2, "transfer_to": ("alpha", "beta")},
     )
     set_up(path, asked)
@@ -191,7 +192,8 @@ def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_pa
         ("alpha", "beta", method, seed) for method in ("full", "child-d") for seed in (0, 1)
     }
     for run in after:
-        assert run.config["method"] == "head" and all("classifier" in name for name in run.parts)
+        assert run.config["method"] == "head" and run.config["train_limit"] == 24
+        assert all("classifier" in name for name in run.parts)
     assert outcomes(compare(path, asked)) == outcomes(recorded)
 
 

@@ -197,6 +197,8 @@ class Comparison:
     def transfer_run(self, source: Record, target: str, folder: Path) -> Record:
         """Return the run that trains a new head for another task on a finished run's network, its body frozen.
 
+        The head is trained on as many examples as the network was.
+
         Args:
             source: the finished run.
             target: the other task.
@@ -205,7 +207,7 @@ class Comparison:
         options = {
             name: value
             for name, value in source.config.items()
-            if name not in (*_OF_CHILDREN, "eligible", "train_limit", "held_out", "elsewhere")
+            if name not in (*_OF_CHILDREN, "eligible", "held_out", "elsewhere")
         }
         options |= {"task": target, "method": "head", "init_from": str(folder), "learning_rate": _HEAD_RATE}
         group = Group(target, source.group.method, source.group.train_size, start=source.group.task)
