@@ -50,28 +50,33 @@ def _row(run: dict[str, Any]) -> list[str]:
 
 
 def quality(folder: Path) -> str:
-    """Element and row children at two densities: every seed."""
-    path = folder / "quality.json"
-    if not path.is_file():
+    """Element and row children at two densities, and precisions: every seed."""
+    exports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("quality-*.json"))]
+    if not exports:
         return ""
-    records = [r for r in json.loads(path.read_text(encoding="utf-8"))["records"] if r["state"] == "done"]
     rows = []
-    for task in dict.fromkeys(record["group"]["task"] for record in records):
+    for export in exports:
+        records = [record for record in export["records"] if record["state"] == "done"]
         for point in _distinct(record["point"] for record in records):
-            mine = [r for r in records if r["group"]["task"] == task and r["point"] == point]
+            mine = [record for record in records if record["point"] == point]
             values = [record["result"]["metric"]["value"] for record in mine]
             if values:
                 spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+                group, config = mine[0]["group"], mine[0]["config"]
                 rows.append(
                     [
-                        _NAMES.get(task, task),
-                        point["granularity"],
-                        f"{point['density']:g}",
+                        _NAMES.get(group["task"], group["task"]),
+                        f"{group['train_size']:,}",
+                        config["granularity"],
+                        f"{config['density']:g}",
+                        config["precision"],
                         f"{mean(values):.3f}{spread}",
                         ", ".join(f"{value:.3f}" for value in values),
                     ]
                 )
-    return table(["task", "granularity", "density", "mean", "seeds"], rows)
+    commands = [export["comparison"]["command"] for export in exports]
+    header = ["task", "examples", "granularity", "density", "precision", "mean", "seeds"]
+    return "\n".join([table(header, rows, text=(0, 2, 4)), "", "```bash", *commands, "```"])
 
 
 def _distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
