@@ -15,6 +15,7 @@ _COMMANDS = {
     "fisher": "fisher",
     "train": "train",
     "memory": "memory",
+    "memory-small": "memory --batch-size 2",
     "script": "train --script",
     "import": "import",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import comparison_tables
 import method_tables
 import transfer_tables
 from costs import costs, floors, table
@@ -89,6 +90,20 @@ def sizes() -> str:
     return table(["delta", "entries", "bytes an entry", "entropy bound", "indices ÷ bound"], rows)
 
 
+def _glue() -> list[str]:
+    content = comparison_tables.overview(ROOT / "benchmarks" / "results")
+    if not content:
+        return []
+    return [
+        "Three GLUE tasks with few examples; mean ± sd on the dev set, \\* where the difference from `full` is "
+        "significant (p < 0.05, paired permutation test, Holm). `docs/evidence.md` has intervals, low-resource curves, "
+        "transfer and ablations.",
+        "",
+        content,
+        "",
+    ]
+
+
 def section() -> str:
     """Return README's results."""
     return "\n".join(
@@ -98,13 +113,7 @@ def section() -> str:
             "",
             demo(),
             "",
-            "GLUE tasks: all-MiniLM-L6-v2 (22.7 M parameters), full training sets, 3 epochs, batch 16, 10 % warm-up, "
-            "density 0.3, evaluated on the dev set at the last step. Two CPU cores that other work shared: times are "
-            "rough. The rate is the best on seed 0 of those listed. With so few seeds this does not rank the methods. "
-            "`python benchmarks/scores.py --data-dir DATA`:",
-            "",
-            scores(),
-            "",
+            *_glue(),
             "A saved delta (fp32 values, indices and JSON), beside the entropy bound for entries chosen independently "
             "and beside another sparse method's file. `python benchmarks/delta_size.py`:",
             "",
@@ -133,6 +142,7 @@ def main() -> int:
             "floors": floors(folder),
             "quality": method_tables.quality(folder),
         },
+        ROOT / "docs" / "evidence.md": {**comparison_tables.comparison_tables(folder), "scores": scores()},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
             "cnn": transfer_tables.cnn(folder),

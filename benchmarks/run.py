@@ -52,6 +52,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         default="returned",
         help="memory: what happens to freed memory",
     )
+    add("--batch-size", type=int, default=16, help="memory: examples of 128 tokens a batch  [16]")
     add("--batches", type=int, default=6, help="fisher: batches of 16 a pass  [6]")
     add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="holds TASK/train.jsonl.gz")
     add("--script", action="store_true", help="train: whole runs against the official script's loop")

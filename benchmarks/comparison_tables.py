@@ -1,0 +1,159 @@
+"""Tables of recorded comparisons: what `childtuning report STORE --format json` exported into benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from costs import table
+
+_TASKS = {"rte": "RTE", "cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B", "snli": "SNLI", "mnli": "MNLI"}
+_METRICS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
+_NAMES = {"learning_rate": "lr"}
+Export = dict[str, Any]
+
+
+def comparison_tables(folder: Path) -> dict[str, str]:
+    """Return the tables by name of the file."""
+    kinds: dict[str, Callable[[Export], str]] = {
+        "glue-small": ranking,
+        "low-resource": curves,
+        "domain-transfer": domains,
+        "task-transfer": ranking,
+        "ablation": ranking,
+    }
+    return {name: _read(folder, name, make) for name, make in kinds.items()}
+
+
+def overview(folder: Path) -> str:
+    """Return one row a method and one column a task: README's table of `glue-small`; empty where it is not there."""
+    return _read(folder, "glue-small", _overview, missing="")
+
+
+def ranking(export: Export) -> str:
+    """Return a row for every method on every task, in full."""
+    rows = []
+    for row in export["summary"]["rows"]:
+        known, costs, start = row["description"], row["costs"], row["group"]["start"]
+        rows.append(
+            [
+                _where(row) + ("" if start is None else f" after {_TASKS.get(start, start)}"),
+                f"`{row['group']['method']}`",
+                _described(known),
+                "—" if known["interval"] is None else " … ".join(f"{end:.3f}" for end in known["interval"]),
+                *_beside(row),
+                f"{known['num_collapsed']}/{known['num']}",
+                _point(row["point"]),
+                f"{costs['trained_parameters'] / 1e6:.2f} M",
+                f"{costs['state_bytes'] / 1e6:.0f} MB",
+                f"{costs['delta_bytes'] / 1e6:.1f} MB",
+            ]
+        )
+    header = ["task", "method", "mean ± sd", "95 % interval", "− baseline", "p"]
+    header += ["collapsed", "chosen", "trained", "optimizer", "delta"]
+    return _with_setting(export, table(header, rows, text=(0, 1, 7)))
+
+
+def curves(export: Export) -> str:
+    """Return a row for every method on every task, and a column for every number of training examples."""
+    rows = export["summary"]["rows"]
+    sizes = sorted({row["group"]["train_size"] for row in rows})
+    cells = []
+    for task, method in dict.fromkeys((row["group"]["task"], row["group"]["method"]) for row in rows):
+        mine = {
+            row["group"]["train_size"]: row
+            for row in rows
+            if (row["group"]["task"], row["group"]["method"]) == (task, method)
+        }
+        cells.append([_where(next(iter(mine.values()))), f"`{method}`"])
+        for size in sizes:
+            known = mine[size]["description"] if size in mine else None
+            cells[-1].append("—" if known is None else _described(known))
+    header = ["task", "method", *(f"{size:,} examples" for size in sizes)]
+    return _with_setting(export, table(header, cells, text=(0, 1)))
+
+
+def domains(export: Export) -> str:
+    """Return a row for every method and task that was trained on, and a column for every task that was not."""
+    done = [record for record in export["records"] if record["state"] == "done"]
+    names = list(dict.fromkeys(name for record in done for name in record["result"]["elsewhere"]))
+    cells = []
+    for task, method in dict.fromkeys((r["group"]["task"], r["group"]["method"]) for r in done):
+        mine = [r["result"] for r in done if (r["group"]["task"], r["group"]["method"]) == (task, method)]
+        cells.append([_TASKS.get(task, task), f"`{method}`", _of(r["metric"]["value"] for r in mine)])
+        for name in names:
+            cells[-1].append(_of(r["elsewhere"][name]["accuracy"] for r in mine if name in r["elsewhere"]))
+    header = ["trained on", "method", "own dev", *names]
+    return _with_setting(export, table(header, cells, text=(0, 1)))
+
+
+def _overview(export: Export) -> str:
+    rows = export["summary"]["rows"]
+    tasks = list(dict.fromkeys(row["group"]["task"] for row in rows))
+    cells = []
+    for method in dict.fromkeys(row["group"]["method"] for row in rows):
+        mine = {row["group"]["task"]: row for row in rows if row["group"]["method"] == method}
+        cells.append([f"`{method}`"])
+        for task in tasks:
+            known = mine[task]["description"] if task in mine else None
+            p = mine[task]["p_corrected"] if task in mine else None
+            star = "\\*" if p is not None and p < 0.05 else ""
+            cells[-1].append("—" if known is None else _described(known) + star)
+        cells[-1].append("; ".join(_point(row["point"]) for row in mine.values()))
+    headers = [_where(next(row for row in rows if row["group"]["task"] == task)) for task in tasks]
+    return _with_setting(export, table(["method", *headers, "chosen"], cells, text=(0, len(tasks) + 1)))
+
+
+def _with_setting(export: Export, content: str) -> str:
+    """What was run stands above the table, the command below it."""
+    asked = export["comparison"]
+    sizes = ", ".join("all" if size is None else f"{size:,}" for size in asked["train_sizes"] or [None])
+    options = {name: value for name, value in asked["options"].items() if name in ("epochs", "learning_rate")}
+    said = [f"all-MiniLM-L6-v2, {sizes} training examples, {asked['num_seeds']} seeds"]
+    said += [f"{_NAMES.get(name, name)} {value:g}" for name, value in options.items()]
+    states = [record["state"] for record in export["records"]]
+    missing = len(states) - states.count("done")
+    said += [f"{missing} of {len(states)} runs not finished"] if missing else []
+    return "\n".join([", ".join(said) + ":", "", content, "", "```bash", asked["command"], "```"])
+
+
+def _read(folder: Path, name: str, make: Callable[[Export], str], missing: str = "Not recorded yet.") -> str:
+    path = folder / f"{name}.json"
+    return make(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else missing
+
+
+def _where(row: dict[str, Any]) -> str:
+    task = row["group"]["task"]
+    return f"{_TASKS.get(task, task)} ({_METRICS.get(row['metric'], row['metric'])})"
+
+
+def _beside(row: dict[str, Any]) -> list[str]:
+    paired = row["paired"]
+    if paired is None or paired["difference"] is None:
+        return ["", ""]
+    p = row["p_corrected"]
+    return [f"{paired['difference']:+.3f}", "—" if p is None else f"{p:.2f}"]
+
+
+def _point(point: dict[str, Any]) -> str:
+    return ", ".join(f"{_NAMES.get(name, name)} {value}" for name, value in sorted(point.items()))
+
+
+def _described(known: dict[str, Any]) -> str:
+    return _spread(known["mean"], known["sd"] if known["num"] > 1 else None)
+
+
+def _of(values: Iterable[float]) -> str:
+    known = list(values)
+    if not known:
+        return "—"
+    return _spread(mean(known), stdev(known) if len(known) > 1 else None)
+
+
+def _spread(middle: float | None, spread: float | None) -> str:
+    if middle is None:
+        return "—"
+    return f"{middle:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
