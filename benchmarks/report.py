@@ -93,9 +93,9 @@ def sizes() -> str:
 def _glue() -> list[str]:
     content = comparison_tables.overview(ROOT / "benchmarks" / "results")
     if not content:
-        return []
+        return ["Scores on whole GLUE training sets: `docs/evidence.md`.", ""]
     return [
-        "Three GLUE tasks with few examples; mean ± sd on the dev set, \\* where the difference from `full` is "
+        "GLUE tasks with few examples; mean ± sd on the dev set, \\* where the difference from `full` is "
         "significant (p < 0.05, paired permutation test, Holm). `docs/evidence.md` has intervals, low-resource curves, "
         "transfer and ablations.",
         "",
