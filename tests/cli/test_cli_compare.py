@@ -27,6 +27,7 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
     ]
     done = childtuning(*words, "--dry-run")
     assert done.code == 0 and "6 runs" in done.err and "0 done, 6 to do" in done.err
+    assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
     done = childtuning(*words, "--json")
     assert done.code == 0, done.err
     assert "[6/6]" in done.err
@@ -38,8 +39,18 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
     assert child["point"]["density"] == 0.1 and "density" not in full["point"]
     again = childtuning("compare", "--store", tmp_path / "runs.db")
     assert again.code == 0 and "6 done, 0 to do" in again.err and "[" not in again.err
-    for word in ("full", "child-d", "95 % interval", "Next: childtuning report"):
+    for word in (
+        "full",
+        "child-d",
+        "95 % interval",
+        "beyond: lr of full; lr of child-d.",
+        "Next: childtuning report",
+    ):
         assert word in again.out
+    before = (tmp_path / "runs.db").read_bytes()
+    dry = childtuning("compare", "--store", tmp_path / "runs.db", "--seeds", 3, "--dry-run")
+    assert dry.code == 0 and "6 done, 2 to do; about" in dry.err
+    assert (tmp_path / "runs.db").read_bytes() == before
     wider = childtuning("compare", "--store", tmp_path / "runs.db", "--seeds", 3, "--json")
     assert wider.json["runs"] == 8
 

@@ -125,6 +125,23 @@ def test_the_headline_claims_no_more_than_the_runs_show() -> None:
     assert collapsed == "rte every run collapsed: none is better than always giving the most frequent answer."
 
 
+def test_a_choice_at_the_end_of_what_was_tried_is_marked() -> None:
+    def chosen(best: float) -> tuple[str, str]:
+        runs = [
+            synthetic.record(method="full", seed=0, score=0.7 if rate == best else 0.6, point={"lr": rate})
+            for rate in (1e-5, 2e-5, 3e-5)
+        ]
+        root = parse(html_page(Recorded(synthetic.comparison(["rte"], ["full"], 1), runs)))
+        tuning = root.one("section", id="tuning")
+        (table,) = [e for e in tuning.all("table") if "Chosen" in (e.attributes.get("aria-label") or "")]
+        return table.table()[1][1], tuning.text
+
+    cell, text = chosen(3e-5)
+    assert cell == "lr 3e-5†" and "† the lowest or the highest" in text
+    cell, text = chosen(2e-5)
+    assert cell == "lr 2e-5" and "†" not in text
+
+
 def test_the_ranking_is_in_order_with_every_seed() -> None:
     levels = {"full": 0.60, "lora": 0.50, "child-d": 0.70}
     runs = [

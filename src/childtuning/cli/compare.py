@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import is_terminal, point_text, print_json, print_table, tell
+from childtuning.cli.printing import is_terminal, point_text, print_json, print_table, short_name, tell
 from childtuning.errors import ConfigError
 
 NAME = "compare"
@@ -103,7 +103,7 @@ def run(
         childtuning compare --train a.csv --eval b.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
     from childtuning.cli.compare_progress import tell_plan, watched
-    from childtuning.experiments.comparison import EXECUTORS, asked_for, compare, set_up, stored
+    from childtuning.experiments.comparison import EXECUTORS, asked_for, compare, foreseen, set_up, stored
 
     if executor not in EXECUTORS:
         raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
@@ -126,8 +126,9 @@ def run(
         jobs=jobs,
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )
-    set_up(store, comparison, retry_failed=retry_failed)
-    tell_plan(store, comparison, jobs=jobs, tell=tell)
+    if not dry_run:
+        set_up(store, comparison, retry_failed=retry_failed)
+    tell_plan(foreseen(store, comparison), comparison, jobs=jobs, again=retry_failed, tell=tell)
     if dry_run:
         return
     with watched(store, comparison, jobs=jobs, tell=tell, live=is_terminal()):
@@ -175,6 +176,11 @@ def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None
             ),
             [_row(row, comparison.num_seeds) for row in mine],
         )
+        ends = [
+            f"{', '.join(map(short_name, row.at_end))} of {row.group.method}" for row in mine if row.at_end
+        ]
+        if ends:
+            print(f"Chosen at the end of what was tried, a better value may lie beyond: {'; '.join(ends)}.")
     print(f"\nNext: childtuning report {store} -o report.html")
 
 

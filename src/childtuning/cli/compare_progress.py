@@ -20,8 +20,16 @@ _SECONDS = 2.0
 Tell = Callable[[str], None]
 
 
-def tell_plan(path: Path, comparison: Comparison, *, jobs: int, tell: Tell) -> None:
-    """Say how many runs there are, of what, how many are done, and how long the others may take."""
+def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, again: bool, tell: Tell) -> None:
+    """Say how many runs there are, of what, how many are done, and how long the others may take.
+
+    Args:
+        runs: those that are known of, as ``foreseen`` returns them.
+        comparison: what they are for.
+        jobs: processes.
+        again: whether failed runs are done again.
+        tell: takes each line.
+    """
     total = num_runs(comparison)
     tell(
         f"{total} runs: {len(comparison.tasks)} tasks × {len(comparison.methods)} methods"
@@ -36,10 +44,9 @@ def tell_plan(path: Path, comparison: Comparison, *, jobs: int, tell: Tell) -> N
             )
         elif points[0]:
             tell(f"  {method}: {point_text(points[0])}")
-    with Store.open(path) as store:
-        known = store.records_in_brief()
-    done = sum(run.state in ("done", "failed") for run in known)
-    tell(f"{done} done, {total - done} to do; {_left(known, total, jobs)}")
+    ended = ("done",) if again else ("done", "failed")
+    done = sum(run.state in ended for run in runs)
+    tell(f"{done} done, {total - done} to do; {_left(runs, total, jobs)}")
 
 
 @contextmanager

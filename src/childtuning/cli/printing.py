@@ -52,10 +52,15 @@ def print_facts(facts: Mapping[str, str]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def short_name(option: str) -> str:
+    """Return a hyperparameter's name as the command line takes it, the shorter where there are two."""
+    return "lr" if option == "learning_rate" else option
+
+
 def point_text(point: Mapping[str, Any]) -> str:
     """Return hyperparameters in a few words."""
     return ", ".join(
-        f"{'lr' if name == 'learning_rate' else name} {f'{value:g}' if isinstance(value, float) else value}"
+        f"{short_name(name)} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in point.items()
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 NOTHING = "–"  # where there is no number
@@ -89,9 +89,11 @@ def option(value: Any) -> str:
     return re.sub(r"e([-+])0*", r"e\1", text).replace("e+", "e")
 
 
-def point(values: Mapping[str, Any]) -> str:
-    """Return hyperparameters in a few words."""
-    return ", ".join(f"{name} {option(value)}" for name, value in values.items())
+def point(values: Mapping[str, Any], marked: Collection[str] = ()) -> str:
+    """Return hyperparameters in a few words, those that are marked with a dagger."""
+    return ", ".join(
+        f"{name} {option(value)}{'†' if name in marked else ''}" for name, value in values.items()
+    )
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

@@ -144,6 +144,35 @@ def test_budget_counts_all_sets_that_were_tried() -> None:
     assert row.expected_best == pytest.approx([0.7, 0.75 * 0.8 + 0.25 * 0.6])
 
 
+@pytest.mark.parametrize(
+    ("best", "at_end"),
+    [
+        ((1e-5, 0.2), ("learning_rate",)),
+        ((2e-5, 0.2), ()),
+        ((3e-5, 0.3), ("learning_rate", "density")),
+    ],
+)
+def test_values_at_the_end_of_what_was_tried_are_told(
+    best: tuple[float, float], at_end: tuple[str, ...]
+) -> None:
+    records = [
+        replace(
+            record(Group("rte", "child-d"), 0, 0.9 if (rate, density) == best else 0.5),
+            point={
+                "learning_rate": rate,
+                "density": density,
+                "granularity": "row",
+                "mass": 0.9,
+                "rescale": True,
+            },
+        )
+        for rate in (2e-5, 1e-5, 3e-5)
+        for density in (0.1, 0.2, 0.3)
+    ]
+    (row,) = summarize(choose(records, [0]), None)
+    assert tuple(row.at_end) == at_end
+
+
 def test_collapsed_and_missing_scores_are_told() -> None:
     rows = summarize(
         [

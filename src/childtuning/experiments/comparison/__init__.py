@@ -2,7 +2,7 @@
 
 from childtuning.experiments.comparison.asking import asked_for
 from childtuning.experiments.comparison.choice import Choice, Tried, choose
-from childtuning.experiments.comparison.compare import EXECUTORS, compare, set_up, stored
+from childtuning.experiments.comparison.compare import EXECUTORS, compare, foreseen, set_up, stored
 from childtuning.experiments.comparison.design import Comparison
 from childtuning.experiments.comparison.plan import num_runs
 from childtuning.experiments.comparison.protocols import PROTOCOLS
@@ -26,6 +26,7 @@ __all__ = [
     "asked_for",
     "choose",
     "compare",
+    "foreseen",
     "num_runs",
     "set_up",
     "stored",

@@ -44,6 +44,16 @@ class Choice:
     records: Sequence[Record]
     tried: Sequence[Tried]
 
+    @property
+    def at_end(self) -> tuple[str, ...]:
+        """The hyperparameters whose best value is the lowest or the highest that was tried: a better may lie beyond."""
+        return tuple(name for name, value in self.point.items() if self._is_end(name, value))
+
+    def _is_end(self, name: str, value: Any) -> bool:
+        values = {one.point[name] for one in self.tried}
+        numeric = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+        return numeric and len(values) > 1 and value in (min(values), max(values))
+
 
 def choose(records: Iterable[Record], tune_seeds: Sequence[int]) -> list[Choice]:
     """Choose the best hyperparameters of every group of runs.

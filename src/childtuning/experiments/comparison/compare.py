@@ -8,8 +8,9 @@ from typing import Literal
 from childtuning.experiments.comparison.choice import choose
 from childtuning.experiments.comparison.design import Comparison
 from childtuning.experiments.comparison.overlaps import overlap
+from childtuning.experiments.comparison.plan import needed
 from childtuning.experiments.comparison.processes import work_in_processes
-from childtuning.experiments.comparison.records import Recorded
+from childtuning.experiments.comparison.records import Record, Recorded
 from childtuning.experiments.comparison.store import Store
 from childtuning.experiments.comparison.work import environment, plan, work
 
@@ -27,6 +28,24 @@ def stored(path: str | Path) -> Comparison | None:
     with Store.open(path) as store:
         before = store.comparison()
     return None if before is None else Comparison.from_dict(before)
+
+
+def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
+    """Return the runs that a comparison needs, as far as that can be said now; nothing is written.
+
+    Args:
+        path: the store; it need not be there yet.
+        comparison: what is asked for.
+    Returns:
+        those that a store has as they are recorded in it, without learning curves.
+    Raises:
+        ConfigError: it is something else than a store.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        return list(comparison.first_runs)
+    with Store.open(path) as store:
+        return list(needed(comparison, store.known(), store.folder_of))
 
 
 def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> None:

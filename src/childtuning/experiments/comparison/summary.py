@@ -49,6 +49,7 @@ class Row:
         group: which.
         metric: name of the task's main metric.
         point: the hyperparameters that were chosen.
+        at_end: those of them whose value is the lowest or the highest of several that were tried.
         scores: by seed, on the reported examples; NaN for a run without one.
         description: of the scores.
         costs: of the runs that are reported.
@@ -60,6 +61,7 @@ class Row:
     group: Group
     metric: str | None
     point: Mapping[str, Any]
+    at_end: tuple[str, ...]
     scores: Mapping[int, float]
     description: Description
     costs: Costs
@@ -158,6 +160,7 @@ def _row(choice: Choice) -> Row:
         group=choice.group,
         metric=metric,
         point=choice.point,
+        at_end=choice.at_end,
         scores={record.seed: record.score for record in records},
         description=describe(
             [record.score for record in records],

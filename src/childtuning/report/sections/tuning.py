@@ -31,9 +31,10 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     if charts:
         shown = [result.method for _, result in tuned]
         content += [marks.key(shown), grid(charts)]
-    content.append(
-        figure("Chosen", _chosen(tuned, marks), note="the best of what was tried, by the selection score")
-    )
+    note = "the best of what was tried, by the selection score"
+    if any(result.row.at_end for _, result in tuned):
+        note += "; † the lowest or the highest value that was tried, so that a better one may lie beyond"
+    content.append(figure("Chosen", _chosen(tuned, marks), note=note))
     content.append(el("details", el("summary", "Everything that was tried"), _tried(tuned), class_="more"))
     where = (
         "the reported examples"
@@ -102,7 +103,9 @@ def _chosen(tuned: list[tuple[Setting, Result]], marks: MethodMarks) -> Markup:
     columns = list(dict.fromkeys(setting.label for setting, _ in tuned))
     cells: dict[str, dict[str, str]] = {}
     for setting, result in tuned:
-        cells.setdefault(result.method, {})[setting.label] = numbers.point(result.row.point)
+        cells.setdefault(result.method, {})[setting.label] = numbers.point(
+            result.row.point, result.row.at_end
+        )
     rows = [
         [marks.named(method), *(cells[method].get(column, numbers.NOTHING) for column in columns)]
         for method in marks.methods
