@@ -11,7 +11,7 @@ from typing import Any
 from costs import table
 
 _HEADER = ["method", "accuracy", "trained", "optimizer", "saved", "time", "resumed bitwise"]
-_NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)"}
+_NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2 (accuracy)"}
 
 
 def methods(folder: Path) -> str:

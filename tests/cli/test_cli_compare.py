@@ -42,6 +42,8 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
     for word in (
         "full",
         "child-d",
+        "runs",
+        "2/2",
         "95 % interval",
         "beyond: lr of full; lr of child-d.",
         "Next: childtuning report",

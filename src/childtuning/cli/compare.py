@@ -165,6 +165,7 @@ def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None
             f"{task} ({mine[0].metric}){of}{after}",
             (
                 "method",
+                "runs",
                 "mean ± sd",
                 "95 % interval",
                 "median",

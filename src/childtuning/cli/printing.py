@@ -41,6 +41,7 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
+        assert len(row) == len(columns), f"{len(row)} cells below {len(columns)} columns"
         table.add_row(*row)
     console.print(table)
 
