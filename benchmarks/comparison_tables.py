@@ -17,7 +17,7 @@ Export = dict[str, Any]
 
 
 def comparison_tables(folder: Path) -> dict[str, str]:
-    """Return the tables by name of the file."""
+    """Return the tables by name of the files: NAME.json, and NAME-*.json where one was recorded in several parts."""
     kinds: dict[str, Callable[[Export], str]] = {
         "glue-small": ranking,
         "low-resource": curves,
@@ -25,12 +25,28 @@ def comparison_tables(folder: Path) -> dict[str, str]:
         "task-transfer": ranking,
         "ablation": ranking,
     }
-    return {name: _read(folder, name, make) for name, make in kinds.items()}
+    tables = {name: [make(export) for export in _read(folder, name)] for name, make in kinds.items()}
+    return {name: "\n\n".join(parts) or "Not recorded yet." for name, parts in tables.items()}
 
 
 def overview(folder: Path) -> str:
     """Return one row a method and one column a task: README's table of `glue-small`; empty where it is not there."""
-    return _read(folder, "glue-small", _overview, missing="")
+    exports = _read(folder, "glue-small")
+    columns: dict[str, dict[str, str]] = {}
+    for export in exports:
+        for row in export["summary"]["rows"]:
+            column = columns.setdefault(f"{_where(row)}, {row['group']['train_size']:,} examples", {})
+            known, p = row["description"], row["p_corrected"]
+            column[row["group"]["method"]] = _described(known) + ("\\*" if p is not None and p < 0.05 else "")
+    if not exports:
+        return ""
+    methods = dict.fromkeys(method for column in columns.values() for method in column)
+    cells = [[f"`{method}`", *(column.get(method, "—") for column in columns.values())] for method in methods]
+    seeds = "–".join(str(n) for n in sorted({export["comparison"]["num_seeds"] for export in exports}))
+    commands = [export["comparison"]["command"] for export in exports]
+    said = f"all-MiniLM-L6-v2, {seeds} seeds; `DATA` is a folder with one subfolder a task:"
+    parts = [said, "", table(["method", *columns], cells, text=(0,)), "", "```bash", *commands, "```"]
+    return "\n".join(parts)
 
 
 def ranking(export: Export) -> str:
@@ -90,23 +106,6 @@ def domains(export: Export) -> str:
     return _with_setting(export, table(header, cells, text=(0, 1)))
 
 
-def _overview(export: Export) -> str:
-    rows = export["summary"]["rows"]
-    tasks = list(dict.fromkeys(row["group"]["task"] for row in rows))
-    cells = []
-    for method in dict.fromkeys(row["group"]["method"] for row in rows):
-        mine = {row["group"]["task"]: row for row in rows if row["group"]["method"] == method}
-        cells.append([f"`{method}`"])
-        for task in tasks:
-            known = mine[task]["description"] if task in mine else None
-            p = mine[task]["p_corrected"] if task in mine else None
-            star = "\\*" if p is not None and p < 0.05 else ""
-            cells[-1].append("—" if known is None else _described(known) + star)
-        cells[-1].append("; ".join(_point(row["point"]) for row in mine.values()))
-    headers = [_where(next(row for row in rows if row["group"]["task"] == task)) for task in tasks]
-    return _with_setting(export, table(["method", *headers, "chosen"], cells, text=(0, len(tasks) + 1)))
-
-
 def _with_setting(export: Export, content: str) -> str:
     """What was run stands above the table, the command below it."""
     asked = export["comparison"]
@@ -120,9 +119,9 @@ def _with_setting(export: Export, content: str) -> str:
     return "\n".join([", ".join(said) + ":", "", content, "", "```bash", asked["command"], "```"])
 
 
-def _read(folder: Path, name: str, make: Callable[[Export], str], missing: str = "Not recorded yet.") -> str:
-    path = folder / f"{name}.json"
-    return make(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else missing
+def _read(folder: Path, name: str) -> list[Export]:
+    paths = [folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 
 def _where(row: dict[str, Any]) -> str:
