@@ -10,7 +10,15 @@ from typing import Any
 
 from costs import table
 
-_TASKS = {"rte": "RTE", "cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B", "snli": "SNLI", "mnli": "MNLI"}
+_TASKS = {
+    "rte": "RTE",
+    "cola": "CoLA",
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+    "sst2": "SST-2",
+    "snli": "SNLI",
+    "mnli": "MNLI",
+}
 _METRICS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 _NAMES = {"learning_rate": "lr"}
 Export = dict[str, Any]
@@ -20,6 +28,7 @@ def comparison_tables(folder: Path) -> dict[str, str]:
     """Return the tables by name of the files: NAME.json, and NAME-*.json where one was recorded in several parts."""
     kinds: dict[str, Callable[[Export], str]] = {
         "glue-small": ranking,
+        "two-methods": ranking,
         "low-resource": curves,
         "domain-transfer": domains,
         "task-transfer": ranking,
