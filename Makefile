@@ -36,7 +36,7 @@ demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's do
 	$(BIN)/childtuning demo $(ARGS)
 
 test: $(STAMP_DEV) ## run all tests (ARGS="-k name" to choose)
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP_DEV) ## lint, format, types and the rules of the house
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from tests.tiny import WORDS, save_tiny_bert
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CHILDTUNING_CACHE_BYTES"] = "0"  # no test reads what another run has kept
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the most slow tests first, so that no worker is left alone with one of them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -162,6 +162,7 @@ def same_delta(left: Path, right: Path) -> bool:
     return (left / "delta.safetensors").read_bytes() == (right / "delta.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["child-d", "child-f"])
 def test_a_killed_run_resumes_bitwise(childtuning, train_words, tmp_path, method) -> None:
     words = [*train_words, "--method", method, "--save-steps", 4, "--epochs", 3]

@@ -7,6 +7,7 @@ import pytest
 from childtuning.experiments.demo import demo_runs, label_sentence, summarize
 
 
+@pytest.mark.slow
 def test_demo_trains_summarizes_and_labels(tiny_bert, tmp_path) -> None:
     told: list[str] = []
     options = {"model": str(tiny_bert), "train_limit": 48, "epochs": 1.0, "num_seeds": 2}

@@ -40,6 +40,7 @@ def test_defaults_come_from_the_method() -> None:
     assert RunConfig(task="rte", method="child-lowest").child().lowest
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_came_and_went() -> None:
     # In a process of its own: one that has freed much before would serve the block from what it kept.
     script = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.ranks import WORLD, on_ranks
@@ -44,6 +45,7 @@ def work(rank: int, folder: Path) -> None:
         save_file(train(kind, rank, WORLD), folder / f"{kind}-{rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_ranks_agree(tmp_path: Path) -> None:
     on_ranks(work, tmp_path)
     for kind in KINDS:

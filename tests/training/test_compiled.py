@@ -9,6 +9,7 @@ import torch
 from tests.methods.trainers import method_trainer, weights
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own
 @pytest.mark.parametrize(
     ("method", "child"),

@@ -115,6 +115,7 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(tiny_bert: Path, data: Path
     assert [run.state for run in read(path).records] == ["done", "planned"]
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(twelve: Comparison, undisturbed: Recorded, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     set_up(path, twelve)
@@ -136,6 +137,7 @@ def _work(path: str, comparison: dict[str, Any], log: str) -> None:
     compare(path, Comparison.from_dict(comparison))
 
 
+@pytest.mark.slow
 def test_two_that_work_on_one_store_never_do_a_run_twice(
     twelve: Comparison, undisturbed: Recorded, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def test_two_that_work_on_one_store_never_do_a_run_twice(
     assert outcomes(read(path)) == outcomes(undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(twelve: Comparison, undisturbed: Recorded, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     set_up(path, twelve)
@@ -174,6 +177,7 @@ def test_killed_at_random_moments(twelve: Comparison, undisturbed: Recorded, tmp
     assert outcomes(recorded) == outcomes(undisturbed)
 
 
+@pytest.mark.slow
 def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     asked = a_comparison(

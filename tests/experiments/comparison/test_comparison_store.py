@@ -47,6 +47,7 @@ def test_a_run_is_claimed_once(four: Comparison, tmp_path: Path) -> None:
         assert {run.error for run in one.records()} == {None, "mine"}
 
 
+@pytest.mark.slow
 def test_the_runs_of_the_dead_are_taken_over(four: Comparison, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     set_up(path, four)
