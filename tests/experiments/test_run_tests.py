@@ -41,10 +41,11 @@ def test_what_is_held_out_is_the_same_for_every_training_size(tiny_bert: Path, s
 def test_what_is_measured_can_be_limited(tiny_bert: Path, sentiment: Path) -> None:
     config = a_config(tiny_bert, sentiment, held_out=0.25, data_seed=3)
     whole, aside = run_inputs.read_run_task(config)
-    few, same = run_inputs.read_run_task(replace(config, eval_limit=5))
-    assert len(few.dev) == 5 and set(few.dev.text) <= set(whole.dev.text)
-    assert few.train == whole.train and same == aside
-    assert run_inputs.read_run_task(replace(config, eval_limit=10**6))[0].dev == whole.dev
+    few, some = run_inputs.read_run_task(replace(config, eval_limit=5))
+    assert few.train == whole.train and aside is not None and some is not None
+    for drawn, everything in ((few.dev, whole.dev), (some, aside)):
+        assert len(drawn) == 5 and set(drawn.text) <= set(everything.text)
+    assert run_inputs.read_run_task(replace(config, eval_limit=10**6)) == (whole, aside)
     with pytest.raises(ConfigError, match="eval_limit must be above 0"):
         replace(config, eval_limit=0)
 

@@ -41,7 +41,9 @@ DATA: dict[str, Any] = {
     "label_type": _data(str, "class, number, or auto.  \\[auto]"),
     "data_dir": _data(str, "Folder that holds TASK/ with both splits; asked before the hub."),
     "train_limit": _data(int, "Use this many training examples at most."),
-    "eval_limit": _data(int, "Measure on this many evaluation examples at most, and of each --elsewhere."),
+    "eval_limit": _data(
+        int, "Measure on this many evaluation examples at most, and of those held out and each --elsewhere."
+    ),
     "data_seed": _data(int, "Of what --train-limit, --eval-limit and --held-out draw.  \\[0]"),
     "held_out": _data(float, "Share of the training examples to set aside and score apart.  \\[0]"),
     "elsewhere": _data(

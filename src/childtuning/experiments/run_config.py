@@ -44,8 +44,8 @@ class RunConfig:
         label_type: ``auto``, ``class`` or ``number``.
         data_dir: a folder with ``<task>/`` and in it the two splits.
         train_limit: use this many training examples at most, drawn by ``data_seed``.
-        eval_limit: measure on this many evaluation examples at most, and on as many of every other task of
-            ``elsewhere``, drawn by ``data_seed``.
+        eval_limit: measure on this many evaluation examples at most, on as many of what is ``held_out`` and of every
+            other task of ``elsewhere``; drawn by ``data_seed``.
         held_out: a share of the training examples that is set aside before anything is drawn from them: scored at the
             end, apart from what is reported, so that hyperparameters can be chosen by it.
         elsewhere: other tasks of ``data_dir`` on whose examples the model is scored as well, by a mapping of labels:

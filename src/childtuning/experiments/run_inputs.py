@@ -37,7 +37,8 @@ def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
             **drawn,
         )
     task = task.limit_evaluation(config.eval_limit, seed=config.data_seed)
-    return task.hold_out(config.held_out, config.train_limit, seed=config.data_seed)
+    task, aside = task.hold_out(config.held_out, config.train_limit, seed=config.data_seed)
+    return task, None if aside is None else aside.sample(config.eval_limit, seed=config.data_seed)
 
 
 def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) -> LoadedModel:
