@@ -11,11 +11,12 @@ import pytest
 
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError, DataError
-from childtuning.experiments import RunConfig, run_inputs, shared_inputs, train_run
+from childtuning.experiments import RunConfig, RunFolder, run_inputs, shared_inputs, train_run
 from childtuning.experiments.shared_inputs import Inputs
 from childtuning.methods import registry
 from childtuning.methods.child_d import ChildD
 from childtuning.methods.r_drop import RDrop
+from childtuning.tasks import load_elsewhere
 from childtuning.training import Prepared
 
 
@@ -57,8 +58,6 @@ def test_scores_are_those_of_a_run_on_these_examples(
     told = train_run(config, tmp_path / "run")
     assert told.train_examples == 72 and set(told.held_out or {}) == {"accuracy"}
     assert told.constant == {"accuracy": 0.5}
-    from childtuning.experiments import RunFolder
-
     run = RunFolder(tmp_path / "run")
     _, aside = run_inputs.read_run_task(config)
     assert aside is not None
@@ -169,10 +168,18 @@ def test_a_model_is_scored_on_other_tasks(tiny_bert: Path, tmp_path: Path) -> No
         "model": str(tiny_bert),
         "method": "head",
     }
-    config = RunConfig(**options, epochs=1.0, elsewhere=("mnli", "sick/test"))
+    pairs(tmp_path, "qqp", ["duplicate", *["not_duplicate"] * 4] * 4)  # classes that the model does not have
+    config = RunConfig(**options, epochs=1.0, elsewhere=("mnli", "sick/test", "qqp"))
     told = train_run(config, tmp_path / "run")
-    assert list(told.elsewhere) == ["mnli", "sick/test"]
+    assert list(told.elsewhere) == ["mnli", "sick/test", "qqp"]
     assert told.elsewhere["mnli"] == told.metrics
+    examples = load_elsewhere("qqp", three, tmp_path).examples
+    answers = RunFolder(tmp_path / "run").predict(replace(examples, labels=None))
+    right = [
+        (answer["prediction"] == "entailment") == (label == "duplicate")
+        for answer, label in zip(answers, examples.labels or (), strict=True)
+    ]
+    assert told.elsewhere["qqp"] == {"accuracy": sum(right) / 20}
     for wrong, words in (("sick/dev", "no split 'dev'"), ("sic", "Did you mean 'sick'")):
         with pytest.raises(DataError, match=words):
             train_run(replace(config, elsewhere=(wrong,)), tmp_path / "wrong")

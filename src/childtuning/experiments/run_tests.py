@@ -35,7 +35,7 @@ class RunTests:
         )
         self._elsewhere = [inputs.elsewhere(name, config, task) for name in config.elsewhere or ()]
         self._elsewhere_encoded = [
-            inputs.encoded(config, reader, other.examples, f"the examples of {other.name}")
+            inputs.encoded(config, reader, other.questions, f"the examples of {other.name}")
             for other in self._elsewhere
         ]
 
@@ -66,5 +66,5 @@ class RunTests:
         }
 
     def _classes(self, model: Any, other: Any, encoded: Any) -> list[str]:
-        answers = self.reader.predict(model, other.examples, Answers(), encoded)
+        answers = self.reader.predict(model, other.questions, Answers(), encoded)
         return [answer["prediction"] for answer in answers]

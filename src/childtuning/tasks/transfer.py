@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from childtuning.errors import DataError, did_you_mean
@@ -37,6 +37,11 @@ class Elsewhere:
     name: str
     examples: Examples
     classes: frozenset[str]
+
+    @property
+    def questions(self) -> Examples:
+        """The examples without their labels, which need not be classes of the model."""
+        return replace(self.examples, labels=None)
 
     def accuracy(self, predicted: Sequence[str], label_names: Sequence[str]) -> float:
         """Return the share of examples on which a model is right, whose classes may be others.
