@@ -45,7 +45,8 @@ def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
     if not path.exists():
         return list(comparison.first_runs)
     with Store.open(path) as store:
-        return list(needed(comparison, store.known(), store.folder_of))
+        timed = {run.id: run for run in store.records_in_brief()}
+        return list(needed(comparison, store.known() | timed, store.folder_of))
 
 
 def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> None:

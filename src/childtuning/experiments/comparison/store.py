@@ -33,7 +33,6 @@ CREATE TABLE artifacts (name TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT RO
 """
 _FIXED = ("group", "seed", "point", "config")
 _DETAILS = ("curve", "parts", "error", "seconds", "finished")
-_BRIEF = "id, fixed, state, result, json_remove(details, '$.curve', '$.parts') AS details"
 _APPLICATION = 0x43544E47  # tells our files from other SQLite files
 
 
@@ -204,16 +203,17 @@ class Store:
         return [_record(row) for row in rows]
 
     def known(self) -> dict[str, Record]:
-        """Return every run that was ever recorded or planned, by id, without learning curves."""
+        """Return every run that was ever recorded or planned, by id, without the details."""
         with told(self.path):
-            rows = self._db.execute(f"SELECT {_BRIEF} FROM runs").fetchall()
+            rows = self._db.execute("SELECT id, fixed, state, result, NULL AS details FROM runs").fetchall()
         return {row["id"]: _record(row) for row in rows}
 
     def records_in_brief(self) -> list[Record]:
         """Return the runs of the comparison in the order of the plan, without learning curves."""
         with told(self.path):
             rows = self._db.execute(
-                f"SELECT {_BRIEF} FROM runs WHERE position IS NOT NULL ORDER BY position"
+                "SELECT id, fixed, state, result, json_remove(details, '$.curve', '$.parts') AS details FROM runs "
+                "WHERE position IS NOT NULL ORDER BY position"
             ).fetchall()
         return [_record(row) for row in rows]
 
