@@ -1,4 +1,6 @@
-"""Fill the tables of docs/methods from the registry; with --check, only say whether they are up to date.
+"""Fill the tables of docs/methods from the registry, and make the report from recorded comparisons.
+
+With --check, only say whether they are up to date.
 
 python docs/tables.py [--check]
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from childtuning.methods import all_methods
 from childtuning.methods.compatibility import refusal
+from childtuning.report import html_page, joined, read_recorded
 from childtuning.training import Method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +126,22 @@ def faults(*, write: bool) -> list[str]:
             path.write_text(wanted, encoding="utf-8")
         elif wanted != text:
             found.append(f"{shown} differs from the registry. Run: python docs/tables.py")
-    return found
+    return found + _faults_of_report(write=write)
+
+
+def _faults_of_report(*, write: bool) -> list[str]:
+    """The same, of the page that shows the recorded comparisons on GLUE."""
+    exports = sorted((ROOT / "benchmarks" / "results").glob("glue-small*.json"))
+    if not exports:
+        return []
+    path = ROOT / "docs" / "glue-small.html"
+    wanted = html_page(joined({export.name: read_recorded(export) for export in exports}))
+    if path.is_file() and path.read_text(encoding="utf-8") == wanted:
+        return []
+    if write:
+        path.write_text(wanted, encoding="utf-8")
+        return []
+    return [f"{path.relative_to(ROOT)} differs from benchmarks/results. Run: python docs/tables.py"]
 
 
 def _linked(source: str) -> str:

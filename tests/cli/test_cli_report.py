@@ -12,7 +12,7 @@ from tests.report import synthetic
 from childtuning.cli.printing import json_text
 from childtuning.experiments.comparison.records import Recorded
 from childtuning.experiments.comparison.store import Store
-from childtuning.report import html_page, json_content, latex_tables, markdown_tables
+from childtuning.report import html_page, joined, json_content, latex_tables, markdown_tables
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,36 @@ def test_json_is_one_object_that_can_be_shown_again(childtuning, export: Path, r
 def test_json_tells_what_was_written(childtuning, export: Path) -> None:
     done = childtuning("report", export, "--json")
     assert done.json == {
-        "store": str(export),
+        "stores": [str(export)],
         "output": str(export.with_suffix(".html")),
         "format": "html",
         "runs": 9,
     }
     done = childtuning("report", export, "--format", "md", "--json")
     assert done.code == 2 and "-o FILE" in done.err
+
+
+def test_several_stores_are_joined(childtuning, export: Path, recorded: Recorded) -> None:
+    other = export.parent / "mrpc.json"
+    runs = [synthetic.record("mrpc", method, seed) for method in ("full", "child-d") for seed in range(3)]
+    more = Recorded(synthetic.comparison(["mrpc"], ["full", "child-d"], 3), runs)
+    other.write_text(json_text(more.to_dict()))
+    page = export.parent / "both.html"
+    done = childtuning("report", export, other, "-o", page, "--json")
+    assert done.code == 0, done.err
+    assert done.json == {
+        "stores": [str(export), str(other)],
+        "output": str(page),
+        "format": "html",
+        "runs": len(recorded.records) + 6,
+    }
+    assert page.read_text(encoding="utf-8") == html_page(joined({"rte": recorded, "mrpc": more}))
+    done = childtuning("report", export, other)
+    assert done.code == 2 and "Pass -o FILE" in done.err
+    done = childtuning("report", export, other, "-o", other, "--format", "json")
+    assert done.code == 2 and "the store itself" in done.err
+    done = childtuning("report", export, export, "--format", "md")
+    assert done.out == markdown_tables(recorded)
 
 
 def test_a_store_is_shown_while_others_write_to_it(childtuning, tmp_path: Path) -> None:

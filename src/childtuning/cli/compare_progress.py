@@ -39,9 +39,8 @@ def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, agai
     for method in comparison.methods:
         points = comparison.points(method)
         if len(points) > 1:
-            tell(
-                f"  {method}: {len(points)} sets of hyperparameters, each with {comparison.tune_seeds} seeds"
-            )
+            seeds = f"{comparison.tune_seeds} {'seed' if comparison.tune_seeds == 1 else 'seeds'}"
+            tell(f"  {method}: {len(points)} sets of hyperparameters, each with {seeds}")
         elif points[0]:
             tell(f"  {method}: {point_text(points[0])}")
     ended = ("done",) if again else ("done", "failed")

@@ -34,13 +34,19 @@ _OF_SUFFIX = {
 
 
 def run(
-    store: Annotated[
-        Path,
-        typer.Argument(help="The store of `childtuning compare`, or its JSON export.", show_default=False),
+    stores: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STORE...",
+            help="Stores of `childtuning compare`, or their JSON exports; several are joined.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write.  \\[html: STORE.html, else standard output]"),
+        typer.Option(
+            "--output", "-o", help="File to write.  \\[html of one store: STORE.html, else standard output]"
+        ),
     ] = None,
     format: Annotated[
         Format | None,
@@ -51,27 +57,32 @@ def run(
     ] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Show what a comparison found, as one self-contained page or as tables.
+    """Show what a comparison found, or several, as one self-contained page or as tables.
 
     Example:
 
         childtuning report rte.db -o rte.html
 
         childtuning report rte.db --format latex
+
+        childtuning report rte.db mrpc.json -o both.html
     """
-    store, output = store.expanduser(), output.expanduser() if output is not None else None
+    stores = list(dict.fromkeys(store.expanduser() for store in stores))
+    output = output.expanduser() if output is not None else None
     kind = format or _format_of(output)
     if kind is Format.html and output is None:
-        output = store.with_suffix(".html")
+        if len(stores) > 1:
+            raise ConfigError(f"a page of {len(stores)} stores lies beside none of them. Pass -o FILE.")
+        output = stores[0].with_suffix(".html")
     if output is None and as_json and kind is not Format.json:
         raise ConfigError(
             f"--json prints one JSON object, and --format {kind} without --output text. Pass -o FILE."
         )
-    if output is not None and output.resolve() == store.resolve():
+    if output is not None and output.resolve() in {store.resolve() for store in stores}:
         raise ConfigError(f"output {str(output)!r} is the store itself. Pass another file.")
     from childtuning import report
 
-    recorded = report.read_recorded(store)
+    recorded = report.joined({str(store): report.read_recorded(store) for store in stores})
     if kind is Format.json:
         text = json_text(report.json_content(recorded)) + "\n"
     else:
@@ -87,7 +98,12 @@ def run(
     output.write_text(text, encoding="utf-8")
     if as_json:
         print_json(
-            {"store": str(store), "output": str(output), "format": str(kind), "runs": len(recorded.records)}
+            {
+                "stores": [str(store) for store in stores],
+                "output": str(output),
+                "format": str(kind),
+                "runs": len(recorded.records),
+            }
         )
     else:
         print(output)

@@ -13,6 +13,7 @@ from childtuning.experiments.comparison.direction import lower_is_better
 from childtuning.experiments.comparison.records import Group, Record, Recorded
 from childtuning.experiments.comparison.statistics import Paired
 from childtuning.experiments.comparison.summary import Average, Row, across_tasks, summarize
+from childtuning.report.joining import commands
 from childtuning.report.numbers import counted
 
 SIGNIFICANT = 0.05
@@ -100,6 +101,7 @@ class Evidence:
     def __init__(self, recorded: Recorded) -> None:
         self.recorded = recorded
         self.comparison = recorded.comparison
+        self.commands = commands(recorded.comparison)
         self.records = recorded.records
         self.baseline: str | None = self.comparison.get("baseline") or next(
             iter(self.comparison.get("methods") or ()), None

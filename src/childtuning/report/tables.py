@@ -56,17 +56,15 @@ class Table:
 def markdown_tables(recorded: Recorded) -> str:
     """Return the ranking on every task and across tasks as Markdown."""
     evidence = Evidence(recorded)
-    command = evidence.comparison.get("command")
-    code = f"\n    {' '.join(command.split())}\n" if command else ""
-    return f"{_document(evidence, _markdown)}{_plain(_note(evidence))}\n{code}"
+    code = "".join(f"    {' '.join(command.split())}\n" for command in evidence.commands)
+    return f"{_document(evidence, _markdown)}{_plain(_note(evidence))}\n" + (f"\n{code}" if code else "")
 
 
 def latex_tables(recorded: Recorded) -> str:
     """Return the same as LaTeX, for the packages booktabs and amssymb."""
     head = "% needs \\usepackage{booktabs,amssymb}\n"
     evidence = Evidence(recorded)
-    notes = [_note(evidence), evidence.comparison.get("command") or ""]
-    comments = "".join(f"% {' '.join(note.split())}\n" for note in notes if note)
+    comments = "".join(f"% {' '.join(note.split())}\n" for note in [_note(evidence), *evidence.commands])
     return f"{head}{_document(evidence, _latex)}{comments}"
 
 

@@ -12,32 +12,31 @@ from childtuning.report.markup import el
 from childtuning.report.method_marks import MethodMarks
 from childtuning.report.section import Section
 
+_TYPED = ("command", "commands")
+
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     """Return command, settings and environment."""
-    content: list[Any] = []
-    command = evidence.comparison.get("command")
-    if command:
-        content.append(
-            el(
-                "div",
-                el("pre", el("code", command)),
-                el("button", "Copy", type="button", class_="action copy"),
-                class_="code",
-            )
+    content: list[Any] = [
+        el(
+            "div",
+            el("pre", el("code", command)),
+            el("button", "Copy", type="button", class_="action copy"),
+            class_="code",
         )
-    facts = _flat({key: value for key, value in evidence.comparison.items() if key != "command"})
+        for command in evidence.commands
+    ]
+    facts = _flat({key: value for key, value in evidence.comparison.items() if key not in _TYPED})
     for title, rows in (("Settings", facts), ("Environment", _flat(evidence.recorded.environment))):
         if rows:
             table = data_table(["", ""], [[name, value] for name, value in rows], left=2, label=title)
             content.append(el("details", el("summary", title), table, class_="more"))
     if not content:
         return None
-    lead = (
-        "The command goes on where it was stopped, and does again nothing that is recorded."
-        if command
-        else None
-    )
+    lead = None
+    if evidence.commands:
+        which = "The" if len(evidence.commands) == 1 else "Each"
+        lead = f"{which} command goes on where it was stopped, and does again nothing that is recorded."
     return Section("reproduce", "Reproduce", "Reproduce", lead, content)
 
 

@@ -1,0 +1,101 @@
+"""Several comparisons as one: tasks that were compared apart, or on several machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+from childtuning.errors import ConfigError
+from childtuning.experiments.comparison.records import Group, Recorded
+
+_UNITED = ("tasks", "methods", "train_sizes", "transfer_to")
+
+
+def joined(parts: Mapping[str, Recorded]) -> Recorded:
+    """Return everything that several stores hold, each method on a task from one of them.
+
+    Settings and facts of the environment in which they differ are left out, their commands kept.
+
+    Args:
+        parts: the stores' contents, by a name for messages; at least one.
+    Raises:
+        ConfigError: they compare in different ways, or two of them hold the same.
+    """
+    for (first, one), (second, other) in combinations(parts.items(), 2):
+        _check(first, one, second, other)
+    contents = list(parts.values())
+    if len(contents) == 1:
+        return contents[0]
+    baseline = _rules(contents[0])["baseline"]
+    settings = _common([{**one.comparison, "baseline": baseline} for one in contents])
+    return Recorded(
+        comparison={
+            **{key: value for key, value in settings.items() if key not in ("command", "commands")},
+            **{name: _united(name, contents) for name in _UNITED},
+            "commands": [command for one in contents for command in commands(one.comparison)],
+        },
+        records=[record for one in contents for record in one.records],
+        artifacts={name: content for one in contents for name, content in one.artifacts.items()},
+        environment=_common([one.environment for one in contents]),
+    )
+
+
+def commands(comparison: Mapping[str, Any]) -> list[str]:
+    """Return what was typed to ask for a comparison, or for those that were joined."""
+    return [*filter(None, comparison.get("commands") or [comparison.get("command")])]
+
+
+def _check(first: str, one: Recorded, second: str, other: Recorded) -> None:
+    theirs = _rules(other)
+    for rule, value in _rules(one).items():
+        if theirs[rule] != value:
+            raise ConfigError(
+                f"{first!r} and {second!r} differ in their {rule}: {value!r} and {theirs[rule]!r}. Report them apart."
+            )
+    shared = [group for group in _groups(one) if group in _groups(other)]
+    if shared:
+        raise ConfigError(
+            f"{first!r} and {second!r} both hold {_named(shared[0])}. Report them apart, or leave one out."
+        )
+    for name in one.artifacts:
+        if name in other.artifacts:
+            raise ConfigError(
+                f"{first!r} and {second!r} both hold the {name} of children. Report them apart."
+            )
+
+
+def _rules(recorded: Recorded) -> dict[str, Any]:
+    """What has to be the same, for scores to be beside one another."""
+    asked = recorded.comparison
+    return {
+        "baseline": asked.get("baseline") or next(iter(asked.get("methods") or ()), None),
+        "selection": asked.get("selection", "held-out"),
+        "tune_seeds": asked.get("tune_seeds") or 1,
+    }
+
+
+def _groups(recorded: Recorded) -> dict[Group, None]:
+    return dict.fromkeys(record.group for record in recorded.records)
+
+
+def _named(group: Group) -> str:
+    size = "" if group.train_size is None else f" with {group.train_size:,} examples"
+    return f"{group.method} on {group.task}{size}" + ("" if group.start is None else f" from {group.start}")
+
+
+def _united(name: str, contents: list[Recorded]) -> list[Any]:
+    return [*dict.fromkeys(value for one in contents for value in one.comparison.get(name) or ())]
+
+
+def _common(contents: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of them say alike, by key."""
+    first, *others = contents
+    found: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [value, *(other.get(key) for other in others)]
+        if all(isinstance(one, Mapping) for one in values):
+            found[key] = _common(values)
+        elif all(one == value for one in values):
+            found[key] = value
+    return found
