@@ -18,9 +18,13 @@ _TASKS = {
     "sst2": "SST-2",
     "snli": "SNLI",
     "mnli": "MNLI",
+    "sick": "SICK",
+    "scitail": "SciTail",
+    "qqp": "QQP",
 }
 _METRICS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 _NAMES = {"learning_rate": "lr"}
+_SPLITS = {"dev_matched": "m", "dev_mismatched": "mm"}  # others are the only one of their task
 Export = dict[str, Any]
 
 
@@ -111,8 +115,15 @@ def domains(export: Export) -> str:
         cells.append([_TASKS.get(task, task), f"`{method}`", _of(r["metric"]["value"] for r in mine)])
         for name in names:
             cells[-1].append(_of(r["elsewhere"][name]["accuracy"] for r in mine if name in r["elsewhere"]))
-    header = ["trained on", "method", "own dev", *names]
+    header = ["trained on", "method", "own dev", *map(_elsewhere, names)]
     return _with_setting(export, table(header, cells, text=(0, 1)))
+
+
+def _elsewhere(name: str) -> str:
+    """A split of another task as papers name it: ``mnli/dev_matched`` is MNLI-m."""
+    task, _, split = name.partition("/")
+    which = next((short for start, short in _SPLITS.items() if split.startswith(start)), None)
+    return _TASKS.get(task, task) + (f"-{which}" if which else "")
 
 
 def _with_setting(export: Export, content: str) -> str:
