@@ -18,6 +18,8 @@ _COMMANDS = {
     "memory-small": "memory --batch-size 2",
     "script": "train --script",
     "import": "import",
+    "compare": "compare --train-limit 200 --repeats 3",
+    "report": "report",
 }
 
 
