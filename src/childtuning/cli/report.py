@@ -37,7 +37,7 @@ def run(
     stores: Annotated[
         list[Path],
         typer.Argument(
-            metavar="STORE...",
+            metavar="STORE",
             help="Stores of `childtuning compare`, or their JSON exports; several are joined.",
             show_default=False,
         ),

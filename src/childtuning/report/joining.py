@@ -53,10 +53,11 @@ def _check(first: str, one: Recorded, second: str, other: Recorded) -> None:
             raise ConfigError(
                 f"{first!r} and {second!r} differ in their {rule}: {value!r} and {theirs[rule]!r}. Report them apart."
             )
-    shared = [group for group in _groups(one) if group in _groups(other)]
-    if shared:
+    held = {record.group for record in other.records}
+    shared = next((record.group for record in one.records if record.group in held), None)
+    if shared is not None:
         raise ConfigError(
-            f"{first!r} and {second!r} both hold {_named(shared[0])}. Report them apart, or leave one out."
+            f"{first!r} and {second!r} both hold {_named(shared)}. Report them apart, or leave one out."
         )
     for name in one.artifacts:
         if name in other.artifacts:
@@ -73,10 +74,6 @@ def _rules(recorded: Recorded) -> dict[str, Any]:
         "selection": asked.get("selection", "held-out"),
         "tune_seeds": asked.get("tune_seeds") or 1,
     }
-
-
-def _groups(recorded: Recorded) -> dict[Group, None]:
-    return dict.fromkeys(record.group for record in recorded.records)
 
 
 def _named(group: Group) -> str:
