@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP_DEMO := .venv/.stamp-demo
 STAMP_DEV := .venv/.stamp-dev
 STAMP_BENCH := .venv/.stamp-bench
-INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py $(wildcard src/childtuning/kernels/native/*.[ch])
+INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py $(wildcard src/childtuning/fast/native/*.[ch])
 THREADS ?= 1
 ARGS ?=
 
@@ -20,6 +20,8 @@ export GOMP_SPINCOUNT := 0
 # Freed memory stays with the process: asking the kernel for it anew costs more than a training step's arithmetic.
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
+
+CORE_TESTS := tests/child tests/delta tests/fisher tests/optim tests/cli/test_cli_version_1.py
 
 # Tests never ask a network for a model, and never oversubscribe the cores.
 TEST_ENV := OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -35,8 +37,9 @@ help: ## list the targets
 demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's docstrings (ARGS="..." is passed on)
 	$(BIN)/childtuning demo $(ARGS)
 
-test: $(STAMP_DEV) ## run all tests (ARGS="-k name" to choose)
+test: $(STAMP_DEV) ## run all tests, and the core's once more without its fast paths (ARGS="-k name" to choose)
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(if $(ARGS),,CHILDTUNING_FAST=0 $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile $(CORE_TESTS))
 
 check: $(STAMP_DEV) ## lint, format, types and the rules of the house
 	$(BIN)/ruff check .

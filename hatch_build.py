@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-KERNELS = Path(__file__).parent / "src" / "childtuning" / "kernels"
+KERNELS = Path(__file__).parent / "src" / "childtuning" / "fast"
 LIBRARY = KERNELS / "native" / "kernels.so"
 # The masks are exact whatever the flags; values may differ in the last bit from one kind of processor to another.
 FLAGS = [

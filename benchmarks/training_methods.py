@@ -12,7 +12,7 @@ from shapes import HEAD, classifier, random_batch
 from torch import Tensor, nn
 
 import childtuning as ct
-from childtuning.selection import random_child
+from childtuning.child import random_child
 
 FULL, ROW, LORA = "full fine-tuning", "child 0.1, row", "PEFT LoRA r=16"
 ELEMENT = "child 0.1, element"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from childtuning import select_child
-from childtuning.config import ChildConfig
+from childtuning.child import ChildConfig
 from childtuning.errors import ConfigError
 from childtuning.fisher import fisher_information, sums
 from childtuning.fisher.loop import differentiable, take_gradients

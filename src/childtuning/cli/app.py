@@ -33,7 +33,12 @@ _STOPPED = "stopped. Go on with --resume if this was a training run."
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done; 2 wrong use or input, in one line; 1 anything else."""
+    """Run the command line: exit code 0 done; 2 wrong use or input, in one line; 1 anything else.
+
+    Of several processes (torchrun), rank 0 alone writes to standard output.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         code = app(standalone_mode=False)
     except ChildTuningError as error:

@@ -10,14 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from childtuning.child import Child
-from childtuning.delta.files import INDEX_SUFFIX, read_folder, stream_tensor, write_folder
-from childtuning.delta.hashes import frozen_hash
+from childtuning.child import Child, Part, TaskFree
+from childtuning.child.eligible import bare_model, canonical_name, named, refuse_rewritten
+from childtuning.child.files import read_parts, write_parts
+from childtuning.delta.files import INDEX_SUFFIX, frozen_hash, read_folder, stream_tensor, write_folder
 from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError
-from childtuning.part import Part
-from childtuning.part_records import read_parts, write_parts
-from childtuning.patterns import canonical_names
-from childtuning.task_free import TaskFree
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,21 +56,22 @@ class Delta:
         Raises:
             ParameterError: the child does not fit the model.
         """
-        named = _named_parameters(model)
-        shapes = {name: tuple(p.shape) for name, p in named.items()}
+        parameters = named(model)
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         recipe: dict[str, Any] | None = None
         from_recipe: frozenset[str] = frozenset()
         if isinstance(child, TaskFree):
             parts = {
                 name: Part(shape) if p.requires_grad and p.is_floating_point() else Part.none(shape)
-                for (name, p), shape in zip(named.items(), shapes.values(), strict=True)
+                for (name, p), shape in zip(parameters.items(), shapes.values(), strict=True)
             }
             recipe = {"source": "task-free", **child.to_dict()}
         else:
             parts = child.resolve(shapes)
+            refuse_rewritten(model, [n for n, part in parts.items() if not part.is_whole])
             if child.recipe is not None:
                 recipe, from_recipe = child.recipe, frozenset(child.parts)
-        values = {name: _read(named[name], part) for name, part in parts.items() if not part.is_empty}
+        values = {name: _read(parameters[name], part) for name, part in parts.items() if not part.is_empty}
         return cls(
             parts=parts,
             values=values,
@@ -81,7 +79,7 @@ class Delta:
                 name: buffer.detach().to("cpu", copy=True)
                 for name, buffer in _persistent_buffers(model).items()
             },
-            hashes={name: _hash(named[name], part) for name, part in parts.items() if not part.is_whole},
+            hashes={name: _hash(parameters[name], part) for name, part in parts.items() if not part.is_whole},
             base={"name": base} if isinstance(base, str) else dict(base or {}),
             recipe=recipe,
             from_recipe=from_recipe,
@@ -103,13 +101,13 @@ class Delta:
         Raises:
             BaseMismatchError: a name, shape, dtype or frozen value differs; nothing was changed.
         """
-        named = _named_parameters(model)
+        parameters = named(model)
         base = f" ({self.base['name']})" if self.base.get("name") else ""
         remedy = f"Load the base model that it was made from{base}."
-        if list(named) != list(self.parts):
-            other = next(iter(set(named) ^ set(self.parts)), "the order of parameters")
+        if list(parameters) != list(self.parts):
+            other = next(iter(set(parameters) ^ set(self.parts)), "the order of parameters")
             raise BaseMismatchError(f"the delta is for another architecture ({other!r} differs). {remedy}")
-        for name, parameter in named.items():
+        for name, parameter in parameters.items():
             part = self.parts[name]
             value = self.values.get(name)
             if tuple(parameter.shape) != part.shape:
@@ -145,14 +143,14 @@ class Delta:
         """
         if check:
             self.check_base(model)
-        named, buffers = _named_parameters(model), _persistent_buffers(model)
+        parameters, buffers = named(model), _persistent_buffers(model)
         displaced = replace(
             self,
-            values={name: _read(named[name], self.parts[name]) for name in self.values},
+            values={name: _read(parameters[name], self.parts[name]) for name in self.values},
             buffers={name: buffers[name].detach().to("cpu", copy=True) for name in self.buffers},
         )
         for name, value in self.values.items():
-            _write(named[name], self.parts[name], value)
+            _write(parameters[name], self.parts[name], value)
         for name, value in self.buffers.items():
             buffers[name].copy_(value)
         return displaced
@@ -244,30 +242,24 @@ class Delta:
             raise CorruptFileError(f"{folder} lacks {fault}. Get the folder anew.") from None
 
 
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    named = dict(model.named_parameters())
-    return dict(zip(canonical_names(named), named.values(), strict=True))
-
-
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    model = bare_model(model)
     saved = set(model.state_dict(keep_vars=True))
-    named = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return dict(zip(canonical_names(named), named.values(), strict=True))
+    return {canonical_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _read(tensor: Tensor, part: Part) -> Tensor:
     tensor = tensor.detach()
     if part.is_whole:
         return tensor.to("cpu", copy=True).contiguous()
-    places = part.places().to(tensor.device)
-    return places.gather(tensor, tensor.new_empty(len(places))).cpu()
+    return part.runs().to(tensor.device).gather(tensor).cpu()
 
 
 def _write(tensor: Tensor, part: Part, value: Tensor) -> None:
     if part.is_whole:
         tensor.detach().copy_(value)
     else:
-        part.places().to(tensor.device).scatter_(tensor.detach(), value.to(tensor.device))
+        part.runs().to(tensor.device).scatter_(tensor.detach(), value.to(tensor.device))
 
 
 def _hash(tensor: Tensor, part: Part) -> str:

@@ -1,4 +1,6 @@
-"""A delta's folder: ``delta.json`` says what is trained and on what base, ``delta.safetensors`` holds the values.
+"""A delta's folder, and the hashes that tell one base model from another, before and after a child of it was trained.
+
+``delta.json`` says what is trained and on what base, ``delta.safetensors`` holds the values.
 
 The format is described in docs/delta-format.md. Both files are data: nothing in them is executed.
 """
@@ -7,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from childtuning.child.eligible import named
+from childtuning.child.files import write_atomically
 from childtuning.errors import CorruptFileError
 
 ABOUT, VALUES = "delta.json", "delta.safetensors"
@@ -27,15 +30,17 @@ INDEX_SUFFIX = "::index"
 
 def write_folder(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each complete or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (VALUES + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    body = {"format": FORMAT, "version": VERSION, **about, "values_sha256": _file_hash(partial)}
-    body["sha256"] = _body_hash(body)
-    about_partial = folder / (ABOUT + ".partial")
-    about_partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / VALUES)
-    os.replace(about_partial, folder / ABOUT)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    body: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about}
+
+    def write_values(partial: Path) -> None:
+        save_file(contiguous, partial)
+        body["values_sha256"] = _file_hash(partial)
+        body["sha256"] = _body_hash(body)
+
+    write_atomically(folder / VALUES, write_values)
+    text = json.dumps(body, indent=1) + "\n"
+    write_atomically(folder / ABOUT, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -83,3 +88,41 @@ def _body_hash(body: Mapping[str, Any]) -> str:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _absorb(digest: hashlib._Hash, tensor: Tensor) -> None:
+    tensor = tensor.detach().to("cpu").contiguous()
+    digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def frozen_hash(tensor: Tensor, trained: Tensor | None) -> str:
+    """Return the sha256 of what a child leaves alone in a tensor: dtype, shape, and the bits outside the child.
+
+    Training cannot change it, so it is the same before and after, with the delta applied or displaced.
+
+    Args:
+        tensor: any dtype and shape.
+        trained: flat indices of the child's entries, int64, or ``None`` for none of them.
+    """
+    digest = hashlib.sha256()
+    if trained is not None and len(trained):
+        tensor = tensor.detach().to("cpu", copy=True).contiguous()
+        tensor.view(-1)[trained] = 0
+    _absorb(digest, tensor)
+    return digest.hexdigest()
+
+
+def model_hash(model: nn.Module, *, without: Collection[str] = ()) -> str:
+    """Return the sha256 over all parameters in order, names, dtypes and shapes included.
+
+    Args:
+        model: the model.
+        without: names of parameters to leave out, such as a new head that is random.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in named(model).items():
+        if name not in without:
+            digest.update(name.encode())
+            _absorb(digest, parameter)
+    return digest.hexdigest()

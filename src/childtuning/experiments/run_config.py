@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import tomli_w
 
-from childtuning.config import ChildConfig
+from childtuning.child import ChildConfig
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.methods import Combination
 from childtuning.training.precision import has_fast_bf16

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from childtuning.child.eligible import match_names
 from childtuning.errors import ConfigError, ModelError
 from childtuning.experiments.run_config import RunConfig
 from childtuning.experiments.run_start import is_model_folder
 from childtuning.methods import Combination
-from childtuning.patterns import match_names
 from childtuning.tasks import Kind, Split, Task, load_task, task_from_files
 from childtuning.training import LoadedModel, Prepared, load_model
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from childtuning.child import Child
+from childtuning.child.eligible import matches
 from childtuning.experiments.peak_memory import peak_memory_bytes, reset_peak_memory
 from childtuning.experiments.prediction import Reader
 from childtuning.experiments.run_config import RunConfig
@@ -35,7 +36,7 @@ from childtuning.experiments.run_result import RunResult
 from childtuning.experiments.run_start import apply_start
 from childtuning.experiments.run_tests import RunTests
 from childtuning.experiments.shared_inputs import Inputs
-from childtuning.patterns import matches
+from childtuning.optim.processes import is_main_process, wait_for_all
 from childtuning.tasks import Kind, LengthBucketBatches, Task
 from childtuning.training import ChildTrainer, LoadedModel, ScoreFn
 
@@ -116,7 +117,8 @@ def train_run(
 ) -> RunResult:
     """Execute a run and leave its folder behind.
 
-    Everything that can be wrong with the input is found before anything is written. A run that was stopped at any
+    Everything that can be wrong with the input is found before anything is written. Of several processes, rank 0
+    writes the folder and tells. A run that was stopped at any
     moment goes on with ``resume`` and ends bitwise as it would have.
 
     Args:
@@ -133,6 +135,8 @@ def train_run(
     import transformers
 
     config = config.resolved()
+    is_main = is_main_process()
+    tell = tell if is_main else lambda line: None
     inputs = inputs or Inputs()
     folder = Path(output).expanduser()
     check_output(folder, config, overwrite=overwrite, resume=resume)
@@ -159,15 +163,18 @@ def train_run(
         try:
             tell(_describe(trainer.select()))
         except BaseException:
-            remove_empty(folder)
+            if is_main:
+                remove_empty(folder)
             raise
     fisher_seconds = time.perf_counter() - start
-    if overwrite:
-        clear_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if beginning is not None and checkpoint is None:
-        beginning.save(folder / START)
-    write_text(folder / CONFIG, config.to_toml())
+    if is_main:
+        if overwrite:
+            clear_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if beginning is not None and checkpoint is None:
+            beginning.save(folder / START)
+        write_text(folder / CONFIG, config.to_toml())
+    wait_for_all()
     if checkpoint is not None:
         tell(f"going on from {checkpoint.name}")
     start = time.perf_counter()
@@ -183,10 +190,13 @@ def train_run(
         "cut_by_length": train.num_cut + tests.num_cut,
         **tests.measure(trainer.model),
     }
-    _save(config, task.how, loaded, labels, trainer, folder)
+    if is_main:
+        _save(config, task.how, loaded, labels, trainer, folder)
+    wait_for_all()  # the delta is there, and nobody writes a checkpoint any more
     result = _result(config, task, trainer, folder, facts)
-    write_json(folder / METRICS, result.to_dict())
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if is_main:
+        write_json(folder / METRICS, result.to_dict())
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return result
 
 

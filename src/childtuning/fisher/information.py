@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from childtuning.errors import ConfigError, DataError, ParameterError, did_you_mean
+from childtuning.child.eligible import eligible as eligible_parameters
+from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.fisher.batches import num_examples, own_labels, to_device, without_trailing_padding
 from childtuning.fisher.estimators import PerBatch, PerExample
 from childtuning.fisher.losses import LossFn, SampledLabels
 from childtuning.fisher.sums import Sums
 from childtuning.fisher.untouched import untouched
-from childtuning.patterns import as_patterns, canonical_names, match_names
 
 Progress = Callable[[int, int | None], None]
 ESTIMATORS = ("per-example", "per-batch")
@@ -100,7 +100,7 @@ def fisher_information(
         raise ConfigError(
             "labels='sampled' draws from the model's own output, got a loss_fn. Leave loss_fn out."
         )
-    parameters = scored_parameters(model, eligible, always)
+    parameters = eligible_parameters(model, eligible, always)
     sums = Sums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
     report = _reporter(progress, batches)
     device = next(iter(parameters.values())).device
@@ -124,29 +124,6 @@ def fisher_information(
     if num_terms == 0:
         raise DataError("there are no batches to estimate Fisher information from. Pass training examples.")
     return sums.means_(num_terms)
-
-
-def scored_parameters(
-    model: nn.Module, eligible: Iterable[str] | None, always: Iterable[str] | None
-) -> dict[str, Tensor]:
-    """Return the parameters that take part in a selection, by name before any wrapper."""
-    named = dict(model.named_parameters())
-    plain = dict(zip(canonical_names(named), named.values(), strict=True))
-    left_out = match_names(as_patterns(always or ()), plain)
-    if eligible is None:
-        chosen = {name for name, parameter in plain.items() if parameter.requires_grad}
-    else:
-        chosen = match_names(as_patterns(eligible), plain)
-    parameters: dict[str, Tensor] = {
-        name: parameter
-        for name, parameter in plain.items()
-        if name in chosen and name not in left_out and parameter.is_floating_point()
-    }
-    if not parameters:
-        raise ParameterError(
-            "no parameter is eligible. Check the eligible and always patterns, and requires_grad."
-        )
-    return parameters
 
 
 def _reporter(progress: bool | Progress, batches: Iterable[Any]) -> Callable[[int], None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from childtuning.errors import ConfigError
-from childtuning.kernels import add_rounded_
+from childtuning.fisher.rounding import add_rounded_
 
 DTYPES = (torch.float32, torch.bfloat16)
 

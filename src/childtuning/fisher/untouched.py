@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from childtuning.structured import set_aside
+from childtuning.fast.structured import set_aside
 
 
 @contextmanager

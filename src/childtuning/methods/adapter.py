@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
 from childtuning.methods.refusal import not_for
 from childtuning.methods.registry import register
-from childtuning.patterns import canonical_names
 from childtuning.training import Method, Prepared, find_layers
 from childtuning.training.bottleneck import (
     ACTIVATIONS,
@@ -91,8 +91,7 @@ class Adapter(Method):
             if self.norms is True or (self.norms is None and self.placement == "houlsby"):
                 modules.extend(place.norms)
             trained |= {id(parameter) for module in modules for parameter in module.parameters()}
-        named = dict(model.named_parameters())
-        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        plain = named(model)
         always = set(prepared.always)
         eligible = tuple(name for name, p in plain.items() if id(p) in trained and name not in always)
         for name, parameter in plain.items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from childtuning.child.eligible import named
 from childtuning.errors import ModelError
 from childtuning.methods.registry import register
 from childtuning.methods.whole import WholeParameters, train_only
-from childtuning.patterns import canonical_names
 from childtuning.training import Prepared
 
 
@@ -29,7 +29,7 @@ class BitFit(WholeParameters):
         Raises:
             ModelError: the network has none.
         """
-        names = canonical_names(name for name, _ in prepared.model.named_parameters())
+        names = named(prepared.model)
         biases = [n for n in names if n.rpartition(".")[2].endswith("bias") and n not in prepared.always]
         if not biases:
             raise ModelError(

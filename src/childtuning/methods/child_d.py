@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from childtuning.config import ChildConfig
+from childtuning.child import ChildConfig
 from childtuning.methods.registry import register
 from childtuning.training import Method
 

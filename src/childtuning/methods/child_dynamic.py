@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from childtuning.child import Child
-from childtuning.config import ChildConfig
+from childtuning.child import Child, ChildConfig, Part
+from childtuning.child.eligible import named
 from childtuning.errors import ConfigError
 from childtuning.methods.registry import register
-from childtuning.part import Part
-from childtuning.patterns import canonical_names
 from childtuning.training import ChildTrainer, Method, MethodCallback, choose_child
 
 
@@ -130,13 +128,11 @@ class _Reselection(MethodCallback):
         return child
 
     def _eligible(self) -> dict[str, nn.Parameter]:
-        named = dict(self.trainer.bare_model.named_parameters())
-        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        plain = named(self.trainer.bare_model)
         return {name: plain[name] for name in self._child().parts}
 
     def _watch(self) -> None:
-        for parameter in self._eligible().values():
-            parameter.requires_grad_(True)
+        self.trainer.child_optimizer.observe()
 
 
 def _union(first: Child, second: Child) -> Child:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from childtuning.child import Child
-from childtuning.config import ChildConfig
+from childtuning.child import Child, ChildConfig
+from childtuning.child.eligible import named
 from childtuning.errors import ConfigError
 from childtuning.methods.registry import register
-from childtuning.patterns import canonical_names
 from childtuning.training import ChildTrainer, Method, MethodCallback
 
 
@@ -61,8 +60,7 @@ class _Pruning(MethodCallback):
         """Prune; a resumed training finds its zeros already there."""
         child = self.trainer.select()
         assert isinstance(child, Child)
-        named = dict(self.trainer.bare_model.named_parameters())
-        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        plain = named(self.trainer.bare_model)
         for name, part in child.parts.items():
             if plain[name].ndim > 1:
                 plain[name].masked_fill_(~part.mask().to(plain[name].device), 0)

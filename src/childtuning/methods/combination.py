@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from childtuning.config import ChildConfig
+from childtuning.child import ChildConfig
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.methods.compatibility import refusal
 from childtuning.methods.full import Full

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from childtuning.child.eligible import named
 from childtuning.errors import ConfigError
 from childtuning.methods.refusal import check_layers
 from childtuning.methods.registry import register
-from childtuning.patterns import canonical_names
 from childtuning.training import Method, Prepared, find_layers
 
 
@@ -46,6 +46,7 @@ class Freeze(Method):
         found = find_layers(prepared.model)
         check_layers(self.name, self.layers, len(found.layers))
         frozen = {*found.before, *(name for layer in found.layers[: self.layers] for name in layer)}
-        plain = canonical_names(name for name, _ in prepared.model.named_parameters())
-        left = tuple(name for name in plain if name not in frozen and name not in prepared.always)
+        left = tuple(
+            name for name in named(prepared.model) if name not in frozen and name not in prepared.always
+        )
         return replace(prepared, eligible=left)

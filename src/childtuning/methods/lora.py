@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from childtuning.child.eligible import is_conv1d
 from childtuning.errors import ConfigError
 from childtuning.methods.peft_modules import PeftMethod, to_save
 from childtuning.methods.refusal import not_for
@@ -66,7 +67,7 @@ class Lora(PeftMethod):
             target_modules=self._targets(model, head),
             modules_to_save=to_save(task_type, head),
             # Whether a layer keeps its weight as [in, out]; PEFT corrects a wrong word with a warning.
-            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+            fan_in_fan_out=any(is_conv1d(module) for module in model.modules()),
         )
 
     def _targets(self, model: nn.Module, head: list[str]) -> str | list[str]:

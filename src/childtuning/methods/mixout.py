@@ -7,10 +7,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from childtuning.child.eligible import canonical_name, matches
 from childtuning.errors import ConfigError
 from childtuning.methods.refusal import not_for
 from childtuning.methods.registry import register
-from childtuning.patterns import canonical_names, matches
 from childtuning.training import Method, Prepared
 from childtuning.training.mixed_linear import MixedLayers, mix, mixable
 
@@ -70,5 +70,4 @@ class Mixout(Method):
 
 def _names(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
     """The names of the model's own parameters that fit."""
-    own = [name for name, _ in model.named_parameters()]
-    return {name for name, plain in zip(own, canonical_names(own), strict=True) if matches(plain, patterns)}
+    return {name for name, _ in model.named_parameters() if matches(canonical_name(name), patterns)}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
 from childtuning.methods.refusal import check_layers, not_for
 from childtuning.methods.registry import register
 from childtuning.methods.whole import output_names
-from childtuning.patterns import canonical_names
 from childtuning.training import Layers, Method, Prepared, find_layers, task_head
 
 Initialise = Callable[[Any], object]
@@ -60,8 +60,7 @@ class Reinit(Method):
             head |= set(output_names(model))
         layers = [layer for layer in found.layers if not head.issuperset(layer)]
         check_layers(self.name, self.layers, len(layers))
-        named = dict(model.named_parameters())
-        plain = dict(zip(canonical_names(named), named.values(), strict=True))
+        plain = named(model)
         drawn = {name for layer in layers[len(layers) - self.layers :] for name in layer}
         drawn |= {name for name in _behind(model, found) if name not in head}
         new = tuple(name for name in plain if name in drawn)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from childtuning.kernels import Places
+from childtuning.child.units import Runs
 from childtuning.methods.positive import check_positive
 from childtuning.methods.registry import register
 from childtuning.training import ChildTrainer, Method
 
-_Displaced = list[tuple[nn.Parameter, Places | None, Tensor]]
+_Displaced = list[tuple[nn.Parameter, Runs | None, Tensor]]
 
 
 @register
@@ -58,44 +58,44 @@ class Sam(Method):
             step()
         finally:
             with torch.no_grad():
-                for parameter, places, values in displaced:
-                    _write_(parameter, places, values)
+                for parameter, runs, values in displaced:
+                    _write_(parameter, runs, values)
                 for buffer, values in statistics:
                     buffer.copy_(values)
         return loss
 
     @torch.no_grad()
-    def _displace_(self, trained: list[tuple[nn.Parameter, Places | None]]) -> _Displaced:
+    def _displace_(self, trained: list[tuple[nn.Parameter, Runs | None]]) -> _Displaced:
         """Move the trained entries up the gradient; return what they were."""
         ascent: _Displaced = []
-        for parameter, places in trained:
+        for parameter, runs in trained:
             if parameter.grad is not None:
-                ascent.append((parameter, places, _entries(parameter.grad, places)))
+                ascent.append((parameter, runs, _entries(parameter.grad, runs)))
                 parameter.grad = None
         norm = float(nn.utils.get_total_norm([gradient for _, _, gradient in ascent]))
         if not 0 < norm < float("inf"):
             return []
         displaced: _Displaced = []
-        for parameter, places, gradient in ascent:
-            values = _entries(parameter, places)
-            _write_(parameter, places, values + gradient.div_(norm).mul_(self.radius))
-            displaced.append((parameter, places, values))
+        for parameter, runs, gradient in ascent:
+            values = _entries(parameter, runs)
+            _write_(parameter, runs, values + gradient.div_(norm).mul_(self.radius))
+            displaced.append((parameter, runs, values))
         return displaced
 
 
-def _entries(tensor: Tensor, places: Places | None) -> Tensor:
-    """Copy the entries at these places, or all, in single precision at least, which keeps the bits of less."""
+def _entries(tensor: Tensor, runs: Runs | None) -> Tensor:
+    """Copy the entries at these runs, or all, in single precision at least, which keeps the bits of less."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if places is None:
+    if runs is None:
         return tensor.detach().to_dense().to(dtype, copy=True)
-    return places.gather(tensor.detach(), torch.empty(len(places), dtype=dtype, device=tensor.device))
+    return runs.gather(tensor.detach(), dtype)
 
 
-def _write_(parameter: nn.Parameter, places: Places | None, values: Tensor) -> None:
-    if places is None:
+def _write_(parameter: nn.Parameter, runs: Runs | None, values: Tensor) -> None:
+    if runs is None:
         parameter.copy_(values)
     else:
-        places.scatter_(parameter, values)
+        runs.scatter_(parameter, values)
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from childtuning.config import ChildConfig
+from childtuning.child import ChildConfig
+from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
-from childtuning.patterns import canonical_names
 from childtuning.training import Method, Prepared
 
 
@@ -42,9 +42,7 @@ def output_names(model: nn.Module) -> tuple[str, ...]:
         owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
         output = owners[-1]
     inside = {id(parameter) for parameter in output.parameters()}
-    named = dict(model.named_parameters())
-    plain = canonical_names(named)
-    return tuple(name for name, p in zip(plain, named.values(), strict=True) if id(p) in inside)
+    return tuple(name for name, p in named(model).items() if id(p) in inside)
 
 
 def train_only(prepared: Prepared, names: Iterable[str]) -> Prepared:
@@ -54,7 +52,7 @@ def train_only(prepared: Prepared, names: Iterable[str]) -> Prepared:
         ModelError: that would be nothing.
     """
     wanted = set(names)
-    plain = canonical_names(name for name, _ in prepared.model.named_parameters())
+    plain = named(prepared.model)
     if prepared.eligible is not None:
         wanted &= set(prepared.eligible)
     eligible = tuple(name for name in plain if name in wanted and name not in prepared.always)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from childtuning.child import Child
+from childtuning.child.child import Child
+from childtuning.child.eligible import canonical_name, match_names
+from childtuning.child.task_free import TaskFree
+from childtuning.child.units import Part, Runs
 from childtuning.errors import ConfigError, ParameterError
-from childtuning.kernels import Places
-from childtuning.optim.bucket import Bucket
-from childtuning.optim.closure import evaluated
-from childtuning.optim.compact import CompactStep
-from childtuning.optim.elementwise import check_elementwise
-from childtuning.optim.fresh_rows import FreshRows
-from childtuning.optim.fused_adamw import can_fuse as can_fuse_update
-from childtuning.optim.groups import named_groups
-from childtuning.optim.official import OfficialAdamW
-from childtuning.optim.planning import check_released, check_trained, plan_compact, plan_masked
-from childtuning.optim.reselect import carry_state
-from childtuning.patterns import canonical_names
-from childtuning.task_free import TaskFree
+from childtuning.optim.d_step import d_step, hidden
+from childtuning.optim.f_step import f_step
+from childtuning.optim.frozen import Frozen
+from childtuning.optim.gradients import DrawnRows, Release
+from childtuning.optim.groups import canonical_names_of, check_elementwise, named_groups, refuse_closures
+from childtuning.optim.inner import OfficialAdamW, evaluated
+from childtuning.optim.one_pass import OnePass
+from childtuning.optim.processes import check_same_child, num_processes
+from childtuning.optim.state import carry_over, from_version_1, load_by_name, state_by_name
+from childtuning.optim.trained import Trained
+
+_STATE_VERSION = 2
 
 
 class ChildOptimizer(Optimizer):
@@ -33,15 +34,18 @@ class ChildOptimizer(Optimizer):
 
     With a ``Child`` (task-driven, or any fixed one) the entries outside it are frozen bitwise, weight decay and
     momentum included, and the inner optimizer's state exists for the child's entries only: it works on flat tensors
-    that hold nothing else, in float32 where the weights are bf16 or fp16. A parameter with no trained entry gets
+    that hold nothing else. A parameter with no trained entry gets
     ``requires_grad=False``. The child's gradient is divided by its density, as the document has it; the official
     code leaves that away for a fixed child, and lets decay move what is outside it (``preset="official"``).
 
     With ``TaskFree`` every parameter is trained; each step a fresh mask multiplies the accumulated gradient, which is
     divided by the density, before the inner optimizer's moments see it.
 
+    Whatever is trained in bf16 or fp16 has float32 master values.
+
     It is a ``torch.optim.Optimizer``: schedulers, Accelerate, GradScaler and the Hugging Face Trainer use it as one.
-    Values that something else writes into the model between steps are noticed and kept.
+    Values that something else writes into the child's entries between steps are noticed and kept; a write to a frozen
+    entry, by a forward pass or by hand, is refused.
 
     Args:
         params: ``model.named_parameters()``, or groups (dicts) whose ``params`` are (name, parameter) pairs, with
@@ -64,7 +68,8 @@ class ChildOptimizer(Optimizer):
         options: passed to the inner optimizer (lr, weight_decay, betas, …).
     Raises:
         ConfigError: the inner optimizer mixes coordinates, or an option is unknown.
-        ParameterError: names, shapes or patterns do not fit, or nothing would be trained.
+        ParameterError: names, shapes or patterns do not fit, nothing would be trained, a parameter is sharded, or the
+            processes of a group hold different children.
 
     Example:
         >>> import torch
@@ -94,53 +99,109 @@ class ChildOptimizer(Optimizer):
         if preset not in (None, "official"):
             raise ConfigError(f"preset must be None or 'official', got {preset!r}. Leave it out.")
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
-        rescale = (preset is None or isinstance(child, TaskFree)) if rescale is None else rescale
-        check_released(child, release_gradients, preset is not None)
-        groups = named_groups(params)
-        self.child = child
-        self.preset = preset
-        self._num_steps = 0
-        self._built = False
-        scale = 1.0 / child.density if rescale and child.density > 0 else 1.0
-        can_fuse = [can_fuse_update(inner, {**options, **group.options}) for group in groups]
-        self._plan_again = partial(
-            plan_compact, groups, can_fuse=can_fuse, release_gradients=False, model=None
-        )
-        self._rescales, self._named, self._options = rescale, groups, options
-        if isinstance(child, TaskFree) or preset:
-            official = preset is not None
-            plan = plan_masked(groups, child, scale, can_fuse, official=official, model=model)
+        self.child, self.preset = child, preset
+        self._is_fixed = isinstance(child, Child) and preset is None
+        _check_released(self._is_fixed, release_gradients, model)
+        self._rescales = (preset is None or isinstance(child, TaskFree)) if rescale is None else rescale
+        self._named = named_groups(params)
+        self._names = canonical_names_of(self._named, child, is_fixed=self._is_fixed)
+        self._options, self._num_steps, self._built = options, 0, False
+        self._released = self._is_fixed and (release_gradients or model is not None)
+        self._changed: Release | DrawnRows | None = None
+        self._frozen: Frozen | None = None
+        self._trained = self._lay_out(child)
+        check_same_child(self._identity())
+        if self._is_fixed:
+            for group in self._named if any(t.runs for t in chain.from_iterable(self._trained)) else ():
+                check_elementwise(inner, options, group.options)
         else:
-            plan = plan_compact(
-                groups, child, scale, can_fuse=can_fuse, release_gradients=release_gradients, model=model
-            )
-        self._work, self._changed = plan.work, plan.changed
-        try:
-            check_trained(plan)
-            if self._buckets():
-                known = inspect.signature(inner).parameters
-                for group in groups:
-                    own = {key: value for key, value in group.options.items() if key in known}
-                    check_elementwise(inner, {**options, **own})
-            self.inner = inner(
-                [{"params": given, **group.options} for given, group in zip(plan.inner, groups, strict=True)],
-                **options,
-            )
-        except BaseException:
-            self.remove()
-            raise
+            refuse_closures(inner)
+        self.inner = inner(self._inner_groups([group.options for group in self._named]), **options)
+        self._one_pass = OnePass(self._trained, self.inner)
         super().__init__(
             [
-                {**group.options, "params": shown, **({} if shown else {"param_names": []})}
-                for group, shown in zip(groups, plan.shown, strict=True)
+                {**group.options, **self._shown(trained)}
+                for group, trained in zip(self._named, self._trained, strict=True)
             ],
             self.inner.defaults,
         )
         self.state = self.inner.state
-        if isinstance(self._changed, FreshRows):
+        if self._released:
+            partial = [t for t in chain.from_iterable(self._trained) if t.released]
+            self._changed = Release(partial, model)
+        elif isinstance(child, TaskFree) and model is not None and preset is None:
+            self._changed = DrawnRows(child, list(chain.from_iterable(self._trained)), model)
+            self._changed.draw(0)
             self._step_supports_amp_scaling = True  # a GradScaler then says in step() that it is there
-        plan.freeze()
+        if self._frozen is not None:
+            self._frozen.freeze()
         self._built = True
+
+    def _lay_out(self, child: Child | TaskFree) -> list[list[Trained]]:
+        """Return what is trained of each group's parameters, and note what is frozen.
+
+        Raises:
+            ParameterError: the child does not fit, or nothing would be trained.
+        """
+        parameters = {self._names[n]: p for group in self._named for n, p in group.named.items()}
+        shapes = {name: p.shape for name, p in parameters.items()}
+        scale = 1.0 / child.density if self._rescales and child.density > 0 else 1.0
+        if isinstance(child, TaskFree):
+            exempt = match_names(child.always, shapes) if self.preset is None else set()
+            draws = {n for n in shapes if n not in exempt} if child.density < 1 else set()
+            parts = {n: Part(tuple(shape), None, child.units(n)) for n, shape in shapes.items()}
+        elif self._is_fixed:
+            parts, draws = child.resolve(shapes), set()
+        else:  # the official code's: everything is trained under a fixed mask
+            parts = {n: Part(tuple(shape)) for n, shape in shapes.items()}
+            resolved = child.resolve(shapes)
+            self._masks = {n: resolved[n].mask() for n in child.parts if not resolved[n].is_whole}
+            draws = set(self._masks)
+        scaled = draws
+        if self._is_fixed and isinstance(child, Child):
+            scaled = {name for name, part in parts.items() if part is child.parts.get(name)}
+        trained = [
+            [
+                Trained(
+                    name,
+                    parameters[name],
+                    parts[name],
+                    scale if name in scaled else 1.0,
+                    draws=name in draws,
+                    released=self._released,
+                )
+                for name in map(self._names.__getitem__, group.named)
+                if not parts[name].is_empty and parameters[name].is_floating_point()
+            ]
+            for group in self._named
+        ]
+        if self._is_fixed:
+            runs = {t.name: t.runs for t in chain.from_iterable(trained)}
+            self._frozen = Frozen(((n, parameters[n], part) for n, part in parts.items()), runs)
+        if not any(self._is_fixed or t.parameter.requires_grad for t in chain.from_iterable(trained)):
+            raise ParameterError(
+                "the child trains no entry of these parameters. Raise the density, or pass always."
+            )
+        return trained
+
+    def _inner_groups(self, options: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The groups that the inner optimizer is given."""
+        return [
+            {**own, "params": [t.value for t in group]}
+            for own, group in zip(options, self._trained, strict=True)
+        ]
+
+    def _shown(self, trained: list[Trained]) -> dict[str, Any]:
+        """What a group of ours shows, by name: the tensors in whose ``.grad`` the gradients are to be found."""
+        shown = [(t.name, t.value if t.released else t.parameter) for t in trained]
+        return {"params": shown} if shown else {"params": [], "param_names": []}
+
+    def _mask(self, t: Trained, step: int) -> Tensor | None:
+        if not t.draws:
+            return None
+        if isinstance(self.child, TaskFree):
+            return self.child.mask(t.name, t.parameter.shape, step)
+        return self._masks[t.name]
 
     @torch.no_grad()
     def reselect(self, child: Child, second_moments: Mapping[str, Tensor] | None = None) -> None:
@@ -156,51 +217,72 @@ class ChildOptimizer(Optimizer):
             ConfigError: the optimizer trains no fixed child, or does not see whole gradients.
             ParameterError: the child does not fit, or trains nothing.
         """
-        if not isinstance(self._work, CompactStep) or self._changed is not None:
+        if not self._is_fixed or self._released:
             raise ConfigError(
                 "another child can be trained only by a fixed child's optimizer that sees whole gradients. "
                 "Leave out release_gradients, model and preset."
             )
         self._share_options()
+        old, old_inner, frozen = self._trained, self.inner, self._frozen
+        if frozen is not None:
+            frozen.release()
+        try:
+            self._trained = self._lay_out(child)
+        except ParameterError:
+            self._frozen = frozen
+            if frozen is not None:
+                frozen.freeze()
+            raise
+        kept = [{k: v for k, v in group.items() if k != "params"} for group in old_inner.param_groups]
+        self.inner = type(old_inner)(self._inner_groups(kept), **self._options)
         scale = 1.0 / child.density if self._rescales and child.density > 0 else 1.0
-        plan = self._plan_again(child, scale)
-        check_trained(plan)
-        assert isinstance(plan.work, CompactStep)
-        groups = [
-            {**{key: value for key, value in group.items() if key != "params"}, "params": given}
-            for group, given in zip(self.inner.param_groups, plan.inner, strict=True)
-        ]
-        inner = type(self.inner)(groups, **self._options)
-        named = {name: p for group in self._named for name, p in group.named.items()}
-        plain = dict(zip(canonical_names(named), named.values(), strict=True))
-        moments = {plain[name]: value * scale**2 for name, value in (second_moments or {}).items()}
-        carry_state(self._work, self.inner, plan.work, inner, moments)
-        self.child, self._work, self.inner, self.state = child, plan.work, inner, inner.state
-        for group, shown in zip(self.param_groups, plan.shown, strict=True):
-            group["params"] = [parameter for _, parameter in shown]
-            group["param_names"] = [name for name, _ in shown]
-        plan.freeze()
+        moments = {canonical_name(name): value * scale**2 for name, value in (second_moments or {}).items()}
+        carry_over(old, old_inner, self._trained, self.inner, moments)
+        self.child, self.state = child, self.inner.state
+        self._one_pass = OnePass(self._trained, self.inner)
+        for group, trained in zip(self.param_groups, self._trained, strict=True):
+            group["params"], group["param_names"] = [t.parameter for t in trained], [t.name for t in trained]
+        assert self._frozen is not None
+        self._frozen.freeze()
+
+    def observe(self) -> None:
+        """Let frozen parameters have gradients as well, for who reads them before a ``reselect``; they stay frozen."""
+        if self._frozen is not None:
+            self._frozen.observe()
 
     def remove(self) -> None:
-        """Give the model its layers and gradients back as they were; call it before another optimizer takes over.
+        """Give the model its layers, gradients and ``requires_grad`` flags back as they were.
 
-        Only ``release_gradients`` and ``model`` need it. What was trained stays; ``attach()`` goes on.
+        Call it before another optimizer takes over. What was trained stays; ``attach()`` goes on.
         """
         if self._changed is not None:
             self._changed.remove()
+        if self._frozen is not None:
+            self._frozen.release()
+        self._is_removed = True
 
     def attach(self) -> None:
         """Undo ``remove()``."""
         if self._changed is not None and not self._changed.attached:
             self._changed.attach()
-            self._work.draw(self._num_steps)
+            self._changed.draw(self._num_steps)
+        if self._frozen is not None and self._is_removed:
+            self._frozen.freeze()
+        self._is_removed = False
+
+    _is_removed = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the child by one step; a closure is evaluated once, before it."""
-        if self._changed is not None and not self._changed.attached:
+        """Update the child by one step; a closure is evaluated once, before it.
+
+        Raises:
+            ParameterError: nothing has a gradient at the first step, the model was moved, cast, resized or unfrozen
+                since the optimizer was built, or frozen entries were written to.
+        """
+        if self._is_removed:
             raise ParameterError("the optimizer was removed from its model. Call attach() before going on.")
-        if isinstance(self._changed, FreshRows) and "found_inf" in vars(self):
+        if isinstance(self._changed, DrawnRows) and "found_inf" in vars(self):
             del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
             raise ConfigError(
                 "a GradScaler does not see the gradients of a task-free child's rows alone. "
@@ -208,9 +290,36 @@ class ChildOptimizer(Optimizer):
             )
         loss = evaluated(closure)
         self._share_options()
-        self._work.run(self.inner, self._num_steps)
+        self._check()
+        free = self.child if isinstance(self.child, TaskFree) else None
+        done, rest = [], list(chain.from_iterable(self._trained))
+        if free is not None or self._is_fixed:
+            done, rest = self._one_pass.run(self._trained, self.inner, free, self._num_steps)
+        with hidden(done):
+            if self._is_fixed:
+                d_step(rest, self.inner)
+            else:
+                f_step(rest, self.inner, self._mask, self._num_steps)
+        if self._frozen is not None:
+            self._frozen.note()
+        for t in chain.from_iterable(self._trained):
+            t.forget()
         self._num_steps += 1
+        if self._changed is not None:
+            self._changed.draw(self._num_steps)
         return loss
+
+    def _check(self) -> None:
+        """Refuse what would train something else than the child, or nothing."""
+        for t in chain.from_iterable(self._trained):
+            t.check()
+        if self._frozen is not None:
+            self._frozen.check()
+        if self._num_steps == 0 and all(t.gradient() is None for t in chain.from_iterable(self._trained)):
+            raise ParameterError(
+                "no trained parameter has a gradient at the first step. Call backward() before step(); and build the "
+                "optimizer after the model was copied, sharded or moved into another framework."
+            )
 
     def _share_options(self) -> None:
         """Hand on what schedulers wrote into our groups."""
@@ -222,7 +331,8 @@ class ChildOptimizer(Optimizer):
 
         For a fixed child that is the gradient of the child's entries alone (before the division by the density);
         for a task-free one, and under the official preset, the whole unmasked gradient, as in the paper. Where only
-        drawn rows have a gradient, the whole one's norm is estimated from them, Σ|g|ᵏ/p in place of Σ|g|ᵏ.
+        drawn rows have a gradient, the whole one's norm is estimated from them, Σ|g|ᵏ/p in place of Σ|g|ᵏ. The
+        gradients are scaled where they lie, as torch does it: ``.grad`` of a partly trained parameter as a whole.
 
         Args:
             max_norm: the largest norm allowed; infinite only measures.
@@ -230,37 +340,53 @@ class ChildOptimizer(Optimizer):
         Returns:
             the norm before clipping, a scalar tensor.
         """
-        gradients = self._work.gradients()
-        sampled, share = self._work.sampled_gradients()
-        norm = nn.utils.get_total_norm(gradients, norm_type)
+        gradients, counted, sampled = [], [], []
+        for t in chain.from_iterable(self._trained):
+            t.check()
+            gradient = t.gradient()
+            if gradient is None:
+                continue
+            gradients.append(gradient)
+            if t.rows is not None:
+                sampled.append(gradient)
+            else:
+                counted.append(gradient if t.released else t.of(gradient))
+        norm = nn.utils.get_total_norm(counted, norm_type)
         if sampled:
-            part = nn.utils.get_total_norm(sampled, norm_type) * share ** (-1 / norm_type)
+            part = nn.utils.get_total_norm(sampled, norm_type) * self.child.density ** (-1 / norm_type)
             norm = torch.linalg.vector_norm(torch.stack([norm.to(part.device), part]), norm_type)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if max_norm != float("inf"):
-            for gradient in [*gradients, *sampled]:
+        if max_norm != float("inf") and (norm.device.type != "cpu" or float(factor) < 1):
+            for gradient in gradients:
                 gradient.mul_(factor.to(gradient.device))
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, also those that were released or formed for the child alone."""
         super().zero_grad(set_to_none)
-        self._work.zero_grad()
+        for t in chain.from_iterable(self._trained):
+            t.forget()
+            if t.released:  # a gradient older than this optimizer, which param_groups does not show
+                t.parameter.grad = None
 
-    def trained(self) -> list[tuple[nn.Parameter, Places | None]]:
-        """Return what is trained: each parameter with the places of its entries in it, or ``None`` for all of it."""
-        return list(self._work.trained())
+    def trained(self) -> list[tuple[nn.Parameter, Runs | None]]:
+        """Return what is trained: each parameter with the runs of its entries in it, or ``None`` for all of it."""
+        return [(t.parameter, t.runs) for t in chain.from_iterable(self._trained)]
+
+    @property
+    def structured(self) -> tuple[str, ...]:
+        """Names of the parameters whose dense gradient is not formed."""
+        return tuple(t.name for t in chain.from_iterable(self._trained) if t.leaf is not None)
 
     @property
     def num_state_bytes(self) -> int:
-        """Bytes held beside the model and its gradients: the inner state, values, indices and flat gradients."""
-        inner = sum(
-            value.nbytes
-            for state in self.inner.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
-        return inner + sum(bucket.num_bytes for bucket in self._buckets())
+        """Bytes held beside the model and its gradients: the inner state, values, indices and compact gradients."""
+        held = [v for state in self.inner.state.values() for v in state.values() if isinstance(v, Tensor)]
+        for t in chain.from_iterable(self._trained):
+            held += [] if t.runs is None else [t.runs.starts]
+            held += [] if t.is_direct or t.value.grad is None else [t.value.grad]
+            held += [t.value] if t.is_filled and not t.is_direct else []
+        return sum(tensor.nbytes for tensor in held)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse groups after construction: what is trained was settled then.
@@ -275,31 +401,30 @@ class ChildOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy whole, where torch's own keeps three fields only; but not a ``step`` that a scheduler wrapped."""
+        """Copy all fields, gradients included, but no ``step`` that a scheduler wrapped; torch keeps three fields."""
         if self._changed is not None:
             raise ParameterError(
                 "an optimizer that takes gradients from its model's layers cannot be copied. "
                 "Build another and load this one's state_dict()."
             )
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+        kept = {key: value for key, value in self.__dict__.items() if key != "step"}
+        trained = list(chain.from_iterable(self._trained))
+        return {**kept, "_gradients": [(t.parameter.grad, t.value.grad) for t in trained]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy, and the gradients, which a copied parameter has not."""
+        gradients = state.pop("_gradients")
+        super().__setstate__(state)
+        for t, (dense, compact) in zip(chain.from_iterable(self._trained), gradients, strict=True):
+            t.parameter.grad = dense if t.parameter.grad is None else t.parameter.grad
+            if not t.is_direct:
+                t.value.grad = compact
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return what a bitwise resume needs: inner state, options, master values, step, the child's identity."""
+        """Return what a bitwise resume needs, by parameter name: inner state, options, master values, step, child."""
         self._share_options()
-        inner = self.inner.state_dict()
-        masters: list[Tensor | None] = []
-        for bucket in self._buckets():
-            if bucket.is_master:
-                bucket.read_values()
-            masters.append(bucket.values.detach() if bucket.is_master else None)
-        return {
-            "state": inner["state"],
-            "param_groups": inner["param_groups"],
-            "child": {"identity": self._identity(), "num_steps": self._num_steps, "masters": masters},
-        }
-
-    def _buckets(self) -> list[Bucket]:
-        return list(self._work.all_buckets()) if isinstance(self._work, CompactStep) else []
+        about = {"version": _STATE_VERSION, "identity": self._identity(), "num_steps": self._num_steps}
+        return {**state_by_name(self._trained, self.inner), "child": about}
 
     def _identity(self) -> str:
         return self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)
@@ -309,19 +434,38 @@ class ChildOptimizer(Optimizer):
         """Go on from a ``state_dict``; the model's weights are loaded beside it, before or after.
 
         Raises:
-            ParameterError: it is that of another child.
+            ParameterError: it is that of another child, or of other parameters.
         """
         about = state_dict.get("child")
         if about is None or about["identity"] != self._identity():
             raise ParameterError(
                 "the optimizer state belongs to another child. Build the optimizer with the child saved beside it."
             )
-        self.inner.load_state_dict({"state": state_dict["state"], "param_groups": state_dict["param_groups"]})
-        self.state = self.inner.state
+        if about.get("version", 1) > _STATE_VERSION:
+            raise ParameterError(
+                f"the optimizer state is of version {about['version']}, this library reads {_STATE_VERSION}. Update it."
+            )
+        is_old = "version" not in about
+        saved = from_version_1(state_dict, self._trained, is_fixed=self._is_fixed) if is_old else state_dict
+        load_by_name(saved, self._trained, self.inner)
         for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update({key: value for key, value in inner.items() if key != "params"})
         self._num_steps = about["num_steps"]
-        self._work.draw(self._num_steps)
-        for bucket, masters in zip(self._buckets(), about["masters"], strict=True):
-            if masters is not None:
-                bucket.restore(masters)
+        if self._frozen is not None:
+            self._frozen.expect_weights()
+        if self._changed is not None:
+            self._changed.draw(self._num_steps)
+
+
+def _check_released(is_fixed: bool, release_gradients: bool, model: nn.Module | None) -> None:
+    """Refuse to release gradients that a step needs whole, or that several processes would have to average."""
+    if release_gradients and not is_fixed:
+        raise ConfigError(
+            "release_gradients=True keeps a fixed child's entries only, but a task-free child and preset='official' "
+            "need every gradient whole. Leave it out, or use a fixed child."
+        )
+    if (release_gradients or model is not None) and num_processes() > 1:
+        raise ConfigError(
+            "gradients that are released or formed for the child alone are not averaged between processes. "
+            "Leave out release_gradients and model."
+        )

@@ -1,14 +1,23 @@
-"""Parameter groups with names, in every form that torch's optimizers take."""
+"""What an optimizer is given: parameters with names, in every form that torch takes, and an inner optimizer."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from childtuning.errors import ParameterError
+from childtuning.child import Child, TaskFree
+from childtuning.child.eligible import canonical_name, refuse_sharded
+from childtuning.errors import ConfigError, ParameterError
+from childtuning.optim.processes import num_processes
+
+_REMEDY = "Use an element-wise one (AdamW, SGD, RAdam, NAdam, Adagrad, RMSprop, …), or a task-free child."
+_STEPS = 3
 
 
 @dataclass
@@ -57,5 +66,105 @@ def _named(pairs: Any) -> dict[str, nn.Parameter]:
             )
         if pair[0] in named:
             raise ParameterError(f"two parameters are named {pair[0]!r}. Names must differ.")
+        refuse_sharded(*pair)
         named[pair[0]] = pair[1]
     return named
+
+
+def canonical_names_of(groups: list[Group], child: Child | TaskFree, *, is_fixed: bool) -> dict[str, str]:
+    """Return the canonical name of each given one.
+
+    Names that all begin with "module." may be those of a model that DistributedDataParallel has wrapped. A fixed child
+    knows the names and decides it. Under a task-free one they would decide the masks, so that among several processes
+    they are refused.
+    """
+    given = [name for group in groups for name in group.named]
+    plain = {name: canonical_name(name) for name in given}
+    is_prefixed = all(name.startswith("module.") for name in plain.values())
+    if not is_prefixed or (isinstance(child, Child) and any(name in child.parts for name in plain.values())):
+        return plain
+    bare = {name: canonical.removeprefix("module.") for name, canonical in plain.items()}
+    in_several = num_processes() > 1
+    if isinstance(child, TaskFree):
+        if in_several:
+            raise ParameterError(
+                "the names begin with 'module.', as after DistributedDataParallel, and masks depend on names. "
+                "Pass the bare model's: model.module.named_parameters()."
+            )
+        return plain
+    if (
+        is_fixed
+        and in_several
+        and any(part.is_empty for part in child.resolve(_shapes(groups, bare)).values())
+    ):
+        raise ParameterError(
+            "the child freezes parameters of a model that DistributedDataParallel has wrapped already, and it would "
+            "wait for their gradients. Build the optimizer first, from the bare model, then wrap it."
+        )
+    return bare
+
+
+def _shapes(groups: list[Group], names: Mapping[str, str]) -> dict[str, torch.Size]:
+    return {names[name]: p.shape for group in groups for name, p in group.named.items()}
+
+
+def check_elementwise(
+    inner: type[Optimizer], options: Mapping[str, Any], of_group: Mapping[str, Any]
+) -> None:
+    """Refuse an optimizer that mixes coordinates, since the compact tensors hold a child's entries, not matrices.
+
+    The optimizer runs a few steps on a small matrix, and again on a vector of some of that matrix's entries with the
+    same gradients. One that is element-wise moves those entries alike.
+
+    Args:
+        inner: the optimizer.
+        options: what it is to be given.
+        of_group: what a parameter group sets for itself; what the optimizer does not know is for others to read.
+    Raises:
+        ConfigError: it mixes coordinates (Muon, Shampoo, LBFGS, Adafactor), or cannot run on vectors at all.
+    """
+    known = inspect.signature(inner).parameters
+    options = {**options, **{name: value for name, value in of_group.items() if name in known}}
+    options.pop("capturable", None)
+    if "lr" in known:  # a rate at which every difference shows
+        options["lr"] = 0.01
+    entries = torch.arange(1, 64, 3)
+    start = torch.linspace(-1.0, 1.0, 64).view(8, 8)
+    matrix, vector = nn.Parameter(start.clone()), nn.Parameter(start.flatten()[entries].clone())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _run(inner, options, matrix)
+            _run(inner, options, vector)
+    except Exception as fault:
+        unknown = [name for name in options if name not in known]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise ConfigError(
+                f"{inner.__name__} has no option {unknown[0]!r}. It takes {', '.join(known)}."
+            ) from None
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise ConfigError(f"{inner.__name__} cannot update single entries ({reason}). {_REMEDY}") from None
+    if not torch.allclose(matrix.detach().flatten()[entries], vector.detach(), rtol=1e-5, atol=1e-7):
+        raise ConfigError(
+            f"{inner.__name__} mixes coordinates, so it cannot update a child's entries alone. {_REMEDY}"
+        )
+
+
+def _run(inner: type[Optimizer], options: Mapping[str, Any], parameter: nn.Parameter) -> None:
+    optimizer = inner([parameter], **options)
+    for step in range(_STEPS):
+        parameter.grad = torch.sin(parameter.detach() * (step + 2)) + 0.1 * step
+        optimizer.step()
+
+
+def refuse_closures(inner: type[Optimizer]) -> None:
+    """Refuse an optimizer whose step evaluates the loss itself: the gradients that it sees then have no mask.
+
+    Raises:
+        ConfigError: its ``step`` demands a closure (LBFGS).
+    """
+    closure = inspect.signature(inner.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{inner.__name__} evaluates the loss several times a step, without the child's mask. "
+            "Use an optimizer whose step takes no closure."
+        )

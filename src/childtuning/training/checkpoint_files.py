@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from childtuning.child import Child
-from childtuning.config import ChildConfig
+from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
-from childtuning.task_free import TaskFree
 from childtuning.training.method_state import MethodCallback
 from childtuning.training.random_streams import random_state, set_random_state
 from childtuning.training.state_files import load_state, save_state

@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
 
-from childtuning.child import Child
-from childtuning.config import ChildConfig
+from childtuning.child import (
+    Child,
+    ChildConfig,
+    TaskFree,
+    magnitude_scores,
+    official_child,
+    random_child,
+    select_child,
+)
+from childtuning.child.eligible import as_patterns, match_names, named, output_axes
+from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ParameterError
 from childtuning.fisher import fisher_information
-from childtuning.patterns import as_patterns, canonical_names, match_names
-from childtuning.selection import magnitude_scores, official_child, random_child, select_child
-from childtuning.task_free import TaskFree
 
 Progress = Callable[[int, int | None], None]
 Scores = dict[str, Tensor]
@@ -23,30 +30,43 @@ OFFICIAL_ELIGIBLE = ("*layer*",)
 
 
 def task_head(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a Hugging Face model's task head: what lies outside its pretrained body.
+    """Return the names of a Hugging Face model's task head: what its pretrained body does not have.
 
-    A language-modelling head is pretrained itself, so such models have none; neither has a plain ``nn.Module``.
+    The body is the architecture's base model, as ``AutoModel`` has it; where there is none, the submodules that are
+    pretrained models themselves. A language-modelling head is pretrained, so such models have no task head; neither
+    has a plain ``nn.Module``.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    body = getattr(model, prefix, None) if prefix else None
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(body, nn.Module) or output_embeddings is not None:
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is not None:
         return ()
-    inside = {id(parameter) for parameter in body.parameters()}
-    named = dict(model.named_parameters())
-    plain = canonical_names(named)
-    return tuple(name for name, p in zip(plain, named.values(), strict=True) if id(p) not in inside)
-
-
-def output_axes(model: nn.Module) -> dict[str, int]:
-    """Return by parameter name the axis of a weight's output units where it is not 0 (GPT-2's Conv1D)."""
-    named = dict(model.named_modules())
-    plain = canonical_names([name + ".weight" for name in named])
-    return {
-        name: 1
-        for name, module in zip(plain, named.values(), strict=True)
-        if type(module).__name__ == "Conv1D"
+    bodies = {path: module for path, module in model.named_children() if isinstance(module, PreTrainedModel)}
+    inside = _base_names(model)
+    if inside is None:
+        kept = {id(p) for body in bodies.values() for p in body.parameters()}
+        return tuple(name for name, p in named(model).items() if kept and id(p) not in kept)
+    prefixes = ("", *(f"{path}." for path in (model.base_model_prefix, *bodies) if path))
+    own = {id(p): set[str]() for p in model.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own[id(parameter)].add(name)
+    is_inside = {
+        key: any(name.removeprefix(prefix) in inside for name in names for prefix in prefixes)
+        for key, names in own.items()
     }
+    if not any(is_inside.values()):
+        return ()
+    return tuple(name for name, p in named(model).items() if not is_inside[id(p)])
+
+
+def _base_names(model: PreTrainedModel) -> set[str] | None:
+    """The parameter names of the architecture's base model, which is built without memory; ``None`` without one."""
+    base = AutoModel._model_mapping.get(type(model.config), None)
+    base = base[0] if isinstance(base, (tuple, list)) else base
+    if base is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return {name for name, _ in base(model.config).named_parameters(remove_duplicate=False)}
+    except Exception:  # a configuration that the base model does not take
+        return None
 
 
 def choose_child(
@@ -73,7 +93,7 @@ def choose_child(
     """
     always = config.always if config.always is not None else as_patterns(always)
     if config.variant == "task-free":
-        match_names(always, canonical_names(name for name, _ in model.named_parameters()))
+        match_names(always, named(model))
         if config.eligible is not None:
             _freeze_others(model, config.eligible, always)
         axes = output_axes(model) if config.granularity == "row" else {}
@@ -156,8 +176,7 @@ def in_model_order(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Ten
     Raises:
         ParameterError: the model has no parameter of a score's name and shape.
     """
-    named = dict(model.named_parameters())
-    shapes = {name: p.shape for name, p in zip(canonical_names(named), named.values(), strict=True)}
+    shapes = {name: p.shape for name, p in named(model).items()}
     for name, score in scores.items():
         if shapes.get(name) != score.shape:
             raise ParameterError(
@@ -175,13 +194,8 @@ def fisher_sample(num_examples: int, limit: int | None, seed: int) -> list[int]:
 
 
 def _whole(model: nn.Module, eligible: Sequence[str] | None, always: Sequence[str]) -> Child:
-    named = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.requires_grad}
-    plain = dict(zip(canonical_names(named), named.values(), strict=True))
-    beside = match_names(always, plain)
-    chosen = set(plain) if eligible is None else match_names(eligible, plain)
-    return Child.whole(
-        {n: p.shape for n, p in plain.items() if n in chosen and n not in beside}, always=always
-    )
+    chosen = {} if eligible == () else eligible_parameters(model, eligible, always)
+    return Child.whole({name: p.shape for name, p in chosen.items()}, always=always)
 
 
 def _official_scores(
@@ -215,8 +229,7 @@ def _number(density: float | str) -> float:
 
 
 def _freeze_others(model: nn.Module, eligible: Sequence[str], always: Sequence[str]) -> None:
-    named = dict(model.named_parameters())
-    plain = dict(zip(canonical_names(named), named.values(), strict=True))
+    plain = named(model)
     trained = match_names((*eligible, *always), plain)
     for name, parameter in plain.items():
         if name not in trained:

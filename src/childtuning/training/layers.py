@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from childtuning.patterns import canonical_names
+from childtuning.child.eligible import named
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def find_layers(model: nn.Module) -> Layers:
     blocks = _blocks(model) or [
         module for module in model.modules() if next(module.parameters(recurse=False), None) is not None
     ]
-    named = dict(model.named_parameters())
-    plain = dict(zip(canonical_names(named), named.values(), strict=True))
+    plain = named(model)
     owner: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():

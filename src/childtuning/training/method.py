@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from childtuning.config import ChildConfig
+from childtuning.child import ChildConfig
 from childtuning.training.further_pass import statistics_kept, unwrapped
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,12 +14,12 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from childtuning.child import Child
-from childtuning.config import ChildConfig
+from childtuning.child import Child, ChildConfig, TaskFree
+from childtuning.child.eligible import canonical_name, matches, named
 from childtuning.errors import ConfigError
+from childtuning.fisher.untouched import untouched
 from childtuning.optim import ChildOptimizer
-from childtuning.patterns import canonical_names, matches
-from childtuning.task_free import TaskFree
+from childtuning.optim.processes import of_main_process
 from childtuning.training.checkpoint_files import CheckpointFiles
 from childtuning.training.child_choice import (
     Progress,
@@ -32,8 +34,6 @@ from childtuning.training.further_pass import unwrapped
 from childtuning.training.label_positions import IGNORED, predicted_labels
 from childtuning.training.method import LossStep, Method
 from childtuning.training.progress_bar import fisher_bar
-
-_COUNTS_ITEMS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")  # their losses do
 
 
 class _TellGradients(TrainerCallback):
@@ -116,10 +116,13 @@ class ChildTrainer(CheckpointFiles, Trainer):
             raise ConfigError(
                 "a child cannot be trained under DeepSpeed or FSDP yet. Use one process or DDP."
             )
-        if not type(self.model).__name__.endswith(_COUNTS_ITEMS):
-            # The loss is the batch's mean whatever num_items_in_batch says; without this, accumulated gradients would
-            # be summed where they should be averaged.
-            self.model_accepts_loss_kwargs = False
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+            raise ConfigError(
+                "ACCELERATE_USE_FSDP is set, and the Accelerator does not shard: on a CPU it runs DDP instead. "
+                "Unset it; a child cannot be trained under FSDP yet."
+            )
+        named(self.bare_model)  # refuses a sharded model
+        self._divides_by_items: bool | None = None
         self.add_callback(_ForgetGradients())
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
@@ -155,7 +158,9 @@ class ChildTrainer(CheckpointFiles, Trainer):
         """Names or patterns of what is trained whole beside the child, unless its configuration names others."""
         if self.child_config is not None and self.child_config.always is not None:
             return self.child_config.always
-        return self._always if self._always is not None else task_head(self.bare_model)
+        if self._always is None:
+            self._always = task_head(self.bare_model)
+        return self._always
 
     def select(self) -> Child | TaskFree:
         """Return the child, choosing it now if that has not been done."""
@@ -175,6 +180,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
                     if progress is True
                     else progress,
                 )
+            # Scores may differ by a bit between ranks, and then so do the children.
+            self.child = of_main_process(self.child)
         return self.child
 
     def _fisher_batches(self) -> Iterable[Any]:
@@ -246,7 +253,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         own: dict[str, dict[str, Any]] = {
             name: {"weight_decay": self.args.weight_decay if name in decayed else 0.0} for name in named
         }
-        plain = dict(zip(canonical_names(named), named, strict=True))
+        plain = {canonical_name(name): name for name in named}
         always = tuple(name for name in plain if matches(name, self.always))
         for method in self.methods:
             asked = method.group_options(model, always, options)
@@ -282,12 +289,35 @@ class ChildTrainer(CheckpointFiles, Trainer):
     ) -> Tensor:
         """Forward and backward pass of one batch, as often as the methods want it."""
 
+        if self._divides_by_items is None:
+            self._divides_by_items = self._loss_divides_by_items(inputs)
+            # Else the loss is the batch's mean whatever num_items_in_batch says, and accumulated gradients would be
+            # summed where they should be averaged.
+            self.model_accepts_loss_kwargs = self._divides_by_items
+
         def step() -> Tensor:
             return Trainer.training_step(self, model, dict(inputs), num_items_in_batch)  # type: ignore[arg-type]
 
         for method in self.methods:
             step = partial(method.training_step, self, step)
         return step()
+
+    def _loss_divides_by_items(self, inputs: dict[str, Any]) -> bool:
+        """Tell whether the model's own loss divides by ``num_items_in_batch``: twice the items, half the loss.
+
+        Many models take the argument, in ``**kwargs``, and do not use it; no name tells them apart.
+        """
+        adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
+        if not (self.model_accepts_loss_kwargs and adds_up) or "labels" not in inputs:
+            return self.model_accepts_loss_kwargs
+        given = self._prepare_inputs(dict(inputs))
+        with untouched(self.bare_model, training=False), torch.no_grad(), self.compute_loss_context_manager():
+            one, two = (
+                self.bare_model(**given, num_items_in_batch=torch.tensor(n, device=given["labels"].device))
+                for n in (1, 2)
+            )
+        losses = [float(output["loss"] if isinstance(output, dict) else output[0]) for output in (one, two)]
+        return math.isclose(losses[0], 2 * losses[1], rel_tol=1e-2)
 
     def compute_loss(
         self,

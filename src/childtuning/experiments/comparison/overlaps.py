@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from childtuning.child import Child
+from childtuning.child import Child, Part
 from childtuning.errors import ConfigError
 from childtuning.experiments.comparison.choice import Choice
 from childtuning.experiments.comparison.parameter_places import place_of
-from childtuning.part import Part
 
 CHILD = "child.safetensors"
 Matrix = list[list[float | None]]

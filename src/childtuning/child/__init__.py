@@ -1,0 +1,26 @@
+"""Layer 1, below the others of it: which entries of which named parameters are trained."""
+
+from childtuning.child.child import Child
+from childtuning.child.config import ChildConfig
+from childtuning.child.select import (
+    density_for_mass,
+    magnitude_scores,
+    official_child,
+    random_child,
+    select_child,
+)
+from childtuning.child.task_free import TaskFree
+from childtuning.child.units import Granularity, Part
+
+__all__ = [
+    "Child",
+    "ChildConfig",
+    "Granularity",
+    "Part",
+    "TaskFree",
+    "density_for_mass",
+    "magnitude_scores",
+    "official_child",
+    "random_child",
+    "select_child",
+]

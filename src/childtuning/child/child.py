@@ -1,0 +1,203 @@
+"""The child network: which entries of which named parameters are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from childtuning.child.eligible import as_patterns, canonical_name, match_names, matches
+from childtuning.child.files import read_parts, write_atomically, write_parts
+from childtuning.child.units import Part
+from childtuning.errors import CorruptFileError, ParameterError, did_you_mean
+
+_FORMAT = "childtuning-child"
+_VERSION = 1
+
+
+class Child:
+    """Which entries of which named parameters are trained; ``True`` in a mask always means *trained*.
+
+    A child is immutable. Parameters are known by name, so it fits any model that has the same names and shapes.
+
+    Args:
+        parts: for every *eligible* parameter, in the model's order, which of its units are trained.
+        always: patterns over parameter names that are trained whole beside the child, such as a new head. They do
+            not count as eligible. They are matched when the child meets a model.
+        recipe: JSON-ready fields from which the same parts can be made again (``random_child`` fills it), so that a
+            file needs no indices.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        *,
+        always: Iterable[str] = (),
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.parts: dict[str, Part] = dict(parts)
+        self.always: tuple[str, ...] = as_patterns(always)
+        self.recipe: dict[str, Any] | None = dict(recipe) if recipe is not None else None
+
+    @classmethod
+    def whole(cls, shapes: Mapping[str, Sequence[int]], *, always: Iterable[str] = ()) -> Self:
+        """Return the child that is the network itself: full fine-tuning of the named parameters."""
+        return cls({name: Part(tuple(shape)) for name, shape in shapes.items()}, always=always)
+
+    @classmethod
+    def from_masks(cls, masks: Mapping[str, Tensor], *, always: Iterable[str] = ()) -> Self:
+        """Return the child given by bool masks, one for each eligible parameter."""
+        return cls({name: Part.from_mask(mask) for name, mask in masks.items()}, always=always)
+
+    @property
+    def num_trained(self) -> int:
+        """Number of eligible entries that are trained (what ``always`` adds is not counted)."""
+        return sum(part.num_trained for part in self.parts.values())
+
+    @property
+    def num_eligible(self) -> int:
+        """Number of entries that the selection could choose from."""
+        return sum(part.numel for part in self.parts.values())
+
+    @property
+    def density(self) -> float:
+        """``num_trained / num_eligible``: the paper's p (1.0 when nothing is eligible)."""
+        return self.num_trained / self.num_eligible if self.num_eligible else 1.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the eligible parameters that have trained entries, in the model's order."""
+        return tuple(name for name, part in self.parts.items() if not part.is_empty)
+
+    def mask(self, name: str) -> Tensor:
+        """Return the bool mask of an eligible parameter, of its shape, on the CPU.
+
+        Raises:
+            ParameterError: the parameter is not eligible, or not known.
+        """
+        if name not in self.parts:
+            if matches(name, self.always):
+                raise ParameterError(f"{name!r} has no mask: it is always trained whole. It is not eligible.")
+            raise ParameterError(f"the child has no parameter {name!r}. " + did_you_mean(name, self.parts))
+        return self.parts[name].mask()
+
+    def overlap(self, other: Child) -> float:
+        """Return the share of common entries, |A ∩ B| / min(|A|, |B|): 1 for equal children, p for random ones.
+
+        Raises:
+            ParameterError: the two children are not over the same parameters.
+        """
+        ours = {name: part.shape for name, part in self.parts.items()}
+        theirs = {name: part.shape for name, part in other.parts.items()}
+        if ours != theirs:
+            differing = next(iter(set(ours.items()) ^ set(theirs.items())))
+            raise ParameterError(
+                f"the children are over different parameters ({differing[0]!r}). Choose both from the same model."
+            )
+        smaller = min(self.num_trained, other.num_trained)
+        if smaller == 0:
+            return 0.0
+        common = 0
+        for name, part in self.parts.items():
+            if not part.is_empty and not other.parts[name].is_empty:
+                common += int((part.mask() & other.parts[name].mask()).sum())
+        return common / smaller
+
+    def resolve(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
+        """Say for every parameter of a model which units are trained, patterns matched and shapes checked.
+
+        Args:
+            shapes: the model's parameter names, as it uses them now (wrapped or not), and their shapes.
+        Returns:
+            one part for each given name, in the given order; empty for a frozen parameter.
+        Raises:
+            ParameterError: a name, shape or pattern of the child does not fit the model.
+        """
+        plain = {name: canonical_name(name) for name in shapes}
+        if self.parts and not any(
+            name in self.parts for name in plain.values()
+        ):  # under DistributedDataParallel
+            plain = {name: bare.removeprefix("module.") for name, bare in plain.items()}
+        always = match_names(self.always, plain.values())
+        missing = [name for name in self.parts if name not in set(plain.values())]
+        if missing:
+            raise ParameterError(
+                f"the child names {missing[0]!r} ({len(missing)} such), which the model does not have. "
+                "Use the model that the child was chosen for."
+            )
+        resolved: dict[str, Part] = {}
+        for name, shape in shapes.items():
+            part = self.parts.get(plain[name])
+            if plain[name] in always:
+                part = Part(tuple(shape))
+            elif part is None:
+                part = Part.none(shape)
+            elif part.shape != tuple(shape):
+                raise ParameterError(
+                    f"{name!r} has shape {list(shape)} in the model and {list(part.shape)} in the child. "
+                    "Use the model that the child was chosen for."
+                )
+            resolved[name] = part
+        return resolved
+
+    def fingerprint(self) -> str:
+        """Return a sha256 that is equal exactly for children that train the same entries."""
+        digest = hashlib.sha256(json.dumps(sorted(self.always)).encode())
+        for name, part in self.parts.items():
+            digest.update(json.dumps([name, list(part.shape), part.num_trained]).encode())
+            if not (part.is_whole or part.is_empty):
+                digest.update(part.indices().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the child to one safetensors file; indices take about their entropy."""
+        records, streams = write_parts(self.parts, from_recipe=self.parts if self.recipe else ())
+        about = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "always": list(self.always),
+            "recipe": self.recipe,
+            "parts": records,
+            "fingerprint": self.fingerprint(),
+        }
+        metadata = {"childtuning": json.dumps(about)}
+        write_atomically(path, lambda partial: save_file(streams, partial, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a child that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CorruptFileError: it is damaged or of another kind.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                about = json.loads((file.metadata() or {})["childtuning"])
+                if about["format"] != _FORMAT or about["version"] != _VERSION:
+                    raise CorruptFileError(f"{path} is no child of format version {_VERSION}. Write it anew.")
+                streams = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            child = cls(
+                read_parts(about["parts"], streams, about["recipe"]),
+                always=about["always"],
+                recipe=about["recipe"],
+            )
+            intact = child.fingerprint() == about["fingerprint"]
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as fault:
+            raise CorruptFileError(f"{path} is not a readable child ({fault}). Save it anew.") from None
+        if not intact:
+            raise CorruptFileError(f"{path} was changed after it was saved. Save it anew.")
+        return child
+
+    def __repr__(self) -> str:
+        return (
+            f"Child(density={self.density:.4g}, num_trained={self.num_trained:,} of {self.num_eligible:,}"
+            + (f", always={list(self.always)}" if self.always else "")
+            + ")"
+        )

@@ -1,0 +1,153 @@
+"""Which parameters a selection may choose from, and what they are called.
+
+Every room asks here: ``named`` gives a model's parameters by canonical name, ``eligible`` those that a child may be
+chosen from, ``match_names`` what patterns such as ``classifier.*`` mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from childtuning.errors import ParameterError, did_you_mean
+from childtuning.fast.structured import CONV1D
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the patterns as a tuple; a lone string is one pattern."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether the name fits any of the patterns (case matters)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def match_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the names that fit any of the patterns.
+
+    Raises:
+        ParameterError: a pattern fits no name; all such patterns are named.
+    """
+    names = list(names)
+    found: set[str] = set()
+    unmatched: list[str] = []
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        found |= hits
+        if not hits:
+            unmatched.append(pattern)
+    if unmatched:
+        listing = ", ".join(repr(p) for p in unmatched)
+        shown = names if len(names) <= 8 else [*names[:4], "…", *names[-2:]]
+        hint = did_you_mean(unmatched[0], names).split(" Known:")[0] if len(names) else "There are none."
+        hint = "" if hint.startswith("Known:") else f" {hint}"
+        raise ParameterError(f"pattern {listing} matched no parameter. Names are {', '.join(shown)}.{hint}")
+    return found
+
+
+# What torch.compile, FSDP and checkpointing put into the names of what they wrap.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def canonical_name(name: str) -> str:
+    """Return the name that a parameter has before torch.compile, FSDP or checkpointing wrap its module."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile, DistributedDataParallel and DataParallel."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by canonical name, in the model's order, each once.
+
+    The name of a parameter depends on the model alone, not on what wraps it or what else is trained.
+
+    Raises:
+        ParameterError: a parameter is sharded.
+    """
+    found = {canonical_name(name): parameter for name, parameter in bare_model(model).named_parameters()}
+    for name, parameter in found.items():
+        refuse_sharded(name, parameter)
+    return found
+
+
+def refuse_sharded(name: str, tensor: Tensor) -> None:
+    """Raise a ParameterError for a DTensor: its local values are not the parameter's."""
+    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor"):
+        raise ParameterError(
+            f"{name!r} is sharded (a DTensor), which is not supported yet. "
+            "Load and train the model unsharded: one process, or DistributedDataParallel."
+        )
+
+
+def eligible(
+    model: nn.Module, patterns: str | Iterable[str] | None = None, always: str | Iterable[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that a child may be chosen from, by canonical name, in the model's order.
+
+    Args:
+        model: the pretrained network with its head.
+        patterns: over parameter names; ``None``: every floating-point parameter that requires a gradient. What the
+            patterns name is eligible whether or not it requires one now.
+        always: patterns over the names that are trained whole and therefore left out, such as a new head.
+    Raises:
+        ParameterError: a pattern matches nothing, or nothing is eligible.
+    """
+    parameters = named(model)
+    left_out = match_names(as_patterns(always or ()), parameters)
+    if patterns is None:
+        chosen = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    else:
+        chosen = match_names(as_patterns(patterns), parameters)
+    found = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name in chosen and name not in left_out and parameter.is_floating_point()
+    }
+    if not found:
+        raise ParameterError(
+            "no parameter is eligible. Check the eligible and always patterns, and requires_grad."
+        )
+    return found
+
+
+def refuse_rewritten(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a ParameterError if the forward pass of the model writes into one of these parameters.
+
+    ``nn.Embedding(max_norm=…)`` scales the rows that it looks up, in place: entries outside a child would move.
+    """
+    names = set(names)
+    for path, module in bare_model(model).named_modules():
+        name = canonical_name(f"{path}.weight" if path else "weight")
+        if getattr(module, "max_norm", None) is not None and name in names:
+            raise ParameterError(
+                f"the forward pass writes into {name!r} (max_norm={module.max_norm}), so that entries outside a child "
+                "would move. Set max_norm=None, or train it whole: always=."
+            )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' Conv1D, or a subclass of it, without importing it."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(module).__mro__)
+
+
+def output_axes(model: nn.Module) -> dict[str, int]:
+    """Return by parameter name the axis of a weight's output units where it is not 0 (GPT-2's Conv1D)."""
+    return {
+        canonical_name(f"{path}.weight" if path else "weight"): 1
+        for path, module in bare_model(model).named_modules()
+        if is_conv1d(module)
+    }

@@ -1,0 +1,336 @@
+"""Which entries of one parameter are trained, and in which units they were chosen.
+
+``Granularity`` cuts a parameter into units; ``Part`` says which of them are trained. ``Part`` is the one form of this:
+whoever needs a mask, flat indices, runs of entries, or rows and columns, asks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from childtuning.errors import ConfigError, ParameterError, did_you_mean
+
+# What of one axis is trained: sorted indices, a run, or ``None`` for all of it.
+Chosen = Tensor | slice | None
+Group = tuple[Chosen, Chosen]  # rows and columns
+
+KINDS = ("element", "row", "block", "parameter")
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How a parameter is cut into units.
+
+    ``element``: every entry. ``row``: the entries that share a coordinate along ``axis``; with axis 0 an output unit
+    of a Linear or Conv, or one token's embedding; in a vector each entry. ``block``: tiles of ``block_shape`` of the
+    matrix [shape[0], rest] (a vector is one row), cut short at the edges. ``parameter``: all of it.
+
+    Args:
+        kind: one of ``KINDS``.
+        axis: for rows; negative counts from the end.
+        block_shape: for blocks, (height, width) in entries.
+    """
+
+    kind: str = "element"
+    axis: int = 0
+    block_shape: tuple[int, int] = (32, 32)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"granularity must be one of {', '.join(KINDS)}, got {self.kind!r}. "
+                              + did_you_mean(self.kind, KINDS))  # fmt: skip
+        if len(self.block_shape) != 2 or min(self.block_shape) < 1:
+            raise ConfigError(
+                f"block_shape must be two positive sizes, got {self.block_shape}. Pass block_shape=(32, 32)."
+            )
+
+    def _axis(self, shape: Sequence[int]) -> int:
+        if len(shape) < 2:
+            return 0
+        if not -len(shape) <= self.axis < len(shape):
+            raise ConfigError(f"row axis {self.axis} is outside a parameter of shape {tuple(shape)}. Pass 0.")
+        return self.axis % len(shape)
+
+    def _tiling(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Matrix height and width, and the number of tiles down and across."""
+        height, width = (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+        tall, wide = self.block_shape
+        return height, width, -(-height // tall), -(-width // wide)
+
+    def num_units(self, shape: Sequence[int]) -> int:
+        """Return the number of units in a parameter of this shape."""
+        numel = math.prod(shape)
+        if self.kind == "parameter":
+            return min(numel, 1)
+        if self.kind == "row" and len(shape) > 0:
+            return shape[self._axis(shape)]
+        if self.kind == "block":
+            _, _, down, across = self._tiling(shape)
+            return down * across
+        return numel
+
+    def sums(self, entries: Tensor) -> Tensor:
+        """Add up each unit's entries in float64: [num_units]."""
+        entries = entries.double()
+        if not entries.numel():
+            return entries.new_zeros(self.num_units(entries.shape))
+        if self.kind == "element":
+            return entries.reshape(-1)
+        if self.kind == "parameter":
+            return entries.sum().reshape(-1)[: self.num_units(entries.shape)]
+        if self.kind == "row":
+            if entries.dim() < 2:
+                return entries.reshape(-1)
+            axis = self._axis(entries.shape)
+            return entries.movedim(axis, 0).reshape(entries.shape[axis], -1).sum(1)
+        height, width, down, across = self._tiling(entries.shape)
+        tall, wide = self.block_shape
+        padded = entries.new_zeros(down * tall, across * wide)
+        padded[:height, :width] = entries.reshape(height, width)
+        return padded.view(down, tall, across, wide).sum((1, 3)).reshape(-1)
+
+    def sizes(self, shape: Sequence[int]) -> Tensor:
+        """Count each unit's entries: int64 [num_units]."""
+        num_units = self.num_units(shape)
+        if self.kind == "block":
+            height, width, down, across = self._tiling(shape)
+            tall, wide = self.block_shape
+            heights = (height - torch.arange(down) * tall).clamp(max=tall)
+            widths = (width - torch.arange(across) * wide).clamp(max=wide)
+            return (heights[:, None] * widths[None, :]).reshape(-1)
+        return torch.full((num_units,), math.prod(shape) // max(num_units, 1))
+
+    def spread(self, per_unit: Tensor, shape: Sequence[int]) -> Tensor:
+        """Give every entry its unit's value: [num_units] of any dtype -> shape."""
+        if self.kind == "block":
+            height, width, down, across = self._tiling(shape)
+            tall, wide = self.block_shape
+            tiles = per_unit.view(down, across).repeat_interleave(tall, 0).repeat_interleave(wide, 1)
+            return tiles[:height, :width].reshape(tuple(shape))
+        if self.kind == "row" and len(shape) > 1:
+            along = [1] * len(shape)
+            along[self._axis(shape)] = -1
+            return per_unit.view(along).expand(tuple(shape))
+        if self.kind == "parameter":
+            return (
+                per_unit.reshape((1,) * len(shape)).expand(tuple(shape))
+                if len(per_unit)
+                else per_unit.view(shape)
+            )
+        return per_unit.view(tuple(shape))
+
+    def is_run(self, shape: Sequence[int]) -> bool:
+        """Tell whether a unit's entries lie together, so that unit u starts at entry u · ``run_length``."""
+        vector = len(shape) < 2
+        return self.kind == "element" or (self.kind == "row" and (vector or self._axis(shape) == 0))
+
+    def run_length(self, shape: Sequence[int]) -> int:
+        """Return a length into which runs of entries that lie together can be cut, aligned to it."""
+        if self.kind == "row" and len(shape) > 1:
+            return max(1, math.prod(shape[self._axis(shape) + 1 :]))
+        if self.kind == "block":
+            return max(1, math.gcd(self.block_shape[1], self._tiling(shape)[1]))
+        return 1
+
+    def entries(self, units: Tensor, shape: Sequence[int]) -> Tensor:
+        """List the flat indices of the units' entries: int64 [n], increasing."""
+        units = units.long()
+        if self.kind == "element" or (self.kind == "row" and len(shape) < 2):
+            return units
+        if self.kind == "row" and self._axis(shape) == 0:
+            width = math.prod(shape[1:])
+            return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)
+        chosen = torch.zeros(self.num_units(shape), dtype=torch.bool, device=units.device)
+        chosen[units] = True
+        return self.spread(chosen, shape).reshape(-1).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The trained units of one parameter.
+
+    Args:
+        shape: the parameter's shape.
+        units: sorted unit indices [n] without repeats, int32 (int64 for parameters of 2^31 entries or more), on the
+            CPU; ``None`` means every unit.
+        granularity: what the indices count.
+    Raises:
+        ParameterError: the indices are not sorted, or out of range.
+    """
+
+    shape: tuple[int, ...]
+    units: Tensor | None = None
+    granularity: Granularity = field(default_factory=Granularity)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.units is None:
+            return
+        units = self.units.detach().to(device="cpu", dtype=self._index_dtype)
+        num_units = self.granularity.num_units(self.shape)
+        if len(units) and (
+            int(units[0]) < 0 or int(units[-1]) >= num_units or bool((units[1:] <= units[:-1]).any())
+        ):
+            raise ParameterError(
+                f"unit indices must increase within 0 … {num_units - 1}, got {units[:4].tolist()} …. Sort them."
+            )
+        object.__setattr__(self, "units", None if len(units) == num_units and num_units else units)
+
+    @classmethod
+    def from_sorted(cls, shape: Sequence[int], units: Tensor, granularity: Granularity) -> Part:
+        """Return the part of units that are known to be sorted, in range and without repeats; they are not checked."""
+        part = cls(tuple(shape), None, granularity)
+        if len(units) != granularity.num_units(shape) or not len(units):
+            object.__setattr__(part, "units", units.detach().to(device="cpu", dtype=part._index_dtype))
+        return part
+
+    @classmethod
+    def none(cls, shape: Sequence[int]) -> Part:
+        """Return the part of a parameter of which nothing is trained."""
+        return cls(tuple(shape), torch.zeros(0, dtype=torch.int32))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Part:
+        """Return the part whose entries are those where the bool mask is True."""
+        return cls(tuple(mask.shape), mask.reshape(-1).nonzero().squeeze(1))
+
+    @property
+    def _index_dtype(self) -> torch.dtype:
+        return torch.int32 if self.numel < 2**31 else torch.int64
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every entry is trained."""
+        return self.units is None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no entry is trained."""
+        return self.units is not None and len(self.units) == 0
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Number of trained entries."""
+        if self.units is None:
+            return self.numel
+        if self.granularity.kind == "element":
+            return len(self.units)
+        return int(self.granularity.sizes(self.shape)[self.units.long()].sum())
+
+    def indices(self) -> Tensor:
+        """List the trained entries' flat indices: int64 [num_trained], increasing, on the CPU."""
+        if self.units is None:
+            return torch.arange(self.numel)
+        return self.granularity.entries(self.units, self.shape)
+
+    def mask(self) -> Tensor:
+        """Return the bool tensor of the parameter's shape that is True where trained."""
+        mask = torch.zeros(self.numel, dtype=torch.bool)
+        mask[self.indices()] = True
+        return mask.view(self.shape)
+
+    def runs(self) -> Runs:
+        """Return the trained entries as runs that lie together, as long as their layout allows, on the CPU."""
+        if self.units is None:
+            return Runs(torch.arange(self.numel, dtype=self._index_dtype), 1)
+        starts, width = self.units, self.granularity.run_length(self.shape)
+        if not self.granularity.is_run(self.shape):
+            starts = (self.indices()[::width] // width).to(self._index_dtype)
+        return Runs(starts, width)
+
+    def groups(self, device: torch.device | str | None = None) -> list[Group] | None:
+        """Say where the trained rows of the matrix [shape[0], rest] meet its trained columns.
+
+        Returns:
+            (rows, columns) pairs; flattened row-major one after another they list the trained entries of rows and
+            blocks. Empty if nothing is trained, ``None`` where the part has no such structure.
+
+        Example:
+            >>> Part((4, 3), torch.tensor([0, 2]), Granularity("row")).groups()
+            [(tensor([0, 2]), None)]
+            >>> Part((4, 3), torch.tensor([1]), Granularity("block", block_shape=(2, 2))).groups()
+            [(slice(0, 2, None), slice(2, 3, None))]
+        """
+        if len(self.shape) < 2 or self.units is None or self.granularity.kind not in ("row", "block"):
+            return None
+        if self.is_empty:
+            return []
+        units = self.units.long()
+        if self.granularity.kind == "block":
+            groups = self._block_groups(units)
+        elif self.granularity.axis % len(self.shape) == 0:
+            groups = [(_shortest(units, self.shape[0]), None)]
+        else:
+            inner = Granularity("row", self.granularity.axis % len(self.shape) - 1)
+            columns = inner.entries(units, self.shape[1:])
+            groups = [(None, _shortest(columns, math.prod(self.shape[1:])))]
+        return [(_on(rows, device), _on(columns, device)) for rows, columns in groups]
+
+    def _block_groups(self, units: Tensor) -> list[Group]:
+        height, width = self.shape[0], math.prod(self.shape[1:])
+        tall, wide = self.granularity.block_shape
+        across = -(-width // wide)
+        downs, counts = (units // across).unique_consecutive(return_counts=True)
+        groups: list[Group] = []
+        for down, tiles in zip(downs.tolist(), (units % across).split(counts.tolist()), strict=True):
+            columns = (tiles[:, None] * wide + torch.arange(wide)).reshape(-1)
+            rows = slice(down * tall, min((down + 1) * tall, height))
+            groups.append((rows, _shortest(columns[columns < width], width)))
+        return groups
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """A part's entries where a tensor of the parameter's shape holds them: run u is entries u·width … (u+1)·width − 1.
+
+    Args:
+        starts: int32 (int64 for parameters of 2^31 entries or more) [n], increasing, on the tensors' device.
+        width: entries in a run; 1 for single entries.
+    """
+
+    starts: Tensor
+    width: int
+
+    def __len__(self) -> int:
+        """Count the entries."""
+        return len(self.starts) * self.width
+
+    def to(self, device: torch.device) -> Runs:
+        """Return the same runs on a device."""
+        return Runs(self.starts.to(device), self.width)
+
+    def gather(self, source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the entries of a tensor (strided or sparse) of the parameter's shape: [n · width]."""
+        flat = (source.to_dense() if source.is_sparse else source).reshape(-1, self.width)
+        return flat.index_select(0, self.starts).reshape(-1).to(dtype or source.dtype)
+
+    def scatter_(self, target: Tensor, values: Tensor) -> None:
+        """Write values [n · width], rounded to target's dtype, in place; every other entry keeps its bits."""
+        values = values.to(target.dtype).view(-1, self.width)
+        flat = target if target.is_contiguous() else target.contiguous()
+        flat.view(-1, self.width)[self.starts] = values
+        if flat is not target:
+            target.copy_(flat)
+
+
+def _shortest(chosen: Tensor, size: int) -> Chosen:
+    """None for all, a slice for a run: neither is copied when taken."""
+    if len(chosen) == size:
+        return None
+    start, stop = int(chosen[0]), int(chosen[-1]) + 1
+    return slice(start, stop) if stop - start == len(chosen) else chosen
+
+
+def _on(chosen: Chosen, device: torch.device | str | None) -> Chosen:
+    return chosen.to(device) if isinstance(chosen, Tensor) else chosen

@@ -1,0 +1,332 @@
+"""The structured layers: linear, Conv1D, embedding, convolution.
+
+Shapes: N examples times tokens, B examples, I in, O out, V vocabulary, H width, … positions, k of the kernel, r chosen
+rows, n trained entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from childtuning.fast.structured import (
+    CONV1D,
+    Chosen,
+    Group,
+    Leaf,
+    StructuredLayer,
+    join,
+    register_structured,
+    take,
+)
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def lowered(x: Tensor) -> Tensor:
+    """Return x as ``torch.autocast`` would hand it to a matrix product here."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+class _Product(Function):
+    """``y = x Wᵀ + b``, and of ``dW = dYᵀ x`` only the groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [N, I]
+        weight: Tensor,  # [O, I]
+        bias: Tensor | None,  # [O]
+        leaf: Tensor,  # [n]
+        groups: Sequence[Group],
+        transposed: bool,
+    ) -> Tensor:
+        ctx.groups, ctx.transposed = groups, transposed
+        needs_x = ctx.needs_input_grad[0]
+        # The weight as it is: autocast's copy of it is cheaper to make again than to keep.
+        ctx.save_for_backward(x if leaf.numel() else None, weight if needs_x else None)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # [N, O]
+        x, weight = ctx.saved_tensors
+        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        dx = dbias = None
+        dleaf = dY.new_zeros(0)
+        if needs_x:
+            dx = dY @ weight.to(dY.dtype)
+        if needs_bias:
+            dbias = dY.sum(0)
+        if x is not None:
+            left, right = (x, dY) if ctx.transposed else (dY, x)
+            dleaf = join(take(left, rows).t() @ take(right, columns) for rows, columns in ctx.groups)
+        return dx, None, dbias, dleaf, None, None
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Leaf, *, transposed: bool = False
+) -> Tensor:
+    """Return ``x Wᵀ + b`` for x [..., I] and W [O, I]; the groups are of W or, if transposed, of Wᵀ."""
+    x = lowered(x)
+    # Flat outside of the function: what one returns may be changed in place only if it is no view.
+    y = _Product.apply(
+        x.reshape(-1, x.shape[-1]), weight.detach(), bias, leaf.tensor, leaf.groups, transposed
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@register_structured(nn.Linear)
+class StructuredLinear(StructuredLayer, nn.Linear):
+    """A Linear whose weight gradient is ``dY[:, rows]ᵀ x[:, columns]`` for each group."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: [..., I] -> [..., O]."""
+        if not self.in_use:
+            return super().forward(input)
+        return product(input, self.weight, self.bias, self.leaf)
+
+
+@register_structured(CONV1D)
+class StructuredConv1D(StructuredLayer):
+    """A Conv1D whose weight gradient is ``x[:, rows]ᵀ dY[:, columns]`` for each group."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: [..., I] -> [..., O]."""
+        if not self.in_use:
+            return super().forward(x)
+        return product(x, self.weight.t(), self.bias, self.leaf, transposed=True)
+
+
+class _Lookup(Function):
+    """``y = W[tokens]``, and of the gradient of W only the groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,  # [N]
+        weight: Tensor,  # [V, H]
+        leaf: Tensor,  # [n]
+        groups: Sequence[Group],
+        padding_idx: int | None,
+    ) -> Tensor:
+        ctx.groups, ctx.padding_idx, ctx.size = groups, padding_idx, weight.shape[0]
+        ctx.save_for_backward(tokens if leaf.numel() else None)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # [N, H]
+        (tokens,) = ctx.saved_tensors
+        if tokens is None:
+            return None, None, dY.new_zeros(0), None, None
+
+        def gradient(rows: Chosen, columns: Chosen) -> Tensor:
+            places, r = _places(tokens, rows, ctx.size, ctx.padding_idx)
+            # Torch's own kernel, for a vocabulary of the r chosen rows and one to which nothing is added.
+            return torch.ops.aten.embedding_dense_backward(take(dY, columns), places, r + 1, r, False)[:r]
+
+        return None, None, join(gradient(*group) for group in ctx.groups), None, None
+
+
+def _places(tokens: Tensor, rows: Chosen, size: int, padding_idx: int | None) -> tuple[Tensor, int]:
+    """Return each token's place among the r chosen rows, r for a token that has none; and r."""
+    if isinstance(rows, Tensor):
+        r = len(rows)
+        places = torch.searchsorted(rows, tokens).clamp(max=r - 1)
+        chosen = rows[places] == tokens
+    else:
+        start, stop = (rows.start, rows.stop) if rows else (0, size)
+        r, places = stop - start, tokens - start
+        chosen = (places >= 0) & (places < r)
+    if padding_idx is not None:
+        chosen &= tokens != padding_idx
+    return torch.where(chosen, places, r), r
+
+
+@register_structured(nn.Embedding)
+class StructuredEmbedding(StructuredLayer, nn.Embedding):
+    """An embedding whose gradient is that of the chosen tokens' rows."""
+
+    @staticmethod
+    def fits(module: nn.Module, leaf: Leaf) -> bool:
+        """Refuse what rescales or sparsifies, and tiles: each group is one pass over all tokens."""
+        return (
+            isinstance(module, nn.Embedding)
+            and module.max_norm is None
+            and not (module.scale_grad_by_freq or module.sparse)
+            and len(leaf.groups) <= 1
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look the tokens up: [...] -> [..., H]."""
+        if not self.in_use:
+            return super().forward(input)
+        leaf = self.leaf
+        y = _Lookup.apply(
+            input.reshape(-1).long(), self.weight.detach(), leaf.tensor, leaf.groups, self.padding_idx
+        )
+        return y.view(*input.shape, self.embedding_dim)
+
+
+class _Options(NamedTuple):
+    """How a kernel moves over its input; ``groups`` cut the channels, and are not those of trained entries."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def gradient(self, dY: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> Tensor:
+        """Return the gradient of x, for which x need have only a shape, or of the weight, and likewise."""
+        stride, padding, dilation, groups = self
+        no_output_padding = (0,) * len(stride)
+        mask = (of_x, not of_x, False)
+        return torch.ops.aten.convolution_backward(
+            dY, x, weight, None, stride, padding, dilation, False, no_output_padding, groups, mask
+        )[0 if of_x else 1]
+
+
+class _Convolution(Function):
+    """``y = W * x + b``, and of the gradient of W only the groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, I, …]
+        weight: Tensor,  # [O, I, k…], or [O, 1, k…] if depthwise
+        bias: Tensor | None,  # [O]
+        leaf: Tensor,  # [n]
+        groups: Sequence[Group],
+        options: _Options,
+    ) -> Tensor:
+        ctx.groups, ctx.options = groups, options
+        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+        needs_x = ctx.needs_input_grad[0]
+        ctx.save_for_backward(x if leaf.numel() else None, weight if needs_x else None)
+        return _CONVOLVE[len(options.stride)](x, weight, bias, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # [B, O, …]
+        x, weight = ctx.saved_tensors
+        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        dx = dbias = None
+        dleaf = dY.new_zeros(0)
+        if needs_x:
+            shaped = x if x is not None else _shape_only(dY, ctx.x_shape)
+            dx = ctx.options.gradient(dY, shaped, weight.to(dY.dtype), of_x=True)
+        if needs_bias:
+            dbias = dY.sum((0, *range(2, dY.dim())))
+        if x is not None:
+            dleaf = join(_gradient(x, dY, ctx.weight_shape, group, ctx.options) for group in ctx.groups)
+        return dx, None, dbias, dleaf, None, None
+
+
+def _gradient(x: Tensor, dY: Tensor, shape: torch.Size, group: Group, options: _Options) -> Tensor:
+    """The gradient of one group: that of a kernel with the r chosen rows: [r, columns]."""
+    rows, columns = group
+    dY = take(dY, rows)
+    r = dY.shape[1]
+    if options.groups == 1 and _is_pointwise(shape[2:]):
+        x, columns = take(x, columns), None
+    elif options.groups > 1 and rows is not None:
+        x = x.index_select(1, _channels(rows, shape[0] // options.groups, x.device))
+        options = options._replace(groups=r)
+    kernel = _shape_only(dY, (r, x.shape[1] // options.groups, *shape[2:]))
+    return take(options.gradient(dY, x, kernel, of_x=False).flatten(1), columns)
+
+
+def _is_pointwise(kernel_size: Sequence[int]) -> bool:
+    return all(size == 1 for size in kernel_size)
+
+
+def _channels(rows: Tensor | slice, multiplier: int, device: torch.device) -> Tensor:
+    """The input channel that each chosen row of a depthwise convolution reads."""
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=device)
+    return rows // multiplier
+
+
+def _shape_only(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return like.new_empty(1).expand(tuple(shape))
+
+
+class _StructuredConvolution(StructuredLayer):
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    @staticmethod
+    def fits(module: Any, leaf: Leaf) -> bool:
+        """Accept zero padding, the same on both sides; channels that are one group or each its own; and rows.
+
+        Columns save something only where each is a channel: else they are cut from the gradient of all.
+        """
+        return (
+            module.padding_mode == "zeros"
+            and (module.groups == 1 or module.groups == module.in_channels)
+            and (module.padding != "same" or all(span % 2 == 0 for span in _spans(module)))
+            and (_is_pointwise(module.kernel_size) or all(columns is None for _, columns in leaf.groups))
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: [B, I, …] or [I, …] -> [B, O, …] or [O, …]."""
+        if not self.in_use:
+            return super().forward(input)
+        x = lowered(input)
+        single = x.dim() < self.weight.dim()
+        options = _Options(self.stride, _padding(self), self.dilation, self.groups)
+        leaf = self.leaf
+        y = _Convolution.apply(
+            x.unsqueeze(0) if single else x,
+            self.weight.detach(),
+            self.bias,
+            leaf.tensor,
+            leaf.groups,
+            options,
+        )
+        return y.squeeze(0) if single else y
+
+
+def _spans(module: Any) -> list[int]:
+    """How far the kernel reaches beyond its first position, along each axis."""
+    return [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+
+
+def _padding(module: Any) -> tuple[int, ...]:
+    if module.padding == "same":
+        return tuple(span // 2 for span in _spans(module))
+    return (0,) * len(module.stride) if module.padding == "valid" else module.padding
+
+
+@register_structured(nn.Conv1d)
+class StructuredConv1d(_StructuredConvolution, nn.Conv1d):
+    """A Conv1d whose weight gradient is that of the chosen output channels."""
+
+
+@register_structured(nn.Conv2d)
+class StructuredConv2d(_StructuredConvolution, nn.Conv2d):
+    """A Conv2d whose weight gradient is that of the chosen output channels."""
+
+
+@register_structured(nn.Conv3d)
+class StructuredConv3d(_StructuredConvolution, nn.Conv3d):
+    """A Conv3d whose weight gradient is that of the chosen output channels."""

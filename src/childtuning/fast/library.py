@@ -1,0 +1,237 @@
+"""The compiled CPU kernels (``native/*.c``), called from as many threads as torch uses, and the masks they draw.
+
+They are compiled when the package is installed. Where there was no compiler ``LIBRARY`` is ``None``, and the
+definitions in torch and numpy serve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from childtuning import fast
+
+
+def _load() -> ctypes.CDLL | None:
+    path = Path(__file__).with_name("native") / "kernels.so"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+LIBRARY = _load()
+BLOCK_ENTRIES = 32  # one Philox4x64 block: four words of eight bytes
+_ENTRIES_A_TASK = 1 << 18
+
+
+class MaskDraw(NamedTuple):
+    """A Bernoulli mask that is named, not stored.
+
+    Args:
+        key: the two words that name its stream of bits.
+        threshold: p·2^64, below 2^64.
+    """
+
+    key: tuple[int, int]
+    threshold: int
+
+    def native(self) -> Draw:
+        """Return it as the compiled kernels take it."""
+        return Draw((ctypes.c_uint64 * 2)(*self.key), self.threshold >> 56, self.threshold & ((1 << 56) - 1))
+
+
+class Draw(ctypes.Structure):
+    """``ct_draw``: the key of a stream of bits, and the threshold below which an entry is kept."""
+
+    _fields_ = [
+        ("key", ctypes.c_uint64 * 2),
+        ("top", ctypes.c_uint32),
+        ("rest", ctypes.c_uint64),
+    ]
+
+
+def _record(pointers: str, numbers: str, last_pointers: str = "") -> np.dtype:
+    """Lay out a C struct of pointers and int64 numbers."""
+    fields = [(name, np.uintp) for name in pointers.split()]
+    fields += [(name, np.int64) for name in numbers.split()]
+    return np.dtype(fields + [(name, np.uintp) for name in last_pointers.split()])
+
+
+NUMBERS = np.dtype(
+    [
+        (name, np.float32)
+        for name in [
+            "lr_decay",
+            "l2",
+            "rate1",
+            "beta2",
+            "rate2",
+            "eps",
+            "step_size",
+            "inv_sqrt_correction",
+            "scale",
+        ]
+    ]
+)  # ct_adamw
+STRETCH = _record("weight gradient first second index", "count width compact_gradient")  # ct_stretch
+MASKED = _record("weight gradient first second", "start count", "draw numbers")  # ct_masked
+ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """One step's hyperparameters, named as in ``fast/adamw.py``.
+
+    Args:
+        lr, beta1, beta2, eps, weight_decay: as there.
+        step: t, counted from 1.
+        decoupled: AdamW; else the decay is added to the gradient, as in Adam.
+        scale: s; negative to maximise.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    decoupled: bool = True
+    scale: float = 1.0
+
+    def numbers(self) -> NDArray:
+        """Compute in float64 what the kernels multiply with; then float32."""
+        return np.array(
+            (
+                1 - self.lr * self.weight_decay if self.decoupled else 1.0,
+                0.0 if self.decoupled else self.weight_decay,
+                1 - self.beta1,
+                self.beta2,
+                1 - self.beta2,
+                self.eps,
+                self.lr / (1 - self.beta1**self.step),
+                (1 - self.beta2**self.step) ** -0.5,
+                self.scale,
+            ),
+            NUMBERS,
+        )
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter in a call that updates many.
+
+    Args:
+        weight: the parameter.
+        gradient: of the parameter's shape, or compact: of the entries or rows that are trained.
+        first, second: the moments, of the entries that are trained.
+        step: hyperparameters; the scale applies to what is kept.
+        master: for a child's weights of fewer than 32 bits on a GPU, their float32 values, which are updated as well.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    step: AdamWStep
+    master: Tensor | None = None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    draw = ctypes.POINTER(Draw)
+    for name, types in {
+        "ct_adamw_stretches": [pointer, number, pointer, pointer],
+        "ct_adamw_masked": [pointer, number, pointer],
+        "ct_adamw_rows": [pointer, number, pointer],
+        "ct_keep_mask": [pointer, number, number, draw],
+        "ct_sample": [pointer, number, number, real, pointer],
+        "ct_bracket": [pointer, number, real, real, real, pointer, pointer, number],
+        "ct_collect": [pointer, number, real, real, number, number, number, pointer],
+    }.items():
+        function = library[name]
+        function.argtypes = types
+        function.restype = None
+        setattr(library, name, function)
+
+
+if LIBRARY is not None:
+    _declare(LIBRARY)
+
+
+@cache
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="childtuning")
+
+
+def parallel(work: Callable[[int], None], count: int) -> None:
+    """Call ``work(0) … work(count - 1)`` on torch's number of threads; the calls release the GIL by themselves."""
+    num_threads = min(torch.get_num_threads(), count)
+    if num_threads <= 1:
+        for i in range(count):
+            work(i)
+        return
+
+    def share(first: int) -> None:
+        for i in range(first, count, num_threads):
+            work(i)
+
+    threads = _threads(num_threads - 1, os.getpid())  # by process: threads do not survive a fork
+    others = [threads.submit(share, first) for first in range(1, num_threads)]
+    try:
+        share(0)
+    finally:
+        wait(others)  # whatever happened, they work on memory that the caller may free
+    for other in others:
+        other.result()
+
+
+def run_tasks(name: str, tasks: NDArray, *others: int) -> None:
+    """Let every thread take tasks from a compiled kernel's table until none is left."""
+    assert LIBRARY is not None
+    function, queue = getattr(LIBRARY, name), np.zeros(1, np.int64)
+    arguments = (queue.ctypes.data, len(tasks), tasks.ctypes.data, *others)
+    parallel(lambda _: function(*arguments), min(torch.get_num_threads(), len(tasks)))
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Tell whether the compiled kernels are there and these are contiguous float32 tensors on the CPU."""
+    return (
+        LIBRARY is not None
+        and fast.enabled()
+        and all(
+            t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and t.layout == torch.strided
+            and t.is_contiguous()
+            for t in tensors
+        )
+    )
+
+
+def keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor | None:
+    """Draw the entries start … start+numel of a mask: bool [numel] on the CPU; ``None`` without the kernels."""
+    if LIBRARY is None or not fast.enabled():
+        return None
+    function, bits = LIBRARY.ct_keep_mask, draw.native()
+    skip = start % BLOCK_ENTRIES
+    keep = torch.empty(skip + numel, dtype=torch.bool)
+    first, pointer = start - skip, keep.data_ptr()
+
+    def work(i: int) -> None:
+        at = i * _ENTRIES_A_TASK
+        function(pointer + at, first + at, min(_ENTRIES_A_TASK, len(keep) - at), bits)
+
+    parallel(work, -(-len(keep) // _ENTRIES_A_TASK))
+    return keep[skip:]

@@ -1,0 +1,168 @@
+"""How a gradient reaches the optimizer when it is not left in ``.grad``: taken as it is formed, or formed compact.
+
+A fixed child's gradient can be taken over during the backward pass, so that at most one dense gradient lives at a time
+(``Release``). With the model, its layers form no dense gradient at all where rows or tiles of their weights are
+trained, or, under a task-free child, where rows are drawn (``DrawnRows``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from childtuning.child.task_free import TaskFree
+from childtuning.errors import ParameterError
+from childtuning.fast.structured import Installed, Leaf, install
+from childtuning.optim.trained import Trained
+
+
+class Release:
+    """Takes a fixed child's gradients into ``Trained.value.grad`` and frees the dense ones.
+
+    Args:
+        trained: the partly trained parameters.
+        model: whose layers are to form the trained rows' or tiles' gradients alone, or ``None``.
+    """
+
+    def __init__(self, trained: Sequence[Trained], model: nn.Module | None) -> None:
+        self._trained, self._model = trained, model
+        self._handles: list[RemovableHandle] = []
+        self._installed: Installed | None = None
+        self.attached = False
+        self.attach()
+
+    def attach(self) -> None:
+        """Take gradients over from now on; a second call does nothing.
+
+        Raises:
+            ParameterError: another optimizer does so.
+        """
+        if self.attached:
+            return
+        for t in self._trained:
+            _forget_takers(t.parameter)
+        if self._model is not None:
+            leaves: dict[str, Leaf] = {}
+            by_name = _in_model(self._model, self._trained)
+            for name, t in by_name.items():
+                groups = t.part.groups(t.parameter.device)
+                if groups is not None:
+                    leaves[name] = Leaf.of(groups, t.part.num_trained, t.parameter, t.dtype)
+            self._installed = install(self._model, leaves)
+            for name in self._installed.names:
+                by_name[name].leaf = leaves[name]
+                taker = _Taker(by_name[name], compact=True)
+                self._handles.append(leaves[name].tensor.register_post_accumulate_grad_hook(taker))
+        for t in self._trained:
+            taker = _Taker(t, compact=False)
+            self._handles.append(t.parameter.register_post_accumulate_grad_hook(taker))
+        self.attached = True
+
+    def remove(self) -> None:
+        """Let gradients be as ever; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._installed is not None:
+            self._installed.remove()
+            self._installed = None
+        for t in self._trained:
+            t.leaf = None
+        self.attached = False
+
+    def draw(self, step: int) -> None:
+        """Do nothing: a fixed child stays."""
+
+
+class DrawnRows:
+    """Draws a task-free child's rows for the coming step and lets the model's layers form their gradients alone.
+
+    The rows are drawn once a step, before its forward passes, so that accumulated batches share them.
+
+    Args:
+        free: the child, of rows.
+        trained: the parameters.
+        model: that they belong to.
+    """
+
+    def __init__(self, free: TaskFree, trained: Sequence[Trained], model: nn.Module) -> None:
+        self._free, self._model = free, model
+        self._candidates = [t for t in trained if t.draws and t.units.kind == "row" and t.parameter.dim() > 1]
+        self._drawn: list[Trained] = []
+        self._installed: Installed | None = None
+        self.attach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model's layers form the drawn rows' gradients alone."""
+        return self._installed is not None
+
+    def attach(self) -> None:
+        """Put the layers into the model; a second call does nothing. The rows are still to be drawn."""
+        if self.attached:
+            return
+        by_name = _in_model(self._model, self._candidates)
+        leaves = {name: Leaf.of([], 0, t.parameter) for name, t in by_name.items()}
+        self._installed = install(self._model, leaves)
+        self._drawn = [by_name[name] for name in self._installed.names]
+        for name in self._installed.names:
+            by_name[name].leaf = leaves[name]
+
+    def draw(self, step: int) -> None:
+        """Draw the rows of a step; what was formed for another is dropped."""
+        for t in self._drawn:
+            shape, device = t.parameter.shape, t.parameter.device
+            t.rows = self._free.kept_units(t.name, shape, step).nonzero().squeeze(1).to(device)
+            axis = t.units.axis % len(shape)
+            size = len(t.rows) * (t.parameter.numel() // max(shape[axis], 1))
+            assert t.leaf is not None
+            t.leaf.groups = [(t.rows, None) if axis == 0 else (None, t.rows)]
+            t.leaf.tensor = Leaf.of([], size, t.parameter).tensor
+
+    def remove(self) -> None:
+        """Let the model's layers form dense gradients again; a second call does nothing."""
+        if self._installed is not None:
+            self._installed.remove()
+            self._installed = None
+        for t in self._drawn:
+            t.leaf = t.rows = None
+        self._drawn = []
+
+
+def _in_model(model: nn.Module, trained: Sequence[Trained]) -> Mapping[str, Trained]:
+    """The trained parameters that belong to a model, by their names in it."""
+    by_id = {id(t.parameter): t for t in trained}
+    return {name: by_id[id(p)] for name, p in model.named_parameters() if id(p) in by_id}
+
+
+class _Taker:
+    """A hook that takes a gradient over; it does not keep the optimizer's part alive."""
+
+    def __init__(self, trained: Trained, *, compact: bool) -> None:
+        self._trained, self._compact = ref(trained), compact
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there still is someone to take gradients for."""
+        return self._trained() is not None
+
+    def __call__(self, tensor: Tensor) -> None:
+        trained = self._trained()
+        if trained is not None and tensor.grad is not None:
+            trained.accept(tensor.grad, compact=self._compact)
+            tensor.grad = None
+
+
+def _forget_takers(parameter: nn.Parameter) -> None:
+    """Unhook an optimizer that is gone; refuse one that is not, since the first to take a gradient leaves none."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    takers = {key: hook for key, hook in hooks.items() if isinstance(hook, _Taker)}
+    if any(taker.is_live for taker in takers.values()):
+        raise ParameterError(
+            "another optimizer takes the gradients of these parameters. Call its remove() first, or delete it."
+        )
+    for key in takers:
+        del hooks[key]

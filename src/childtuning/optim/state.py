@@ -1,0 +1,193 @@
+"""An optimizer's state by parameter name: saved, loaded, and carried over from one fixed child to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from childtuning.errors import ParameterError
+from childtuning.optim.trained import Trained
+
+Groups = Sequence[Sequence[Trained]]
+_SECOND_MOMENT = "exp_avg_sq"
+
+
+def state_by_name(groups: Groups, inner: Optimizer) -> dict[str, Any]:
+    """Return the inner optimizer's state, its options, and master values, keyed by parameter name.
+
+    Returns:
+        ``state``: by name, what the inner optimizer keeps; ``param_groups``: its options, ``params`` being names;
+        ``masters``: by name, values of more precision than the weights'.
+    """
+    masters: dict[str, Tensor] = {}
+    for t in _all(groups):
+        if t.parameter.dtype != t.dtype and t.is_filled:
+            t.read()
+            masters[t.name] = t.value.detach()
+    return {
+        "state": {t.name: dict(inner.state[t.value]) for t in _all(groups) if inner.state.get(t.value)},
+        "param_groups": [
+            {**{key: value for key, value in options.items() if key != "params"}, "params": _names(group)}
+            for group, options in zip(groups, inner.param_groups, strict=True)
+        ],
+        "masters": masters,
+    }
+
+
+@torch.no_grad()
+def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> None:
+    """Take over what ``state_by_name`` returned, whatever the order of parameters and groups.
+
+    Raises:
+        ParameterError: a parameter's state is missing, is of another shape, or belongs to no parameter of ours.
+    """
+    ours = {t.name: t for t in _all(groups)}
+    options = {name: group for group in saved["param_groups"] for name in group["params"]}
+    differing = set(options) ^ set(ours)
+    if differing:
+        raise ParameterError(
+            f"the optimizer state and the optimizer differ in {min(differing)!r} ({len(differing)} such). "
+            "Build the optimizer with the parameters that the state was saved with."
+        )
+    for name, entries in saved["state"].items():
+        for key, value in entries.items():
+            if (
+                key != "step"
+                and isinstance(value, Tensor)
+                and value.dim()
+                and value.shape != ours[name].value.shape
+            ):
+                raise ParameterError(
+                    f"the state {key!r} of {name!r} has shape {list(value.shape)}, not {list(ours[name].value.shape)}. "
+                    "Build the optimizer with the child saved beside it."
+                )
+    inner.state.clear()
+    for name, entries in saved["state"].items():
+        t = ours[name]
+        inner.state[t.value] = {
+            key: _copied(entry, t) if _is_by_entry(entry, t) else _copied(entry)
+            for key, entry in entries.items()
+        }
+    for position, (group, own) in enumerate(zip(groups, inner.param_groups, strict=True)):
+        found = options[group[0].name] if group else _empty(saved["param_groups"], position)
+        own.update({key: value for key, value in found.items() if key not in ("params", "param_names")})
+    for name, master in saved["masters"].items():
+        ours[name].read()  # the model's weights win where the two disagree
+        ours[name].value.copy_(master)
+
+
+def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) -> dict[str, Any]:
+    """Read a state of format 1, which lay by position: a fixed child's partial parameters in one flat tensor.
+
+    Its parameters and groups have to come in the order that they were saved in; format 1 does not say which it was.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    masters: dict[str, Tensor] = {}
+    param_groups = []
+    flat_masters = iter(saved["child"]["masters"])
+    for group, options in zip(groups, saved["param_groups"], strict=True):
+        whole = [t for t in group if t.part.is_whole and (is_fixed or t.parameter.requires_grad)]
+        buckets: dict[Any, list[Trained]] = {}
+        for t in group:
+            if not t.part.is_whole:
+                buckets.setdefault((t.parameter.device, t.parameter.dtype), []).append(t)
+        for position, members in zip(
+            options["params"], [[t] for t in whole] + list(buckets.values()), strict=True
+        ):
+            entries = saved["state"].get(position, {})
+            sizes = [t.value.numel() for t in members]
+            for key, value in entries.items():
+                is_flat = isinstance(value, Tensor) and value.dim() and len(members[0].value.shape) == 1
+                pieces = (
+                    value.split(sizes) if is_flat and len(value) == sum(sizes) else [value] * len(members)
+                )
+                for t, piece in zip(members, pieces, strict=True):
+                    state.setdefault(t.name, {})[key] = piece
+        for members in buckets.values():
+            flat = next(flat_masters)
+            if flat is not None:
+                pieces = flat.split([t.value.numel() for t in members])
+                masters |= {t.name: piece for t, piece in zip(members, pieces, strict=True)}
+        param_groups.append({**options, "params": _names(group)})
+    return {"state": state, "param_groups": param_groups, "masters": masters}
+
+
+@torch.no_grad()
+def carry_over(
+    old: Groups, old_inner: Optimizer, new: Groups, new_inner: Optimizer, second_moments: Mapping[str, Tensor]
+) -> None:
+    """Give the optimizer of another fixed child the state of the entries that stay.
+
+    Entries that join start at zero, but for Adam's second moment where an estimate is at hand: beside a step count
+    that goes on, zero moments would make their first steps about three times too long.
+
+    Args:
+        old, old_inner: what trained so far.
+        new, new_inner: what trains from now on, without state.
+        second_moments: by name, dense estimates of the squared gradient as the inner optimizer sees it.
+    """
+    before = {t.name: t for t in _all(old)}
+    states = {t.name: old_inner.state[t.value] for t in _all(old) if old_inner.state.get(t.value)}
+    entry_keys = {
+        key: None
+        for name, state in states.items()
+        for key, v in state.items()
+        if _is_by_entry(v, before[name])
+    }
+    for old_group, group in zip(old, new, strict=True):
+        known = [states[t.name] for t in old_group if t.name in states] or list(states.values())
+        if not known:
+            continue
+        for t in group:
+            home, state = before.get(t.name), states.get(t.name, {})
+            counters = {k: v for k, v in (state or known[0]).items() if k not in entry_keys}
+            new_inner.state[t.value] = {key: _copied(value) for key, value in counters.items()}
+            for key in entry_keys:
+                dense = torch.zeros_like(t.parameter, dtype=t.dtype, memory_format=torch.contiguous_format)
+                if key == _SECOND_MOMENT and t.name in second_moments:
+                    dense.copy_(second_moments[t.name].view_as(dense))
+                if home is not None and key in state:
+                    _spread(dense, home, state[key])
+                new_inner.state[t.value][key] = t.of(dense).clone()
+            if home is not None and t.parameter.dtype != t.dtype and home.is_filled:
+                dense = t.parameter.detach().to(t.dtype, memory_format=torch.contiguous_format)
+                _spread(dense, home, home.value.detach())
+                t.read()
+                t.value.copy_(t.of(dense))
+
+
+def _spread(dense: Tensor, t: Trained, values: Tensor) -> None:
+    if t.runs is None:
+        dense.copy_(values)
+    else:
+        t.runs.scatter_(dense, values)
+
+
+def _is_by_entry(value: Any, t: Trained) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == t.value.shape
+
+
+def _all(groups: Groups) -> Iterator[Trained]:
+    for group in groups:
+        yield from group
+
+
+def _names(group: Sequence[Trained]) -> list[str]:
+    return [t.name for t in group]
+
+
+def _empty(param_groups: Sequence[Mapping[str, Any]], position: int) -> Mapping[str, Any]:
+    """The options saved for a group without parameters, which has no name to be found by."""
+    group = param_groups[position] if position < len(param_groups) else {}
+    return group if not group.get("params") else {}
+
+
+def _copied(value: Any, like: Trained | None = None) -> Any:
+    """A copy; of entries, as the parameter's own are laid out."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(like.value.device, like.dtype, copy=True) if like else value.detach().clone()

@@ -1,0 +1,168 @@
+"""One parameter that an optimizer trains: where its entries lie, and the tensor that the inner optimizer updates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from childtuning.child.units import Granularity, Part, Runs
+from childtuning.errors import ParameterError
+from childtuning.fast.structured import Leaf
+
+
+class Trained:
+    """One trained parameter.
+
+    The inner optimizer knows it by ``value``. That is the parameter itself where all of it is trained in at least
+    float32; else a tensor of the trained entries [n], or of the whole shape, in at least float32: bf16 and fp16 weights
+    have float32 master values. The tensor takes no memory until ``read`` fills it.
+
+    Args:
+        name: the parameter's canonical name.
+        parameter: the model's tensor.
+        part: which entries are trained.
+        scale: what their gradient is multiplied with: 1/p, or 1.
+        draws: whether a task-free child's masks lie on it.
+        released: whether its gradient is taken during the backward pass, into ``value.grad``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        part: Part,
+        scale: float = 1.0,
+        *,
+        draws: bool = False,
+        released: bool = False,
+    ) -> None:
+        self.name, self.parameter, self.part, self.scale, self.draws = name, parameter, part, scale, draws
+        self.released = released and not part.is_whole
+        self.runs: Runs | None = None if part.is_whole else part.runs().to(parameter.device)
+        self.leaf: Leaf | None = None  # forms the gradient of the trained or drawn entries alone
+        self.rows: Tensor | None = None  # those drawn for this step, where a leaf forms them
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self.value = parameter
+        if self.runs is not None or self.dtype != parameter.dtype:
+            one = torch.empty(1, dtype=self.dtype, device=parameter.device)
+            size = parameter.shape if self.runs is None else (len(self.runs),)
+            self.value = nn.Parameter(one.expand(size))
+        self._built_as = (parameter.shape, parameter.device, parameter.dtype)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the inner optimizer updates the parameter itself."""
+        return self.value is self.parameter
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether ``value`` holds values, and not one number expanded."""
+        return self.value.untyped_storage().nbytes() >= self.value.nbytes
+
+    def check(self) -> None:
+        """Raise a ParameterError if the parameter was moved, cast or resized since the optimizer was built."""
+        shape, device, dtype = self._built_as
+        now = self.parameter
+        if now.shape != shape:
+            raise ParameterError(
+                f"{self.name!r} of shape {list(shape)} became {list(now.shape)} after its optimizer was built. "
+                "Resize the model first, then choose its child and build the optimizer."
+            )
+        if now.device != device:
+            raise ParameterError(
+                f"{self.name!r} was moved from {device} to {now.device} after its optimizer was built. "
+                "Move the model first, then build the optimizer."
+            )
+        if now.dtype != dtype:
+            raise ParameterError(
+                f"{self.name!r} was cast from {dtype} to {now.dtype} after its optimizer was built. "
+                "Cast the model first, then build the optimizer."
+            )
+
+    # Values
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over what the parameter holds, keeping the precision beyond its own of what did not change."""
+        if self.is_direct:
+            return
+        current = self.of(self.parameter).to(self.dtype)
+        if not self.is_filled:
+            self.value.data = current.clone() if current is self.parameter else current
+            return
+        if self.parameter.dtype != self.dtype:
+            rounded = self.value.to(self.parameter.dtype).to(self.dtype)
+            current = torch.where(rounded == current, self.value, current)
+        self.value.copy_(current)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the updated values into the parameter; entries outside the child keep their bits."""
+        if self.runs is not None:
+            self.runs.scatter_(self.parameter.detach(), self.value)
+        elif not self.is_direct:
+            self.parameter.copy_(self.value)
+
+    def of(self, dense: Tensor) -> Tensor:
+        """Return the trained entries of a tensor of the parameter's shape, laid out as ``value`` is."""
+        return dense if self.runs is None else self.runs.gather(dense)
+
+    # Gradients
+
+    @torch.no_grad()
+    def accept(self, gradient: Tensor, *, compact: bool = False) -> None:
+        """Add a gradient that the backward pass has formed, dense or compact, to what this step has so far."""
+        taken = (gradient if compact else self.of(gradient)).to(self.dtype)
+        if self.value.grad is None:
+            self.value.grad = taken
+        else:
+            self.value.grad += taken
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor | None:
+        """Return where this step's gradient lies, unscaled and unmasked: scaling it in place scales the step's.
+
+        It is compact where it was formed or released so (``value.grad``, or the drawn rows'), else the parameter's.
+        """
+        dense = self.parameter.grad
+        if self.released:
+            if dense is not None:  # put there by hand, or before the backward pass was watched
+                self.accept(dense)
+                self.parameter.grad = None
+            return self.value.grad
+        if self.rows is None or self.leaf is None:
+            return dense
+        if dense is not None:  # from a use of the weight elsewhere than in a structured layer
+            axis = self.units.axis % dense.dim()
+            rows = (dense.to_dense() if dense.is_sparse else dense).index_select(axis, self.rows).reshape(-1)
+            formed = self.leaf.tensor.grad
+            self.leaf.tensor.grad = rows if formed is None else formed + rows
+            self.parameter.grad = None
+        return self.leaf.tensor.grad
+
+    @property
+    def units(self) -> Granularity:
+        """How a task-free child cuts the parameter."""
+        return self.part.granularity
+
+    def formed_rows(self, gradient: Tensor) -> Tensor:
+        """Return the drawn rows' flat gradient in the parameter's shape, but for the number of rows."""
+        shape = list(self.parameter.shape)
+        assert self.rows is not None
+        shape[self.units.axis % len(shape)] = len(self.rows)
+        return gradient.view(shape)
+
+    def dense(self, gradient: Tensor) -> Tensor:
+        """Return a gradient that ``gradient()`` gave as ``value`` is laid out, in the parameter's dtype or its own."""
+        if self.rows is not None and self.leaf is not None:
+            full = torch.zeros_like(self.parameter)
+            axis = self.units.axis % full.dim()
+            return full.index_copy_(axis, self.rows, self.formed_rows(gradient).to(full.dtype))
+        return gradient if self.released else self.of(gradient)
+
+    def forget(self) -> None:
+        """Drop gradients that lie elsewhere than in the parameter."""
+        if not self.is_direct:
+            self.value.grad = None
+        if self.leaf is not None:
+            self.leaf.tensor.grad = None
