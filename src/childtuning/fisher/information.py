@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.errors import ConfigError, DataError, ParameterError, did_you_mean
-from childtuning.fisher.batches import num_examples, own_labels, to_device, without_trailing_padding
-from childtuning.fisher.estimators import PerBatch, PerExample
-from childtuning.fisher.losses import LossFn, SampledLabels
+from childtuning.fisher.batches import num_examples, to_device
+from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
+from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
 from childtuning.fisher.sums import Sums
 from childtuning.fisher.untouched import untouched
 from childtuning.patterns import as_patterns, canonical_names, match_names
@@ -20,12 +20,14 @@ from childtuning.patterns import as_patterns, canonical_names, match_names
 Progress = Callable[[int, int | None], None]
 ESTIMATORS = ("per-example", "per-batch")
 LABELS = ("data", "sampled")
+REDUCTIONS = (None, "mean", "sum")
 
 
 def fisher_information(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFn | None = None,
+    reduction: Reduction | None = None,
     estimator: Literal["per-example", "per-batch"] = "per-example",
     labels: Literal["data", "sampled"] = "data",
     eligible: Iterable[str] | None = None,
@@ -44,26 +46,28 @@ def fisher_information(
     ``per-batch`` is what the official code computes instead: the square of each batch's mean gradient, each
     parameter's gradient first clipped to norm 1 on its own, averaged over batches.
 
-    Per-example gradients come from one backward pass a batch, layer by layer. They are compared with a batch of one
-    on two examples of the first batch; parameters for which they are not right (custom layers, weights used outside
-    their module, losses that mix examples) are differentiated one example at a time, and a UserWarning names their
-    modules. With ``training=True`` all are, since dropout and batch statistics would differ.
+    ℓ_j = −log p(y_j | x_j; θ) is the loss of the batch that holds example j alone, as it was given: with its padding.
+    All examples of a batch are differentiated in one pass where their losses are known: ``loss_fn`` returns one an
+    example, or ``reduction`` says what its scalar is, or a transformers head computes the loss from its logits and the
+    labels by a formula, which is checked on every batch. Elsewhere, and for parameters that no faster way serves,
+    examples are run one at a time, which is exact and slow, and a UserWarning says why.
 
-    The pass leaves no trace: modes, gradients, flags, buffers and random streams are as before. Squares are taken in
-    float32, so that half-precision gradients do not underflow.
+    The pass leaves no trace: modes, gradients, flags, buffers, weights and random streams are as before. Squares are
+    taken in float32, so that half-precision gradients do not underflow.
 
     Scores can be kept on another device than the model's, or in bf16, which halves them. Squares are formed in float32
-    beside the model all the same, and added one parameter at a time. Only the comparison at the first batch needs
-    float32 scores of all, on the CPU and for a moment. Sums in bf16 are rounded at random, by bits that are a function
+    beside the model all the same, and added one parameter at a time. Sums in bf16 are rounded at random, by bits that are a function
     of seed, name and number of the term; to the nearest they would stand still from 256 times a term on. They are
     unbiased. After n terms (batches; examples where they are taken one at a time) the standard deviation of an entry is
     at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by at most 2^-9.
 
     Args:
-        model: the pretrained network with its head.
+        model: the pretrained network with its head; of a model that torch.compile or DDP wraps, what is inside.
         batches: dicts for the model's own loss, with ``labels`` (Hugging Face), or whatever ``loss_fn`` takes. The
-            first axis of every tensor counts examples. Moved to the model's device.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, the batch's mean negative log-likelihood.
+            first axis of every tensor counts examples, but for tensors of length 1. Moved to the model's device.
+        loss_fn: ``loss_fn(model, batch)``, the negative log-likelihood: one an example [B], or a scalar.
+        reduction: what a scalar of ``loss_fn`` is over the examples of a batch, ``mean`` or ``sum``; ``None``: unknown,
+            so that examples are run one at a time. A mean over tokens is neither.
         estimator: ``per-example`` or ``per-batch``.
         labels: ``data`` for the data's own, ``sampled`` for labels drawn from the model (the true Fisher).
         eligible: patterns over parameter names to score; ``None``: every floating-point parameter that requires a
@@ -78,9 +82,10 @@ def fisher_information(
         by parameter name, in the model's order, a tensor of its shape, on the device and in the dtype asked for;
         zero where no gradient reaches.
     Raises:
-        ConfigError: an unknown estimator, kind of labels, device or dtype.
-        ParameterError: a pattern fits no parameter, or nothing is eligible.
-        DataError: no batches, or batches without a loss, or a loss that is not finite.
+        ConfigError: an unknown estimator, kind of labels, reduction, device or dtype.
+        ParameterError: a pattern fits no parameter, nothing is eligible, or the forward pass changes a weight.
+        DataError: no batches; batches without a loss, or whose axes disagree; a loss that is not finite, or that mixes
+            examples.
 
     Example:
         >>> import torch
@@ -88,42 +93,103 @@ def fisher_information(
         >>> _ = torch.nn.init.zeros_(line.weight)
         >>> loss = lambda model, batch: 0.5 * (model(batch[0]) - batch[1]).square().mean()
         >>> data = [(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [1.0]]))]
-        >>> fisher_information(line, data, loss)["weight"].item()  # (1·1)² and (2·1)², averaged
+        >>> fisher_information(line, data, loss, "mean")["weight"].item()  # (1·1)² and (2·1)², averaged
         2.5
     """
-    for what, got, known in (("estimator", estimator, ESTIMATORS), ("labels", labels, LABELS)):
+    scores, _ = scores_and_paths(
+        model,
+        batches,
+        loss_fn,
+        reduction,
+        estimator,
+        labels,
+        eligible,
+        always,
+        progress,
+        training=training,
+        seed=seed,
+        scores_device=scores_device,
+        scores_dtype=scores_dtype,
+    )
+    return scores
+
+
+def scores_and_paths(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn | None = None,
+    reduction: Reduction | None = None,
+    estimator: str = "per-example",
+    labels: str = "data",
+    eligible: Iterable[str] | None = None,
+    always: Iterable[str] | None = None,
+    progress: bool | Progress = False,
+    *,
+    training: bool = False,
+    seed: int = 0,
+    scores_device: torch.device | str | None = None,
+    scores_dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the scores, and by parameter the way it went: ``engine``, ``vectorised`` or ``loop``."""
+    choices = (
+        ("estimator", estimator, ESTIMATORS),
+        ("labels", labels, LABELS),
+        ("reduction", reduction, REDUCTIONS),
+    )
+    for what, got, known in choices:
         if got not in known:
+            words = list(map(str, known))
             raise ConfigError(
-                f"{what} must be one of {', '.join(known)}, got {got!r}. {did_you_mean(got, known)}"
+                f"{what} must be one of {', '.join(words)}, got {got!r}. {did_you_mean(str(got), words)}"
             )
     if labels == "sampled" and loss_fn is not None:
         raise ConfigError(
             "labels='sampled' draws from the model's own output, got a loss_fn. Leave loss_fn out."
         )
+    if reduction is not None and loss_fn is None:
+        raise ConfigError(f"reduction is for a loss_fn, got {reduction!r} without one. Leave it out.")
+    model = bare(model)
     parameters = scored_parameters(model, eligible, always)
     sums = Sums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
     report = _reporter(progress, batches)
     device = next(iter(parameters.values())).device
     prepare = SampledLabels(model, seed) if labels == "sampled" else lambda batch: batch
+    loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
     done = num_terms = 0
     with untouched(model, training=training):
-        if estimator == "per-example":
-            add_ = PerExample(model, loss_fn, sums, training=training)
-        else:
-            add_ = PerBatch(model, loss_fn, sums)
+        per_example = PerExample(model, loss, sums, training=training) if estimator == "per-example" else None
+        add_ = per_example or PerBatch(model, loss, sums)
         torch.manual_seed(seed)
         for batch in batches:
             batch = to_device(batch, device)
-            if estimator == "per-example":
-                batch = own_labels(without_trailing_padding(batch))
+            size = num_examples(batch)
             num_terms += add_(prepare(batch))
-            done += num_examples(batch)
+            done += size
             report(done)
     if progress is True:
         print(file=sys.stderr)
     if num_terms == 0:
         raise DataError("there are no batches to estimate Fisher information from. Pass training examples.")
-    return sums.means_(num_terms)
+    if not add_.is_reached:
+        raise not_reached()
+    scores = sums.means_(num_terms)
+    if not any(bool(score.any()) for score in scores.values()):
+        raise DataError(
+            "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or its gradient vanishes; "
+            "pass a loss_fn that has one for each example."
+        )
+    return scores, per_example.paths if per_example else dict.fromkeys(scores, "batch")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        inside = model._modules.get("_orig_mod")
+        if inside is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inside = model.module
+        if inside is None:
+            return model
+        model = inside
 
 
 def scored_parameters(
@@ -146,7 +212,18 @@ def scored_parameters(
         raise ParameterError(
             "no parameter is eligible. Check the eligible and always patterns, and requires_grad."
         )
+    for name, parameter in parameters.items():
+        if isinstance(parameter, _dtensor()):
+            raise ParameterError(
+                f"parameter {name!r} is a DTensor, of which a process holds a shard. Score the model before it is sharded."
+            )
     return parameters
+
+
+def _dtensor() -> tuple[type, ...]:
+    """The class of sharded tensors, if anything has loaded it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return (module.DTensor,) if module is not None else ()
 
 
 def _reporter(progress: bool | Progress, batches: Iterable[Any]) -> Callable[[int], None]:
