@@ -214,7 +214,7 @@ class Case:
         # Some Hugging Face models compute norms or losses in float32 whatever the parameters are.
         self.rtol = 1e-6 if any(part in name for part in ("lm", "llama", "gemma")) else 1e-9
         self.loss_fn = cross_entropy if name == "convnet" else None
-        self.keywords = {"loss_fn": self.loss_fn} if self.loss_fn else {}
+        self.keywords = {"loss_fn": self.loss_fn, "reduction": "mean"} if self.loss_fn else {}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,7 +40,20 @@ from childtuning.fast.watch import (
 
 Sink = Callable[[str, Callable[[Tensor], object]], None]
 
-_BROADCASTS = {"add", "iadd", "sub", "isub", "mul", "imul", "div", "idiv", "truediv", "itruediv", "pow", "where"}
+_BROADCASTS = {
+    "add",
+    "iadd",
+    "sub",
+    "isub",
+    "mul",
+    "imul",
+    "div",
+    "idiv",
+    "truediv",
+    "itruediv",
+    "pow",
+    "where",
+}
 _BROADCASTS |= {"maximum", "minimum", "addcmul", "addcdiv", "lerp", "masked_fill", "matmul", "bmm", "baddbmm"}
 _BROADCASTS |= {"cat", "concat", "concatenate", "stack", "scaled_dot_product_attention"}
 _EXPANDS = {"expand", "expand_as", "broadcast_to", "repeat"}
@@ -188,7 +201,9 @@ class _Run(Watch):
     def handle(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], names: Names, number: int
     ) -> Any:
-        seen = [(i, record[func, names, number]) for i, record in self.records if (func, names, number) in record]
+        seen = [
+            (i, record[func, names, number]) for i, record in self.records if (func, names, number) in record
+        ]
         if not torch.is_grad_enabled() or len(seen) < len(self.records):
             out = self._plain(func, args, kwargs, tensors)
             if outputs_of(out):
@@ -219,7 +234,9 @@ class _Run(Watch):
                 self._remember_table(out, args, kwargs, next(iter(names)))
             return out
         out = self._by_rule(func, args, kwargs, tensors, names, seen)
-        if out is NotImplemented and name_of(func) in _EXPANDS:
+        if out is NotImplemented:
+            out = self._lent(func, args, kwargs, tensors, names, seen)
+        if out is NotImplemented and name_of(func) in _EXPANDS and len(outputs) == 1:
             out = self._expanded(outputs[0], self._known(tensors), names, seen)
         if out is NotImplemented:
             out = self._misfit(func, args, kwargs, tensors, names)
@@ -255,8 +272,9 @@ class _Run(Watch):
             return applied.gradients_fn(rows.to(dtype) if x.is_floating_point() else rows, dY)
 
         if out.requires_grad:
-            use = _Use(out.grad_fn, self._targets(roles), layout, gradients)
-            out.register_hook(partial(self._arrived, use))
+            out, watched = _not_bypassed(out)
+            use = _Use(watched.grad_fn, self._targets(roles), layout, gradients)
+            watched.register_hook(lambda dY, shape=out.shape: self._arrived(use, dY.view(shape)))
             self.uses.append(use)
             return out
         root = out.detach().requires_grad_()
@@ -269,7 +287,11 @@ class _Run(Watch):
         """Call with each shared tensor expanded to one for each example."""
         known = {id(t): t for t in self._known(tensors)}
         place = self._rows_from_the_right(tensors, seen)
-        if name_of(func) not in _BROADCASTS or place is None or (is_in_place(func) and self.names(tensors[0])):
+        if (
+            name_of(func) not in _BROADCASTS
+            or place is None
+            or (is_in_place(func) and self.names(tensors[0]))
+        ):
             return NotImplemented
         behind, rows = place
         if any(t.dim() >= behind and t.shape[-behind] != 1 for t in known.values()):
@@ -294,15 +316,22 @@ class _Run(Watch):
         layout = self._layout(out, names, seen)
         if layout is None or len(known) != 1:
             return NotImplemented
-        behind = out.dim() - layout.axis
-        if known[0].dim() >= behind and known[0].shape[-behind] != 1:
+        axis, behind, tensor = layout.axis, out.dim() - layout.axis, known[0]
+        length = tensor.shape[-behind] if tensor.dim() >= behind else 1
+        if length == 1:
+            leaf = self._leaf(tensor, behind, out.shape[axis])
+            expanded = leaf
+        elif length == layout.rows and not layout.interleaved:  # all rows of it once for each example
+            leaf = self._leaf(tensor.detach().unsqueeze(-behind - 1), behind + 1, self.size)
+            layout, behind = Layout(self.size, 0), behind + 1
+            expanded = leaf.flatten(-behind, -behind + 1)
+        else:
             return NotImplemented
-        leaf = self._leaf(known[0], behind, out.shape[layout.axis])
         try:
-            expanded = leaf.expand(out.shape)
+            expanded = expanded.expand(out.shape)
         except RuntimeError:
             return NotImplemented
-        self._await_lent(leaf, known[0], layout, behind)
+        self._await_lent(leaf, tensor, layout, behind)
         return expanded
 
     def _leaf(self, tensor: Tensor, behind: int, length: int) -> Tensor:
@@ -383,10 +412,10 @@ class _Run(Watch):
         return layout
 
     def _rows_from_the_right(self, tensors: list[Tensor], seen: list) -> tuple[int, int] | None:
-        """Return how far from the right the examples' tensors have the axis that counts them, and k."""
+        """Return how far from the right the other tensors have the axis that counts examples, and k."""
         found = set()
         for t, shape in zip(tensors, seen[0][1].shapes, strict=True):
-            if self.is_of_examples(t) and t.dim() == len(shape):
+            if not self.names(t) and t.dim() == len(shape):
                 axes = [axis for axis in range(t.dim()) if t.shape[axis] != shape[axis]]
                 if len(axes) == 1 and t.shape[axes[0]] == self.size * shape[axes[0]]:
                     found.add((t.dim() - axes[0], shape[axes[0]]))
@@ -458,7 +487,9 @@ class _Run(Watch):
     def _arrived(self, use: _Use, dY: Tensor | None) -> None:
         """Form the gradients of one call; a parameter is done when all its calls are."""
         gradients_fn, use.gradients_fn = use.gradients_fn, None
-        names = NONE.union(*(frozenset((t,)) if isinstance(t, str) else self.names(t) for t in use.targets.values()))
+        names = NONE.union(
+            *(frozenset((t,)) if isinstance(t, str) else self.names(t) for t in use.targets.values())
+        )
         if gradients_fn is None:
             return self._fail(names, "its call was differentiated twice")
         parts: Mapping[str, ExampleGradients] = {}
@@ -518,7 +549,9 @@ class _Run(Watch):
                 names, members = names | group[0], members + group[1]
             groups.append((names, members))
         for names, members in groups:
-            self._finish_group([name for name in self.parameters if name in names - self.failed.keys()], members)
+            self._finish_group(
+                [name for name in self.parameters if name in names - self.failed.keys()], members
+            )
 
     def _finish_group(self, names: list[str], members: list[tuple[Tensor, list[ExampleGradients]]]) -> None:
         if not names:
@@ -547,6 +580,17 @@ class _Run(Watch):
         for name in names:
             self.parts[name] = []
             self._give(name, lambda score, total=totals[name]: score.add_(total))
+
+
+def _not_bypassed(out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an output, and the tensor of its gradient that a later write in place leaves in the graph: no view."""
+    base = out._base
+    if base is None:
+        return out, out
+    if base.requires_grad and base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous():
+        return out, base
+    out = out.clone()
+    return out, out
 
 
 def _let_go(leaf: Tensor) -> None:

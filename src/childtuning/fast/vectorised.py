@@ -5,6 +5,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -39,7 +40,10 @@ def vectorised_squares(
     squares: dict[str, Tensor] = {}
     for start in range(0, size, chunk):
         rows = [tensor[start : start + chunk] for tensor in tensors]
-        for name, found in vmap(grad(alone), in_dims=(None, 0))(detached, rows).items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            gradients = vmap(grad(alone), in_dims=(None, 0))(detached, rows)
+        for name, found in gradients.items():
             found = found.to(torch.promote_types(found.dtype, torch.float32)).square_().sum(0)
             squares[name] = squares[name].add_(found) if name in squares else found
     return squares

@@ -119,7 +119,9 @@ def is_ragged(batch: Any, size: int) -> bool:
 def with_example_tensors(batch: Any, size: int, tensors: Iterable[Tensor]) -> Any:
     """Return the batch with other tensors in place of those that count examples, in their order."""
     others = iter(tensors)
-    return _mapped(batch, lambda t: next(others) if t.dim() and len(t) == size else t, size, lambda items: items)
+    return _mapped(
+        batch, lambda t: next(others) if t.dim() and len(t) == size else t, size, lambda items: items
+    )
 
 
 def is_token_level(labels: Any) -> TypeGuard[Tensor]:
@@ -139,9 +141,7 @@ def _mapped(
     if isinstance(batch, Tensor):
         return tensor_fn(batch)
     if isinstance(batch, Mapping):
-        return {
-            key: _mapped(value, tensor_fn, size, entries_fn, inside=True) for key, value in batch.items()
-        }
+        return {key: _mapped(value, tensor_fn, size, entries_fn, inside=True) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         if inside and entries_fn is not None and size is not None and _is_one_an_example(batch, size):
             return _rebuilt(batch, entries_fn(batch))
@@ -153,10 +153,18 @@ def _rebuilt(batch: Any, values: Iterable[Any]) -> Any:
     """A sequence of the batch's own type; a named tuple takes its values one by one."""
     values = list(values)
     is_named = hasattr(batch, "_fields") and len(values) == len(batch)
-    return type(batch)(*values) if is_named else list(values) if hasattr(batch, "_fields") else type(batch)(values)
+    return (
+        type(batch)(*values)
+        if is_named
+        else list(values)
+        if hasattr(batch, "_fields")
+        else type(batch)(values)
+    )
 
 
-def _tensors(batch: Any, path: str = "", *, lists: bool = True, inside: bool = False) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    batch: Any, path: str = "", *, lists: bool = True, inside: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a batch with their places; without those in lists inside it where ``lists`` is False."""
     if isinstance(batch, Tensor):
         yield path, batch

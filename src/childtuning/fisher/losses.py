@@ -52,9 +52,7 @@ class UserLoss:
         """Return the loss of a batch of one, a scalar."""
         return self.of_batch(model, example, 1, may_be_scalar=True).total
 
-    def of_batch(
-        self, model: nn.Module, batch: Any, size: int, *, may_be_scalar: bool = False
-    ) -> BatchLoss:
+    def of_batch(self, model: nn.Module, batch: Any, size: int, *, may_be_scalar: bool = False) -> BatchLoss:
         """Return the examples' losses.
 
         Raises:
@@ -246,7 +244,9 @@ def losses_by_slices(outputs_loss_fn: Callable[[Any, Any], Tensor], label_key: s
         labels = batch[label_key]
         return torch.stack(
             [
-                outputs_loss_fn(_outputs_of(outputs, size, index), examples(labels, size, [index])).reshape(())
+                outputs_loss_fn(_outputs_of(outputs, size, index), examples(labels, size, [index])).reshape(
+                    ()
+                )
                 for index in range(size)
             ]
         )
