@@ -226,6 +226,13 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["1", "0"], ids=["fast", "loop"])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With fast paths, and without: then the definition serves everything."""
+    monkeypatch.setenv("CHILDTUNING_FAST", request.param)
+    return request.param == "1"
+
+
 @pytest.fixture(params=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)

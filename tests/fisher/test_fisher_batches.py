@@ -28,6 +28,6 @@ def test_scores_do_not_depend_on_the_kind_of_sequence(make) -> None:
         assert type(batch) is type(make(x, y))
         return 0.5 * (model(batch[0]) - batch[1]).square().mean()
 
-    scores = ct.fisher_information(line, [make(x, y)], loss)
+    scores = ct.fisher_information(line, [make(x, y)], loss, "mean")
     residual = (line(x) - y).detach()
     torch.testing.assert_close(scores["weight"], (residual * x).square().mean(0, keepdim=True))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from childtuning.fast.gradients import Dense, ExampleGradients, Rows, add_squares_of_sums_
+from childtuning.fast.gradients import Dense, ExampleGradients, add_squares_of_sums_
 from childtuning.fast.rules import RULES, NoRuleError
 from childtuning.fast.watch import (
     NONE,
@@ -143,7 +143,7 @@ class PerExampleEngine:
 
     def _alone(self, example: Inputs, parameters: Mapping[str, Tensor]) -> Record:
         watch = Alone(parameters, example.tensors)
-        with torch.no_grad(), watch:
+        with watch:  # with gradients, as the batch's pass has them: models may ask
             example.loss_fn()
         self._compares_all = self._compares_all or watch.routes
         return watch.record

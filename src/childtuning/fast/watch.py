@@ -199,7 +199,7 @@ class Watch(TorchFunctionMode):
 
 
 class Alone(Watch):
-    """Keep what handled calls return in the pass of one example, without gradients."""
+    """Keep what handled calls return in the pass of one example."""
 
     def __init__(self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> None:
         super().__init__(parameters, inputs)

@@ -70,8 +70,8 @@ def _is_one_an_example(items: Any, size: int, path: str = "") -> bool:
     lengths = {len(tensor) if tensor.dim() else 1 for _, tensor in _tensors(items)}
     if size > 1 and size in lengths and lengths <= {1, size}:
         raise DataError(
-            f"{path or 'a list'} holds {size} items of {size} rows in a batch of {size} examples, which may be one item "
-            "or one row an example. Stack them to one tensor, or pass another batch size."
+            f"{path or 'a list'} holds {size} items of {size} rows in a batch of {size} examples, which may be one "
+            "item or one row an example. Stack them to one tensor, or pass another batch size."
         )
     return bool(lengths - {size}) if lengths else isinstance(items, list)  # a tuple of numbers is a size
 
@@ -110,7 +110,7 @@ def example_tensors(batch: Any, size: int) -> list[Tensor]:
 
 
 def is_ragged(batch: Any, size: int) -> bool:
-    """Tell whether a list inside the batch has one item an example, so that its examples are not all rows of tensors."""
+    """Tell whether a list inside the batch has one item an example."""
     found: list[Any] = []
     _mapped(batch, lambda tensor: tensor, size, lambda items: found.append(items) or items)
     return bool(found)

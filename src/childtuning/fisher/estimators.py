@@ -24,14 +24,14 @@ from childtuning.fisher.batches import (
     num_examples,
     with_example_tensors,
 )
-from childtuning.fisher.loop import add_batch_squares_, add_example_squares_, check_finite
+from childtuning.fisher.loop import add_batch_squares_, add_example_squares_, check_finite, differentiable
 from childtuning.fisher.losses import HeadLoss, NotFormedError, UserLoss
 from childtuning.fisher.sums import Sums
 from childtuning.fisher.untouched import warn
 
 Loss = UserLoss | HeadLoss
 
-_MIXES = "score per batch (estimator='per-batch'), or pass a loss_fn whose examples are apart."
+_MIXES = "examples. Score per batch (estimator='per-batch'), or pass a loss_fn whose examples are apart."
 _MISFITS = 2  # batches that the engine could not take, after which it is not tried
 
 
@@ -62,8 +62,8 @@ class PerBatch:
 class PerExample:
     """The square of each example's gradient: by the engine, by a vectorised pass, or by the loop.
 
-    ``paths`` says by parameter which way it goes: ``engine``, ``vectorised`` or ``loop``. A parameter that one way could
-    not do stays with the next. What goes through the loop is announced, once.
+    ``paths`` says by parameter which way it goes: ``engine``, ``vectorised`` or ``loop``. A parameter that one way
+    could not do stays with the next. What goes through the loop is announced, once.
 
     Args:
         training: whether dropout and batch statistics are active; examples then run alone.
@@ -91,15 +91,18 @@ class PerExample:
         size = num_examples(batch)
         if isinstance(self.loss, UserLoss) and self.loss.reduction is not None:
             self._check_mixing(batch, size)
-        if not (self.supports(size) and self._fast(batch, size)):
+        reason = self._fast(batch, size) if self.supports(size) else ""
+        if reason is not None:
             self._check_mixing(batch, size)
             self._loop(batch, size, self.parameters)
+            if reason:  # said after the first batch: where the loop raises, nothing is slow
+                self._tell(list(self.parameters), reason)
         return size
 
     # The ways, from the fastest
 
-    def _fast(self, batch: Any, size: int) -> bool:
-        """Add the batch's terms; return False, with nothing added, where that takes the loop."""
+    def _fast(self, batch: Any, size: int) -> str | None:
+        """Add the batch's terms; or return the reason, with nothing added, why that takes the loop."""
         failed: dict[str, str] = {}
         wanted = self._on("engine")
         if wanted:
@@ -112,16 +115,16 @@ class PerExample:
             whole = self._inputs(batch, size, lambda losses: self._compare(losses, alone))
             try:
                 outcome = self.engine.run(size, whole, single, wanted, self.sums.add)
-            except NotFormedError as error:
-                return self._misfit(str(error))
             except ChildTuningError:
                 raise
             except EmissionError as error:
                 raise error.__cause__ or error from None
-            except Exception as error:
-                return self._misfit(
-                    f"A batch of {size} raised {type(error).__name__}: {error}. Run with CHILDTUNING_FAST=0 to see it."
-                )
+            except NotFormedError as error:
+                self._num_misfits += _MISFITS if isinstance(self.loss, UserLoss) else 1
+                return str(error)
+            except Exception as error:  # the loop raises it again if it is the model's own
+                self._num_misfits += 1
+                return f"A batch of {size} raised {type(error).__name__}: {error}."
             failed = outcome.failed
             self.is_reached = self.is_reached or outcome.is_reached
         self.paths |= dict.fromkeys(failed, "vectorised")
@@ -131,9 +134,9 @@ class PerExample:
             failed = {name: failed.get(name, reason) for name in rest}
         looped = self._on("loop")
         if looped:
-            self._tell(looped, self._owners(looped, failed))
             self._loop(batch, size, looped)
-        return True
+            self._tell(looped, self._owners(looped, failed))
+        return None
 
     def _inputs(self, batch: Any, size: int, compare_fn: Any) -> Inputs:
         def total() -> Tensor:
@@ -157,8 +160,8 @@ class PerExample:
                         f"The loss of an example is {wanted:.6g} alone and {found:.6g} in its batch. Use float32."
                     )
                 raise DataError(
-                    f"the loss of an example is {wanted:.6g} alone and {found:.6g} in its batch: the loss mixes examples. "
-                    + _MIXES.capitalize()
+                    f"the loss of an example is {wanted:.6g} alone and {found:.6g} in its batch: the loss mixes "
+                    + _MIXES
                 )
 
     def _vectorised(self, batch: Any, size: int, names: list[str]) -> str | None:
@@ -199,7 +202,7 @@ class PerExample:
         if self._is_checked:
             return
         self._is_checked = True
-        with torch.no_grad():
+        with differentiable(self.parameters):
             one = self.loss.alone(self.model, example(batch, size, 0))
             try:
                 twice = examples(batch, size, [0, 0])
@@ -211,13 +214,14 @@ class PerExample:
                 raise
             except Exception:  # a model that takes no batch
                 return
+        one, two = one.detach(), two.detach()
         if not bool(one.isfinite()) or not bool(two.isfinite().all()):
             return
         stated = getattr(self.loss, "reduction", None)
         if two.dim():
             whole = self.loss.of_batch(self.model, batch, size).losses if size > 1 else None
             if whole is not None:
-                self._compare(whole.detach(), [(0, one.detach().reshape(1))])
+                self._compare(whole.detach(), [(0, one.reshape(1))])
             return
         low, high = sorted((float(one), 2 * float(one)))
         if stated is not None:
@@ -225,19 +229,14 @@ class PerExample:
         slack = max(1e-3, 32 * torch.finfo(one.dtype).eps) * (abs(high) + abs(low) + 1e-3)
         if stated is not None and not low - slack <= float(two) <= high + slack:
             raise DataError(
-                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}, which is "
-                f"not their {stated}. State the reduction that loss_fn has, or return one loss an example."
+                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}, which "
+                f"is not their {stated}. State the reduction that loss_fn has, or return one loss an example."
             )
         if not low - slack <= float(two) <= high + slack:
             raise DataError(
-                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: the loss "
-                f"mixes examples. {_MIXES.capitalize()}"
+                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: the "
+                f"loss mixes {_MIXES}"
             )
-
-    def _misfit(self, reason: str) -> bool:
-        self._num_misfits += _MISFITS if isinstance(self.loss, UserLoss) else 1
-        self._tell(list(self.parameters), reason)
-        return False
 
     def _owners(self, names: list[str], reasons: Mapping[str, str]) -> str:
         """Name up to five modules that hold these parameters, with the reasons."""
@@ -282,6 +281,6 @@ def _check_layers(model: nn.Module, training: bool) -> None:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (training or module.running_mean is None):
             raise DataError(
-                f"{path or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, which mixes "
-                "examples. Use training=False and running statistics, or estimator='per-batch'."
+                f"{path or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, which "
+                "mixes examples. Use training=False and running statistics, or estimator='per-batch'."
             )

@@ -56,8 +56,8 @@ def fisher_information(
     taken in float32, so that half-precision gradients do not underflow.
 
     Scores can be kept on another device than the model's, or in bf16, which halves them. Squares are formed in float32
-    beside the model all the same, and added one parameter at a time. Sums in bf16 are rounded at random, by bits that are a function
-    of seed, name and number of the term; to the nearest they would stand still from 256 times a term on. They are
+    beside the model all the same, and added one parameter at a time. Sums in bf16 are rounded at random, by bits that
+    are a function of seed, name and number of the term; to the nearest they would stand still from 256 times a term on. They are
     unbiased. After n terms (batches; examples where they are taken one at a time) the standard deviation of an entry is
     at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by at most 2^-9.
 
@@ -175,8 +175,8 @@ def scores_and_paths(
     scores = sums.means_(num_terms)
     if not any(bool(score.any()) for score in scores.values()):
         raise DataError(
-            "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or its gradient vanishes; "
-            "pass a loss_fn that has one for each example."
+            "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "
+            "eligible parameters. Pass a loss_fn that has a gradient for each example."
         )
     return scores, per_example.paths if per_example else dict.fromkeys(scores, "batch")
 
@@ -215,7 +215,7 @@ def scored_parameters(
     for name, parameter in parameters.items():
         if isinstance(parameter, _dtensor()):
             raise ParameterError(
-                f"parameter {name!r} is a DTensor, of which a process holds a shard. Score the model before it is sharded."
+                f"parameter {name!r} is a DTensor, of which each process has a shard. Score the model before sharding."
             )
     return parameters
 

@@ -102,8 +102,8 @@ class HeadLoss:
         terms = head_terms(model, outputs, batch)
         if terms is None or any(len(part.terms) != size for part in terms):
             raise NotFormedError(
-                f"The loss of {type(model).__name__} has no known formula. Pass loss_fn=f(model, batch) that returns one "
-                "loss an example."
+                f"The loss of {type(model).__name__} has no known formula. Pass loss_fn=f(model, batch) that returns "
+                "one loss an example."
             )
         losses = sum(part.weight * part.terms.sum(1) / part.counts for part in terms)
         with torch.no_grad(), torch._C.DisableTorchFunction():  # the engine follows what values decide
@@ -113,8 +113,8 @@ class HeadLoss:
             rtol = 0.03 if is_half else 1e-4
             if not torch.allclose(whole.double(), own.double(), rtol=rtol, atol=0.01 * rtol, equal_nan=True):
                 raise NotFormedError(
-                    f"The loss of {type(model).__name__} is {float(own):.6g}, and {float(whole):.6g} by the formula of its "
-                    "head. Pass loss_fn=f(model, batch) that returns one loss an example."
+                    f"The loss of {type(model).__name__} is {float(own):.6g}, and {float(whole):.6g} by the formula of "
+                    "its head. Pass loss_fn=f(model, batch) that returns one loss an example."
                 )
         return BatchLoss(losses.sum(), losses)
 
@@ -230,8 +230,8 @@ def shifts_labels(model: nn.Module) -> bool:
 def losses_by_slices(outputs_loss_fn: Callable[[Any, Any], Tensor], label_key: str = "labels") -> LossFn:
     """Make a ``loss_fn`` that returns one loss an example of a function of (outputs, labels).
 
-    ℓ_b = fn(outputs of b, labels of b): the model runs once on the batch, and its outputs are taken apart. The Trainer's
-    ``compute_loss_func`` and label smoother are such functions.
+    ℓ_b = fn(outputs of b, labels of b): the model runs once on the batch, and its outputs are taken apart. The
+    Trainer's ``compute_loss_func`` and label smoother are such functions.
 
     Args:
         outputs_loss_fn: ``fn(outputs, labels) -> scalar``.

@@ -24,8 +24,8 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
     Layers that form the gradients of a child alone form whole ones inside; hooks on parameters do not run.
 
     Args:
-        model: the model, whose module modes, ``requires_grad`` flags, ``.grad`` fields, buffers and weights are restored,
-            as are the random streams of Python, numpy and torch on every device the model is on.
+        model: the model, whose module modes, ``requires_grad`` flags, ``.grad`` fields, buffers and weights are
+            restored, as are the random streams of Python, numpy and torch on every device the model is on.
         training: the mode inside; dropout and batch statistics are active when True.
     Raises:
         ParameterError: the forward pass has written to a weight, other than by ``max_norm`` of an embedding.
