@@ -181,7 +181,7 @@ def test_one_gradient_at_a_time_lives_in_the_loop() -> None:
 
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    with differentiable(parameters):
+    with differentiable(parameters.values()):
         take_gradients(loss_of(), parameters, take)
         wanted = torch.autograd.grad(loss_of(), list(parameters.values()))
     assert max(counts) <= 1  # what is being handed over may still be held by its caller

@@ -38,14 +38,15 @@ _MISFITS = 2  # batches that the engine could not take, after which it is not tr
 class PerBatch:
     """The square of each batch's mean gradient, clipped, as the official code has it."""
 
-    def __init__(self, model: nn.Module, loss: Loss, sums: Sums) -> None:
-        self.model, self.loss, self.sums = model, loss, sums
-        self.is_reached = True
+    def __init__(self, model: nn.Module, loss: Loss, sums: Sums, trainable: list[Tensor]) -> None:
+        self.model, self.loss, self.sums, self.trainable = model, loss, sums, trainable
+        self.is_reached, self.paths = True, dict.fromkeys(sums.parameters, "batch")
 
     def __call__(self, batch: Any) -> int:
         """Add one term."""
-        if not add_batch_squares_(self.sums, self.model, batch, self._mean, self.sums.parameters):
-            raise not_reached()
+        with differentiable(self.trainable):
+            if not add_batch_squares_(self.sums, self.model, batch, self._mean, self.sums.parameters):
+                raise not_reached()
         return 1
 
     def _mean(self, model: nn.Module, batch: Any) -> Tensor:
@@ -66,13 +67,17 @@ class PerExample:
     could not do stays with the next. What goes through the loop is announced, once.
 
     Args:
+        trainable: the parameters that require a gradient in the loop, scored or not.
         training: whether dropout and batch statistics are active; examples then run alone.
     Raises:
         DataError: a layer mixes the examples of a batch.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, sums: Sums, *, training: bool) -> None:
-        self.model, self.loss, self.sums, self.training = model, loss, sums, training
+    def __init__(
+        self, model: nn.Module, loss: Loss, sums: Sums, trainable: list[Tensor], *, training: bool
+    ) -> None:
+        self.model, self.loss, self.sums, self.trainable = model, loss, sums, trainable
+        self.training = training
         self.parameters = sums.parameters
         self.engine = fast.PerExampleEngine(model, self.parameters)
         self.paths = dict.fromkeys(self.parameters, "engine")
@@ -189,7 +194,8 @@ class PerExample:
 
     def _loop(self, batch: Any, size: int, names: Iterable[str]) -> None:
         chosen = {name: self.parameters[name] for name in names}
-        reached = add_example_squares_(self.sums, self.model, batch, size, self.loss.alone, chosen)
+        with differentiable(self.trainable):
+            reached = add_example_squares_(self.sums, self.model, batch, size, self.loss.alone, chosen)
         self.is_reached = self.is_reached or reached
 
     def _on(self, path: str) -> list[str]:
@@ -202,41 +208,38 @@ class PerExample:
         if self._is_checked:
             return
         self._is_checked = True
-        with differentiable(self.parameters):
-            one = self.loss.alone(self.model, example(batch, size, 0))
+        with differentiable(self.trainable):
+            one = self.loss.alone(self.model, example(batch, size, 0)).detach()
             try:
-                twice = examples(batch, size, [0, 0])
-                if isinstance(self.loss, HeadLoss):
-                    two = self.loss.alone(self.model, twice)
-                else:
-                    two = self.loss.loss_fn(self.model, twice)
+                two = self._whole(examples(batch, size, [0, 0])).detach()
+                whole = self._whole(batch).detach() if two.dim() and size > 1 else None
             except ChildTuningError:
                 raise
             except Exception:  # a model that takes no batch
                 return
-        one, two = one.detach(), two.detach()
-        if not bool(one.isfinite()) or not bool(two.isfinite().all()):
+        if whole is not None:
+            return self._compare(whole, [(0, one.reshape(1))])
+        if two.dim() or not bool(one.isfinite()) or not bool(two.isfinite()):
             return
-        stated = getattr(self.loss, "reduction", None)
-        if two.dim():
-            whole = self.loss.of_batch(self.model, batch, size).losses if size > 1 else None
-            if whole is not None:
-                self._compare(whole.detach(), [(0, one.reshape(1))])
-            return
-        low, high = sorted((float(one), 2 * float(one)))
-        if stated is not None:
-            low = high = float(one) * (1 if stated == "mean" else 2)
-        slack = max(1e-3, 32 * torch.finfo(one.dtype).eps) * (abs(high) + abs(low) + 1e-3)
-        if stated is not None and not low - slack <= float(two) <= high + slack:
-            raise DataError(
-                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}, which "
-                f"is not their {stated}. State the reduction that loss_fn has, or return one loss an example."
-            )
+        reduction = self.loss.reduction
+        shares = {"mean": (1, 1), "sum": (2, 2), None: (1, 2)}[reduction]
+        low, high = sorted(share * float(one) for share in shares)
+        slack = max(1e-3, 32 * torch.finfo(one.dtype).eps) * (abs(low) + abs(high) + 1e-3)
         if not low - slack <= float(two) <= high + slack:
             raise DataError(
-                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: the "
-                f"loss mixes {_MIXES}"
+                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: "
+                + (
+                    f"the loss mixes {_MIXES}"
+                    if reduction is None
+                    else f"it is not their {reduction}. State the reduction of loss_fn, or return one loss an example."
+                )
             )
+
+    def _whole(self, batch: Any) -> Tensor:
+        """The loss of a batch as it comes."""
+        if isinstance(self.loss, HeadLoss):
+            return self.loss.alone(self.model, batch)
+        return self.loss.loss_fn(self.model, batch)
 
     def _owners(self, names: list[str], reasons: Mapping[str, str]) -> str:
         """Name up to five modules that hold these parameters, with the reasons."""

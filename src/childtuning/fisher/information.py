@@ -155,10 +155,15 @@ def scores_and_paths(
     device = next(iter(parameters.values())).device
     prepare = SampledLabels(model, seed) if labels == "sampled" else lambda batch: batch
     loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
+    scored = {id(parameter) for parameter in parameters.values()}
+    trainable = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
     done = num_terms = 0
     with untouched(model, training=training):
-        per_example = PerExample(model, loss, sums, training=training) if estimator == "per-example" else None
-        add_ = per_example or PerBatch(model, loss, sums)
+        add_: PerExample | PerBatch = (
+            PerExample(model, loss, sums, trainable, training=training)
+            if estimator == "per-example"
+            else PerBatch(model, loss, sums, trainable)
+        )
         torch.manual_seed(seed)
         for batch in batches:
             batch = to_device(batch, device)
@@ -178,7 +183,7 @@ def scores_and_paths(
             "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "
             "eligible parameters. Pass a loss_fn that has a gradient for each example."
         )
-    return scores, per_example.paths if per_example else dict.fromkeys(scores, "batch")
+    return scores, add_.paths
 
 
 def bare(model: nn.Module) -> nn.Module:

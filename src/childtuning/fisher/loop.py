@@ -8,7 +8,7 @@ them applies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,12 @@ ScalarLoss = Callable[[nn.Module, Any], Tensor]
 
 
 def add_example_squares_(
-    sums: Sums, model: nn.Module, batch: Any, size: int, loss_fn: ScalarLoss, parameters: Mapping[str, Tensor]
+    sums: Sums,
+    model: nn.Module,
+    batch: Any,
+    size: int,
+    loss_fn: ScalarLoss,
+    parameters: Mapping[str, Tensor],
 ) -> bool:
     """Add the squared gradient of each example.
 
@@ -40,13 +45,11 @@ def add_example_squares_(
         DataError: a loss is no finite number.
     """
     is_reached = False
-    with differentiable(parameters):
-        for index in range(size):
-            loss = loss_fn(model, example(batch, size, index))
-            check_finite(loss)
-            if loss.requires_grad:
-                is_reached = True
-                take_gradients(loss, parameters, sums.add_square)
+    for index in range(size):
+        loss = loss_fn(model, example(batch, size, index))
+        check_finite(loss)
+        if loss.requires_grad:
+            is_reached = take_gradients(loss, parameters, sums.add_square) or is_reached
     return is_reached
 
 
@@ -63,24 +66,26 @@ def add_batch_squares_(
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         sums.add_square(name, gradient * (1.0 / (gradient.norm() + 1e-6)).clamp(max=1.0))
 
-    with differentiable(parameters):
-        loss = loss_fn(model, batch)
-        check_finite(loss)
-        if not loss.requires_grad:
-            return False
-        take_gradients(loss, parameters, add_clipped)
-    return True
+    loss = loss_fn(model, batch)
+    check_finite(loss)
+    return loss.requires_grad and take_gradients(loss, parameters, add_clipped)
 
 
 @contextmanager
-def differentiable(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let these parameters require a gradient inside, and no longer after."""
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let parameters require a gradient inside, and no longer after.
+
+    Those that training would change, not only those that are scored: a reentrant checkpoint has no gradient where
+    nothing before it requires one.
+    """
+    parameters = list(parameters)
     try:
-        for parameter in parameters.values():
+        for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter in parameters.values():
+        for parameter in parameters:
+            parameter.grad = None
             parameter.requires_grad_(False)
 
 
@@ -97,33 +102,42 @@ def check_finite(losses: Tensor) -> None:
 
 def take_gradients(
     loss: Tensor, parameters: Mapping[str, Tensor], take_fn: Callable[[str, Tensor], None]
-) -> None:
+) -> bool:
     """Differentiate; each gradient is handed over as soon as it is complete and let go of before the next one is.
 
-    Parameters that the loss does not reach are passed over. Functions written in Python, such as a reentrant
-    checkpoint, may run a backward pass of their own; gradients then add up to the end. Leaves that are not among the
-    parameters keep the ``.grad`` they had.
+    Parameters that the loss does not reach are passed over. A function written in Python, such as a reentrant
+    checkpoint, may run a backward pass of its own; gradients of all leaves then add up to the end. Leaves that are not
+    among the parameters keep the ``.grad`` they had.
+
+    Returns:
+        whether there was any gradient.
     """
     leaves, has_own_passes = _leaves(loss)
     own = {id(parameter) for parameter in parameters.values()}
+    taken: set[str] = set()
 
     def take(parameter: Tensor, name: str) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
+            taken.add(name)
             take_fn(name, gradient.to_dense() if gradient.is_sparse else gradient)
 
-    with ExitStack() as hooks:
-        for leaf in leaves:
-            if id(leaf) not in own:
-                hooks.callback(setattr, leaf, "grad", leaf.grad)
+    with ExitStack() as after:
+        if has_own_passes:
+            for leaf in leaves:
+                after.callback(setattr, leaf, "grad", leaf.grad)
                 leaf.grad = None
-        if not has_own_passes:
+            loss.backward()
             for name, parameter in parameters.items():
-                hook = partial(take, name=name)
-                hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
-        loss.backward()
-    for name, parameter in parameters.items():
-        take(parameter, name)
+                take(parameter, name)
+            return bool(taken)
+        for name, parameter in parameters.items():
+            hook = partial(take, name=name)
+            after.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        reached = [leaf for leaf in leaves if id(leaf) in own]
+        if reached:
+            loss.backward(inputs=reached)
+    return bool(taken)
 
 
 def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
