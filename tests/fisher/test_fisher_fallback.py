@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Mixes(nn.Module):
-    """A parameter [1, …] that multiplies from the left, one that is written to a buffer of rows, one in a regulariser."""
+    """A parameter [1, …] that multiplies from the left."""
 
     def __init__(self):
         super().__init__()

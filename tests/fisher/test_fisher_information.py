@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from childtuning.errors import ConfigError, DataError, ParameterError
 from childtuning.fisher import fisher_information
 
-
 pytestmark = pytest.mark.usefixtures("fast")
 
 

@@ -33,7 +33,6 @@ _ROUTING |= {"argsort", "topk", "tolist", "item"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty"}
 _SHAPE_ONLY |= {"new_full", "new_tensor"}
 _FIRST_ONLY = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
-_NOT_FOLLOWED = {"detach", "detach_"}
 
 
 @dataclass
@@ -113,10 +112,55 @@ def outputs_of(out: Any) -> list[Tensor]:
     return tensors_in((out,), {})
 
 
-def name_of(function: Any) -> str:
-    """Return a function's name without the marks of operators: ``__radd__`` and ``add_`` are ``add``."""
-    name = getattr(function, "__name__", "").strip("_")
-    return name[1:] if name in ("radd", "rsub", "rmul", "rdiv", "rtruediv", "rpow") else name
+@dataclass
+class Call:
+    """A call that takes parameters or shared tensors.
+
+    Args:
+        names: the parameters that it depends on.
+        number: how many calls of this function with these names came before.
+        takes_examples: whether what it returns depends on the examples.
+    """
+
+    func: Any
+    args: Any
+    kwargs: Any
+    tensors: list[Tensor]
+    names: Names
+    number: int
+    takes_examples: bool
+
+    @property
+    def name(self) -> str:
+        """The function's name without the marks of operators: ``__radd__`` and ``add_`` are ``add``."""
+        name = getattr(self.func, "__name__", "").strip("_")
+        return name[1:] if name in ("radd", "rsub", "rmul", "rdiv", "rtruediv", "rpow") else name
+
+    @property
+    def key(self) -> tuple[Any, Names, int]:
+        """What the same call of another pass has in common with this one."""
+        return self.func, self.names, self.number
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the function writes to its first argument."""
+        return is_in_place(self.func)
+
+    def make(self, by_id: Mapping[int, Tensor] | None = None) -> Any:
+        """Make the call, with some tensors in place of others."""
+        if not by_id:
+            return self.func(*self.args, **self.kwargs)
+        return self.func(*_swapped(self.args, by_id), **_swapped(self.kwargs, by_id))
+
+
+def _swapped(value: Any, by_id: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return by_id.get(id(value), value)
+    if isinstance(value, dict):
+        return {key: _swapped(item, by_id) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_swapped(item, by_id) for item in value)
+    return value
 
 
 def is_in_place(function: Any) -> bool:
@@ -176,7 +220,11 @@ class Watch(TorchFunctionMode):
                 return _inside(func)(*args, **kwargs)
         number = self._calls.get((func, names), 0)
         self._calls[func, names] = number + 1
-        return self.handle(func, args, kwargs, tensors, names, number)
+        call = Call(func, args, kwargs, tensors, names, number, self.takes_examples(func, tensors))
+        out = self.handle(call)
+        if call.takes_examples:
+            self._mark_all(func, args, out)
+        return out
 
     def takes_examples(self, func: Any, tensors: list[Tensor]) -> bool:
         """Tell whether what a call returns depends on the examples."""
@@ -191,9 +239,7 @@ class Watch(TorchFunctionMode):
             if id(tensor) not in self._parameters:
                 self.mark(tensor, NONE)
 
-    def handle(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], names: Names, number: int
-    ) -> Any:
+    def handle(self, call: Call) -> Any:
         """Make a call that takes parameters or shared tensors."""
         raise NotImplementedError
 
@@ -205,21 +251,16 @@ class Alone(Watch):
         super().__init__(parameters, inputs)
         self.record: Record = {}
 
-    def handle(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], names: Names, number: int
-    ) -> Any:
-        shapes = [tensor.shape for tensor in tensors]
-        out = func(*args, **kwargs)
+    def handle(self, call: Call) -> Any:
+        shapes = [tensor.shape for tensor in call.tensors]
+        out = call.make()
         outputs = outputs_of(out)
-        if not outputs:
-            return out
-        self.record[func, names, number] = Seen([one.detach().clone() for one in outputs], shapes)
-        if self.takes_examples(func, tensors):
-            self._mark_all(func, args, out)
-        elif func.__name__ not in _NOT_FOLLOWED and not _is_data(func):
+        if outputs:
+            self.record[call.key] = Seen([one.detach().clone() for one in outputs], shapes)
+        if not call.takes_examples and call.name != "detach" and not _is_data(call.func):
             for one in outputs:
                 if one.is_floating_point():
-                    self.mark(one, names)
+                    self.mark(one, call.names)
         return out
 
 

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from childtuning import fast
 from childtuning.errors import ChildTuningError, DataError, ParameterError
-from childtuning.fast.per_example import EmissionError, Inputs
+from childtuning.fast.arrivals import EmissionError
+from childtuning.fast.per_example import Inputs
 from childtuning.fisher.batches import (
     example,
     example_tensors,

@@ -57,9 +57,9 @@ def fisher_information(
 
     Scores can be kept on another device than the model's, or in bf16, which halves them. Squares are formed in float32
     beside the model all the same, and added one parameter at a time. Sums in bf16 are rounded at random, by bits that
-    are a function of seed, name and number of the term; to the nearest they would stand still from 256 times a term on. They are
-    unbiased. After n terms (batches; examples where they are taken one at a time) the standard deviation of an entry is
-    at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by at most 2^-9.
+    are a function of seed, name and number of the term; to the nearest they would stand still from 256 times a term on.
+    They are unbiased. After n terms (batches; examples where they are taken one at a time) the standard deviation of an
+    entry is at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by 2^-9.
 
     Args:
         model: the pretrained network with its head; of a model that torch.compile or DDP wraps, what is inside.

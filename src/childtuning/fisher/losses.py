@@ -240,6 +240,8 @@ def losses_by_slices(outputs_loss_fn: Callable[[Any, Any], Tensor], label_key: s
 
     def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         size = num_examples(batch)
+        if label_key not in batch:
+            raise DataError(f"the batch has no {label_key!r}. Put them into the batches.")
         outputs = model(**{key: value for key, value in batch.items() if key != label_key})
         labels = batch[label_key]
         return torch.stack(
