@@ -59,9 +59,9 @@ SERVED: dict[str, Callable[[Uses, Tensor, Tensor], Tensor]] = {
     "stacked": lambda m, x, ids: torch.stack([x[:, 0], x[:, 1] * m.d], 1),
     "relative positions": _relative,
     "time first": lambda m, x, ids: F.linear(x.transpose(0, 1), m.square, m.d).transpose(0, 1),
-    "interleaved": lambda m, x, ids: F.linear(x.mT.permute(2, 0, 1).reshape(-1, D), m.square, m.d)
-    .view(T, -1, D)
-    .transpose(0, 1),
+    "interleaved": lambda m, x, ids: (
+        F.linear(x.mT.permute(2, 0, 1).reshape(-1, D), m.square, m.d).view(T, -1, D).transpose(0, 1)
+    ),
     "several rows": lambda m, x, ids: F.layer_norm(x.reshape(-1, D), (D,), m.d, m.one.flatten()),
     "split": lambda m, x, ids: x * m.square.chunk(2, 0)[0][0] + m.square.unbind(1)[1],
     "unused": lambda m, x, ids: (F.linear(x, m.square), x * m.d)[1],
@@ -72,7 +72,15 @@ HANDED_BACK: dict[str, tuple[Callable[[Uses, Tensor, Tensor], Tensor], set[str]]
     "a slope for each channel": (lambda m, x, ids: F.prelu(x.mT, m.d), {"d"}),
     "a list of weights": (
         lambda m, x, ids: torch.gru(
-            x, x.new_zeros(1, len(x), 1), [m.td[:, :5], m.tt[:, :1], m.d[:3], m.d[:3]], True, 1, 0.0, False, False, True
+            x,
+            x.new_zeros(1, len(x), 1),
+            [m.td[:, :5], m.tt[:, :1], m.d[:3], m.d[:3]],
+            True,
+            1,
+            0.0,
+            False,
+            False,
+            True,
         )[0],
         {"td", "tt", "d"},
     ),
@@ -81,10 +89,15 @@ HANDED_BACK: dict[str, tuple[Callable[[Uses, Tensor, Tensor], Tensor], set[str]]
 }
 
 
-def squares(function: Callable[[Uses, Tensor, Tensor], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+def squares(
+    function: Callable[[Uses, Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
     """The engine's sums of squares, the loop's, and what the engine handed back."""
     model = Uses(function)
-    x, ids = torch.randn(B, T, D, dtype=torch.float64), torch.tensor([[0, 1, 1], [2, 2, 2], [3, 0, 4], [6, 5, 6]])
+    x, ids = (
+        torch.randn(B, T, D, dtype=torch.float64),
+        torch.tensor([[0, 1, 1], [2, 2, 2], [3, 0, 4], [6, 5, 6]]),
+    )
     weight = torch.randn(T * D * 9, dtype=torch.float64)
 
     def loss(rows: slice) -> Tensor:
@@ -95,7 +108,9 @@ def squares(function: Callable[[Uses, Tensor, Tensor], Tensor]) -> tuple[dict[st
 
     wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for index in range(B):
-        found = torch.autograd.grad(loss(slice(index, index + 1)), list(model.parameters()), allow_unused=True)
+        found = torch.autograd.grad(
+            loss(slice(index, index + 1)), list(model.parameters()), allow_unused=True
+        )
         for (_, total), gradient in zip(wanted.items(), found, strict=True):
             total += 0 if gradient is None else gradient.square()
     model.requires_grad_(False)
@@ -158,7 +173,9 @@ def test_forms_of_gradients_agree() -> None:
     left, right = torch.randn(B, T, D), torch.randn(B, T, 2)
     dense = torch.einsum("bto,bti->boi", left, right)
     ids = torch.tensor([[0, 1, 1], [2, 2, 2], [0, 0, 0], [1, 2, 0]])
-    rows = torch.stack([torch.zeros(3, D).index_add_(0, i[i != 0], v[i != 0]) for i, v in zip(ids, left, strict=True)])
+    rows = torch.stack(
+        [torch.zeros(3, D).index_add_(0, i[i != 0], v[i != 0]) for i, v in zip(ids, left, strict=True)]
+    )
     for part, wanted in (
         (Outer(left, right), dense),
         (Computed(lambda i: dense[i], B, dense.shape[1:]), dense),

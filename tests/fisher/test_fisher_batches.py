@@ -38,7 +38,11 @@ def squared(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def by_hand(model: torch.nn.Module, losses: Tensor) -> Tensor:
-    return torch.stack([torch.autograd.grad(one, model.weight, retain_graph=True)[0] for one in losses]).square().mean(0)
+    return (
+        torch.stack([torch.autograd.grad(one, model.weight, retain_graph=True)[0] for one in losses])
+        .square()
+        .mean(0)
+    )
 
 
 def scored(batch: object, loss_fn) -> Tensor:
@@ -53,7 +57,12 @@ def line() -> torch.nn.Linear:
 @pytest.mark.usefixtures("fast")
 def test_what_has_no_axis_or_length_one_is_shared() -> None:
     x, y, scale, power = torch.randn(5, 3), torch.randn(5), torch.tensor([2.0]), torch.tensor(0.5)
-    batch = {"scale": scale, "deep": {"x": x, "more": [y, {"power": power}]}, "name": "a", "size": (7, 7, 7, 7, 7)}
+    batch = {
+        "scale": scale,
+        "deep": {"x": x, "more": [y, {"power": power}]},
+        "name": "a",
+        "size": (7, 7, 7, 7, 7),
+    }
 
     def loss_fn(model, batch):
         assert batch["scale"].shape == (1,) and batch["size"] == (7, 7, 7, 7, 7)

@@ -11,15 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from childtuning.fisher import fisher_information
-from childtuning.fisher.information import scores_and_paths
 
 
 def test_equals_the_loop(case, agree, fast):
     batch = case.batch(5)
     wanted = per_example(case.model, [batch], case.loss_fn or hugging_face_loss)
-    found, paths = scores_and_paths(case.model, [batch], **case.keywords)
+    found = fisher_information(case.model, [batch], **case.keywords)
     agree(found, wanted, case.rtol)
-    assert not fast or set(paths.values()) == {"engine"}
+    assert not fast or set(found.paths.values()) == {"engine"}
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-tokens", "gpt2-tied-lm", "llama", "convnet"])

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from childtuning.fisher import fisher_information
-from childtuning.fisher.information import scores_and_paths
 
 
 def cross_entropy(model, batch):
@@ -169,11 +168,11 @@ def test_parameters_go_the_fastest_way_that_is_right(name, agree, fast):
     keywords = {"eligible": ["layer.bias", "head.*"]} if name == "overwrites" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Fisher information of", UserWarning)
-        found, taken = scores_and_paths(model, batches, rows, **keywords)
+        found = fisher_information(model, batches, rows, **keywords)
     wanted = per_example(model, batches, lambda model, batch: rows(model, batch).sum())
     agree(found, {name: wanted[name] for name in found})
     if fast and paths is not None:
-        assert {path: n for path, n in Counter(taken.values()).items() if path != "engine"} == paths
+        assert {path: n for path, n in Counter(found.paths.values()).items() if path != "engine"} == paths
 
 
 def test_the_loop_is_announced_with_its_modules(agree):
@@ -230,9 +229,9 @@ def test_a_regulariser_in_each_loss_needs_no_loop(agree, fast):
     def loss_fn(model, batch):
         return rows(model, batch) + 0.1 * model[1].weight.square().sum()
 
-    found, paths = scores_and_paths(model, batches, loss_fn)
+    found = fisher_information(model, batches, loss_fn)
     agree(found, per_example(model, batches, lambda model, batch: loss_fn(model, batch).sum()))
-    assert set(paths.values()) == {"engine"}
+    assert set(found.paths.values()) == {"engine"}
 
 
 def test_a_model_that_takes_no_batch(make_case, agree):

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.fisher.conftest import COUNTS, SMALL, VOCAB, classes, text, token_labels
-from tests.reference.fisher_loop import hugging_face_loss, per_example
+from tests.reference.fisher_loop import per_example
 from torch import nn
 from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, DataError
 from childtuning.fisher import fisher_information, losses_by_slices
-from childtuning.fisher.information import scores_and_paths
 
 pytestmark = pytest.mark.usefixtures("fast")
 B = 5
@@ -67,9 +66,9 @@ def test_heads_by_their_formulas(name, agree, fast):
     model, batch = bert(head, **options), text(B)
     batch |= labels_of(batch)
     wanted = per_example(copy.deepcopy(model), [batch])
-    found, paths = scores_and_paths(model, [batch])
+    found = fisher_information(model, [batch])
     agree(found, wanted, 1e-6)
-    assert not fast or set(paths.values()) == {"engine"}
+    assert not fast or set(found.paths.values()) == {"engine"}
 
 
 def test_an_ignored_answer_has_no_loss():
@@ -109,13 +108,13 @@ def smoothed(outputs, labels):
 def test_losses_by_slices_are_those_of_examples_alone(agree, fast):
     model = bert("SequenceClassification", num_labels=3)
     batch = {**text(B), "labels": classes(B)}
-    found, paths = scores_and_paths(model, [batch], losses_by_slices(smoothed))
+    found = fisher_information(model, [batch], losses_by_slices(smoothed))
 
     def alone(model, batch):
         return smoothed(model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
 
     agree(found, per_example(model, [batch], alone))
-    assert not fast or set(paths.values()) == {"engine"}
+    assert not fast or set(found.paths.values()) == {"engine"}
     with pytest.raises(DataError, match="no 'labels'"):
         fisher_information(model, [text(B)], losses_by_slices(smoothed))
 
@@ -160,7 +159,9 @@ def test_batch_statistics_are_refused():
     for norm, training in ((nn.BatchNorm1d(4), True), (nn.BatchNorm1d(4, track_running_stats=False), False)):
         model = nn.Sequential(norm, nn.Linear(4, 3)).double()
         with pytest.raises(DataError, match="statistics of the batch"):
-            fisher_information(model, [pairs()], lambda m, b: F.cross_entropy(m(b[0]), b[1]), training=training)
+            fisher_information(
+                model, [pairs()], lambda m, b: F.cross_entropy(m(b[0]), b[1]), training=training
+            )
 
 
 def test_reductions_are_checked():

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from childtuning.errors import DataError
 from childtuning.fisher import fisher_information
-from childtuning.fisher.information import scores_and_paths
 
 B, T = 4, 9
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -430,10 +429,10 @@ def test_equals_the_float64_loop(name: str) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Fisher information of", UserWarning)
-        found, paths = scores_and_paths(model, batches, case.loss_fn)
+        found = fisher_information(model, batches, case.loss_fn)
     error, where = worst(found, wanted)
     assert error <= 1e-4, where
-    counts = Counter(paths.values())
+    counts = Counter(found.paths.values())
     assert {path: count for path, count in counts.items() if path != "engine"} == case.paths
 
 

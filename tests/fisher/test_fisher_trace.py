@@ -100,11 +100,10 @@ class Drifts(nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.filterwarnings("ignore:Fisher information of:UserWarning")
 def test_other_changes_of_weights_are_refused() -> None:
     with pytest.raises(ParameterError, match="changes parameter 'bias' in place"):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Fisher information of", UserWarning)
-            fisher_information(Drifts(4, 3), [pairs()], rows)
+        fisher_information(Drifts(4, 3), [pairs()], rows)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -96,6 +96,7 @@ class PerExampleEngine:
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         self.model, self.parameters = model, parameters
         self._num_runs = 0
+        self.eps = 0.0  # of the coarsest dtype that calls have returned
         self._compares_all = False  # since values decide which rows go where
 
     def run(
@@ -122,7 +123,7 @@ class PerExampleEngine:
                 if self._compares_all and len(records) < size:
                     missing = set(range(size)) - {index for index, _ in records}
                     records += [(index, self._alone(example_fn(index), parameters)) for index in missing]
-                run = _Run(parameters, batch.tensors, size, records, sink)
+                run = _Run(parameters, batch.tensors, size, records, self.eps, sink)
                 try:
                     with run:
                         loss = batch.loss_fn()
@@ -137,6 +138,7 @@ class PerExampleEngine:
         with watch:  # with gradients, as the batch's pass has them: models may ask
             example.loss_fn()
         self._compares_all = self._compares_all or watch.routes
+        self.eps = max(self.eps, watch.eps)
         return watch.record
 
     @contextmanager
@@ -170,10 +172,11 @@ class _Run(Watch):
         inputs: Iterable[Tensor],
         size: int,
         records: list[tuple[int, Record]],
+        eps: float,
         sink: Sink,
     ) -> None:
         super().__init__(parameters, inputs)
-        self.parameters, self.size, self.records = parameters, size, records
+        self.parameters, self.size, self.records, self.eps = parameters, size, records, eps
         self.arrivals = Arrivals(parameters, size, sink)
         self.uses: list[Use] = []
         self.checks: list[tuple[frozenset[str], Tensor]] = []
@@ -210,7 +213,9 @@ class _Run(Watch):
     def _share(self, call: Call, out: Any, outputs: list[Tensor]) -> None:
         """Note that what a call returned is made of parameters alone."""
         for _, seen in self.seen:
-            wrong = [differs(found, wanted) for found, wanted in zip(outputs, seen.outputs, strict=True)]
+            wrong = [
+                differs(found, wanted, self.eps) for found, wanted in zip(outputs, seen.outputs, strict=True)
+            ]
             self.checks += [(call.names, flag) for flag in wrong]
         for one in outputs:
             self.mark(one, call.names)
@@ -337,9 +342,9 @@ class _Run(Watch):
         if not isinstance(out, Tensor):
             return None
         alone = [(index, seen.outputs[0]) for index, seen in self.seen]
-        layout = find_layout(out.detach(), alone, self.size)
+        layout = find_layout(out.detach(), alone, self.size, self.eps)
         if layout is not None:
-            self.checks += [(call.names, differs(layout.example(out, i), one)) for i, one in alone]
+            self.checks += [(call.names, differs(layout.example(out, i), one, self.eps)) for i, one in alone]
         return layout
 
     def _rows_from_the_right(self, call: Call) -> tuple[int, int] | None:
@@ -381,7 +386,7 @@ class _Run(Watch):
     def differentiate(self, loss: Tensor) -> Outcome:
         """Run backward; squares go to the sink as soon as a parameter's gradients are complete."""
         arrivals = self.arrivals
-        wrong = torch.stack([flag for _, flag in self.checks]).tolist() if self.checks else []
+        wrong = torch.stack([flag.to(loss.device) for _, flag in self.checks]).tolist() if self.checks else []
         for (names, _), is_wrong in zip(self.checks, wrong, strict=True):
             if is_wrong:
                 arrivals.fail(names, "its examples are not told apart")

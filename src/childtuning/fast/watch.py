@@ -69,7 +69,7 @@ class Layout:
         return tensor.narrow(self.axis, index * self.rows, self.rows)
 
 
-def find_layout(out: Tensor, alone: list[tuple[int, Tensor]], size: int) -> Layout | None:
+def find_layout(out: Tensor, alone: list[tuple[int, Tensor]], size: int, eps: float = 0.0) -> Layout | None:
     """Return the layout of the batch's tensor, from the tensors of some examples alone; ``None`` if none fits."""
     shape = alone[0][1].shape
     if out.dim() != len(shape) or any(one.shape != shape for _, one in alone):
@@ -78,22 +78,32 @@ def find_layout(out: Tensor, alone: list[tuple[int, Tensor]], size: int) -> Layo
     if len(axes) != 1 or out.shape[axes[0]] != size * shape[axes[0]]:
         return None
     found = Layout(size, axes[0], shape[axes[0]])
-    if found.rows > 1 and any(bool(differs(found.example(out, i), one)) for i, one in alone):
+    if found.rows > 1 and any(bool(differs(found.example(out, i), one, eps)) for i, one in alone):
         return Layout(size, axes[0], shape[axes[0]], interleaved=True)
     return found
 
 
 @torch.no_grad()
-def differs(found: Tensor, wanted: Tensor) -> Tensor:
-    """Tell, in a tensor, whether two tensors of one shape differ by more than rounding."""
+def differs(found: Tensor, wanted: Tensor, eps: float = 0.0) -> Tensor:
+    """Tell, in a tensor, whether two tensors of one shape differ by more than rounding to ``eps``."""
     if not wanted.is_floating_point():
         return (found != wanted).any()
     if not wanted.numel():
         return torch.zeros((), dtype=torch.bool, device=wanted.device)
-    tolerance = max(1e-3, 32 * torch.finfo(wanted.dtype).eps)
+    tolerance = max(1e-3, 32 * max(eps, rounding(wanted)))
     magnitude = wanted.abs()
     scale = magnitude.amax().clamp(max=32)  # the large numbers of masks do not blur what is beside them
     return ((found - wanted).abs() > tolerance * (magnitude + scale)).any()
+
+
+def rounding(tensor: Tensor, function_name: str = "") -> float:
+    """Return the unit roundoff that a function computed a tensor with: of its dtype, or of TF32."""
+    if not tensor.is_floating_point():
+        return 0.0
+    eps = torch.finfo(tensor.dtype).eps
+    is_convolution = function_name.startswith("conv")
+    backend = torch.backends.cudnn if is_convolution else torch.backends.cuda.matmul
+    return max(eps, 2.0**-10) if tensor.is_cuda and backend.allow_tf32 else eps
 
 
 def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -250,12 +260,14 @@ class Alone(Watch):
     def __init__(self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> None:
         super().__init__(parameters, inputs)
         self.record: Record = {}
+        self.eps = 0.0  # of the coarsest dtype: under autocast, what follows is no more exact
 
     def handle(self, call: Call) -> Any:
         shapes = [tensor.shape for tensor in call.tensors]
         out = call.make()
         outputs = outputs_of(out)
         if outputs:
+            self.eps = max(self.eps, *(rounding(one, call.name) for one in outputs))
             self.record[call.key] = Seen([one.detach().clone() for one in outputs], shapes)
         if not call.takes_examples and call.name != "detach" and not _is_data(call.func):
             for one in outputs:

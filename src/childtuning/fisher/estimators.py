@@ -157,10 +157,10 @@ class PerExample:
 
     def _compare(self, losses: Tensor, alone: list[tuple[int, Tensor]]) -> None:
         """Refuse losses of examples that the rest of the batch has changed."""
-        eps = torch.finfo(losses.dtype).eps
+        largest = float(losses.abs().max())
         for index, one in alone:
             found, wanted = float(losses[index]), float(one[0])
-            if abs(found - wanted) > max(1e-3, 32 * eps) * (abs(wanted) + 1e-3):
+            if abs(found - wanted) > self._slack(max(abs(wanted), 0.1 * largest)):
                 if isinstance(self.loss, HeadLoss):
                     raise NotFormedError(
                         f"The loss of an example is {wanted:.6g} alone and {found:.6g} in its batch. Use float32."
@@ -225,7 +225,7 @@ class PerExample:
         reduction = self.loss.reduction
         shares = {"mean": (1, 1), "sum": (2, 2), None: (1, 2)}[reduction]
         low, high = sorted(share * float(one) for share in shares)
-        slack = max(1e-3, 32 * torch.finfo(one.dtype).eps) * (abs(low) + abs(high) + 1e-3)
+        slack = self._slack(max(abs(low), abs(high)))
         if not low - slack <= float(two) <= high + slack:
             raise DataError(
                 f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: "
@@ -235,6 +235,11 @@ class PerExample:
                     else f"it is not their {reduction}. State the reduction of loss_fn, or return one loss an example."
                 )
             )
+
+    def _slack(self, loss: float) -> float:
+        """How far a loss of this size may be off by rounding."""
+        eps = max(self.engine.eps, *(torch.finfo(p.dtype).eps for p in self.parameters.values()))
+        return max(1e-3, 32 * eps) * loss + 8 * eps
 
     def _whole(self, batch: Any) -> Tensor:
         """The loss of a batch as it comes."""

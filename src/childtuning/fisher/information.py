@@ -23,6 +23,15 @@ LABELS = ("data", "sampled")
 REDUCTIONS = (None, "mean", "sum")
 
 
+class Scores(dict[str, Tensor]):
+    """Scores by parameter name.
+
+    ``paths`` says, by name too, which way they went: ``engine``, ``vectorised``, ``loop``, or ``batch``.
+    """
+
+    paths: dict[str, str]
+
+
 def fisher_information(
     model: nn.Module,
     batches: Iterable[Any],
@@ -38,7 +47,7 @@ def fisher_information(
     seed: int = 0,
     scores_device: torch.device | str | None = None,
     scores_dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Estimate the diagonal empirical Fisher information of each parameter entry.
 
     F_i = (1/n) Σ_j (∂ log p(y_j | x_j; θ) / ∂θ_i)², one term an example. [Xu et al. 2021, eq. 7]
@@ -96,41 +105,6 @@ def fisher_information(
         >>> fisher_information(line, data, loss, "mean")["weight"].item()  # (1·1)² and (2·1)², averaged
         2.5
     """
-    scores, _ = scores_and_paths(
-        model,
-        batches,
-        loss_fn,
-        reduction,
-        estimator,
-        labels,
-        eligible,
-        always,
-        progress,
-        training=training,
-        seed=seed,
-        scores_device=scores_device,
-        scores_dtype=scores_dtype,
-    )
-    return scores
-
-
-def scores_and_paths(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn | None = None,
-    reduction: Reduction | None = None,
-    estimator: str = "per-example",
-    labels: str = "data",
-    eligible: Iterable[str] | None = None,
-    always: Iterable[str] | None = None,
-    progress: bool | Progress = False,
-    *,
-    training: bool = False,
-    seed: int = 0,
-    scores_device: torch.device | str | None = None,
-    scores_dtype: torch.dtype | None = None,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the scores, and by parameter the way it went: ``engine``, ``vectorised`` or ``loop``."""
     choices = (
         ("estimator", estimator, ESTIMATORS),
         ("labels", labels, LABELS),
@@ -177,13 +151,14 @@ def scores_and_paths(
         raise DataError("there are no batches to estimate Fisher information from. Pass training examples.")
     if not add_.is_reached:
         raise not_reached()
-    scores = sums.means_(num_terms)
+    scores = Scores(sums.means_(num_terms))
+    scores.paths = add_.paths
     if not any(bool(score.any()) for score in scores.values()):
         raise DataError(
             "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "
             "eligible parameters. Pass a loss_fn that has a gradient for each example."
         )
-    return scores, add_.paths
+    return scores
 
 
 def bare(model: nn.Module) -> nn.Module:
