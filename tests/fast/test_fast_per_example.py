@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from childtuning.fast import Computed, Dense, Outer, PerExampleEngine, Rows
 from childtuning.fast.per_example import Inputs
-from childtuning.fast.watch import Layout, differs, find_layout
+from childtuning.fast.watch import Layout, differs, find_layouts
 
 B, T, D = 4, 3, 5
 
@@ -152,15 +152,16 @@ def test_uses_that_are_handed_back(name: str) -> None:
 def test_layouts() -> None:
     x = torch.randn(3, 4, 2, 5)  # T, B, k, D
     alone = [(1, x[:, 1])]
-    outer = find_layout(x.flatten(1, 2), alone, 4)
+    (outer,) = find_layouts(x.flatten(1, 2), alone, 4)
     assert outer == Layout(4, 1, 2)
     assert torch.equal(outer.split(x.flatten(1, 2)), x.permute(1, 2, 0, 3))
     mixed = x.transpose(1, 2).flatten(1, 2)
-    inner = find_layout(mixed, alone, 4)
+    (inner,) = find_layouts(mixed, alone, 4)
     assert inner == Layout(4, 1, 2, interleaved=True)
     assert torch.equal(inner.split(mixed), x.permute(1, 2, 0, 3))
     assert torch.equal(inner.example(mixed, 2), x[:, 2])
-    assert find_layout(x, [(0, x)], 4) is None and find_layout(x[..., :1], alone, 4) is None
+    assert len(find_layouts(torch.ones(3, 8, 5), [(1, torch.ones(3, 2, 5))], 4)) == 2
+    assert not find_layouts(x, [(0, x)], 4) and not find_layouts(x[..., :1], alone, 4)
 
 
 def test_large_numbers_do_not_blur_small_ones() -> None:

@@ -34,7 +34,7 @@ from childtuning.fast.watch import (
     Seen,
     Watch,
     differs,
-    find_layout,
+    find_layouts,
     forget_marks,
     outputs_of,
 )
@@ -181,6 +181,7 @@ class _Run(Watch):
         self.uses: list[Use] = []
         self.checks: list[tuple[frozenset[str], Tensor]] = []
         self.tables: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], ExampleGradients]]] = {}
+        self.orders: set[tuple[int, bool]] = set()  # the rows an example and their order, met where they show
         self.seen: list[tuple[int, Seen]] = []  # the call that is being made, by examples alone
 
     # Forward
@@ -342,7 +343,12 @@ class _Run(Watch):
         if not isinstance(out, Tensor):
             return None
         alone = [(index, seen.outputs[0]) for index, seen in self.seen]
-        layout = find_layout(out.detach(), alone, self.size, self.eps)
+        found = find_layouts(out.detach(), alone, self.size, self.eps)
+        if len(found) == 1:
+            self.orders.add((found[0].rows, found[0].interleaved))
+        elif call.name != "repeat":  # it puts all rows of an example next to each other
+            found = [one for one in found if (one.rows, one.interleaved) in self.orders]
+        layout = found[0] if found and (len(found) == 1 or call.name == "repeat") else None
         if layout is not None:
             self.checks += [(call.names, differs(layout.example(out, i), one, self.eps)) for i, one in alone]
         return layout

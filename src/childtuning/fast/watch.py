@@ -69,18 +69,22 @@ class Layout:
         return tensor.narrow(self.axis, index * self.rows, self.rows)
 
 
-def find_layout(out: Tensor, alone: list[tuple[int, Tensor]], size: int, eps: float = 0.0) -> Layout | None:
-    """Return the layout of the batch's tensor, from the tensors of some examples alone; ``None`` if none fits."""
+def find_layouts(out: Tensor, alone: list[tuple[int, Tensor]], size: int, eps: float = 0.0) -> list[Layout]:
+    """Return the layouts that the batch's tensor may have, from the tensors of some examples alone.
+
+    Two fit where rows are alike, as those of an expanded table are.
+    """
     shape = alone[0][1].shape
     if out.dim() != len(shape) or any(one.shape != shape for _, one in alone):
-        return None
+        return []
     axes = [axis for axis in range(out.dim()) if out.shape[axis] != shape[axis]]
     if len(axes) != 1 or out.shape[axes[0]] != size * shape[axes[0]]:
-        return None
-    found = Layout(size, axes[0], shape[axes[0]])
-    if found.rows > 1 and any(bool(differs(found.example(out, i), one, eps)) for i, one in alone):
-        return Layout(size, axes[0], shape[axes[0]], interleaved=True)
-    return found
+        return []
+    (axis,) = axes
+    if shape[axis] == 1:
+        return [Layout(size, axis)]
+    found = [Layout(size, axis, shape[axis], interleaved) for interleaved in (False, True)]
+    return [one for one in found if not any(bool(differs(one.example(out, i), t, eps)) for i, t in alone)]
 
 
 @torch.no_grad()
