@@ -283,7 +283,8 @@ class Alone(Watch):
 def forget_marks(tensors: Iterator[Tensor]) -> None:
     """Remove what a pass noted on tensors that outlive it."""
     for tensor in tensors:
-        tensor.__dict__.pop(_MARK, None)
+        if hasattr(tensor, _MARK):
+            delattr(tensor, _MARK)
 
 
 def _is_routing(func: Any, args: Any) -> bool:

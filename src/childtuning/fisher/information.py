@@ -130,7 +130,7 @@ def fisher_information(
     prepare = SampledLabels(model, seed) if labels == "sampled" else lambda batch: batch
     loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
     scored = {id(parameter) for parameter in parameters.values()}
-    trainable = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
+    trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
     done = num_terms = 0
     with untouched(model, training=training):
         add_: PerExample | PerBatch = (

@@ -131,8 +131,8 @@ def head_terms(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> list
     """Return the means that a head's loss is the sum of, as transformers has them; ``None`` for an unknown head."""
     bare = getattr(model, "get_base_model", lambda: model)()
     config = getattr(bare, "config", None)
-    if "start_positions" in batch and _get(outputs, "start_logits") is not None:
-        ends = [(_get(outputs, f"{end}_logits"), batch.get(f"{end}_positions")) for end in ("start", "end")]
+    if {"start_positions", "end_positions"} <= batch.keys() and _get(outputs, "start_logits") is not None:
+        ends = [(_get(outputs, f"{end}_logits"), batch[f"{end}_positions"]) for end in ("start", "end")]
         return [_span_terms(logits, positions) for logits, positions in ends]
     logits, labels = _get(outputs, "logits"), batch.get("labels")
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
