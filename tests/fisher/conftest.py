@@ -214,7 +214,7 @@ class Case:
         # Some Hugging Face models compute norms or losses in float32 whatever the parameters are.
         self.rtol = 1e-6 if any(part in name for part in ("lm", "llama", "gemma")) else 1e-9
         self.loss_fn = cross_entropy if name == "convnet" else None
-        self.keywords = {"loss_fn": self.loss_fn} if self.loss_fn else {}
+        self.keywords = {"loss_fn": self.loss_fn, "reduction": "mean"} if self.loss_fn else {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,6 +224,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["1", "0"], ids=["fast", "loop"])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With fast paths, and without: then the definition serves everything."""
+    monkeypatch.setenv("CHILDTUNING_FAST", request.param)
+    return request.param == "1"
 
 
 @pytest.fixture(params=list(CASES))

@@ -1,56 +1,35 @@
-"""Where the layer-wise pass cannot be right, the batch-of-one loop takes over: exact, and announced once."""
+"""What the engine does not serve: exact all the same, by a vectorised pass or the loop, and announced once."""
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 from tests.reference.fisher_loop import hugging_face_loss, per_example
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from childtuning.fisher import fisher_information, register_rule
-from childtuning.fisher.estimators import PerExample
-from childtuning.fisher.rules import _BY_CLASS
+from childtuning.fisher import fisher_information
 
 
 def cross_entropy(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def announced(model, batches, loss_fn=cross_entropy, **keywords):
+def rows(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def announced(model, batches, loss_fn, **keywords):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = fisher_information(model, batches, loss_fn, **keywords)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     return scores, str(caught[0].message)
-
-
-class Scale(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.factor = nn.Parameter(torch.linspace(0.5, 2, width))
-
-    def forward(self, x):
-        return x * self.factor
-
-
-class Attention(nn.Module):
-    """A bare parameter, a layer without a rule, and torch's attention, which uses out_proj.weight as a function."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(4))
-        self.inside = nn.Linear(4, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.scale = Scale(4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = torch.cat([self.first.expand(len(x), 1, 4), self.inside(x)], 1)
-        return self.head(self.scale(self.attention(x, x, x, need_weights=False)[0])[:, 0])
 
 
 def batches_of(*sizes, shape=(3, 4), seed=0):
@@ -61,52 +40,24 @@ def batches_of(*sizes, shape=(3, 4), seed=0):
     ]
 
 
-def test_an_unknown_layer_and_a_functional_use(agree, monkeypatch):
-    torch.manual_seed(0)
-    model = Attention().double()
-    batches = batches_of(3, 2)
-    wanted = per_example(model, batches, cross_entropy)
-    looped = set()
-    original = PerExample._loop
+class Attention(nn.Module):
+    """A bare parameter, a scale, and torch's attention, which uses its weights as arguments of one function."""
 
-    def record(self, batch, size, names, into, **keywords):
-        if not keywords.get("indices"):
-            looped.update(names)
-        return original(self, batch, size, names, into, **keywords)
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4))
+        self.inside = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 4))
+        self.head = nn.Linear(4, 3)
 
-    monkeypatch.setattr(PerExample, "_loop", record)
-    found, message = announced(model, batches)
-    agree(found, wanted)
-    assert looped == {"first", "scale.factor"} | {name for name in wanted if name.startswith("attention.")}
-    for part in ("the model (Attention)", "attention (MultiheadAttention)", "scale (Scale)", "register_rule"):
-        assert part in message
-    assert "head (" not in message
+    def forward(self, x):
+        x = torch.cat([self.first.expand(len(x), 1, 4), self.inside(x)], 1)
+        return self.head((self.attention(x, x, x, need_weights=False)[0] * self.scale)[:, 0])
 
 
-def test_a_rule_of_the_users_is_used(agree):
-    model = nn.Sequential(nn.Linear(4, 4), Scale(4), nn.Flatten(), nn.Linear(12, 3)).double()
-    batches = batches_of(3)
-    calls = []
-
-    def scale_rule(module, x, dY):
-        calls.append(len(x))
-        return {"factor": (dY * x).sum(1)}
-
-    register_rule(Scale, scale_rule)
-    try:
-        agree(fisher_information(model, batches, cross_entropy), per_example(model, batches, cross_entropy))
-        assert calls == [2, 3]
-        for wrong in (lambda m, x, dY: {"factor": dY.sum(1)}, lambda m, x, dY: {}, lambda m, x, dY: 1 / 0):
-            register_rule(Scale, wrong)
-            found, message = announced(model, batches)
-            agree(found, per_example(model, batches, cross_entropy))
-            assert "1 (Scale)" in message
-    finally:
-        del _BY_CLASS[Scale]
-
-
-class Misfit(nn.Module):
-    """A parameter [1, …] that is not one for each example, and one that is."""
+class Mixes(nn.Module):
+    """A parameter [1, …] that multiplies from the left."""
 
     def __init__(self):
         super().__init__()
@@ -117,54 +68,47 @@ class Misfit(nn.Module):
         return self.head((self.mix.view(3, 3) @ x).mean(1))
 
 
-def test_a_parameter_that_cannot_be_lent(agree):
-    model = Misfit().double()
-    batches = batches_of(4, 3)
-    found, message = announced(model, batches)
-    agree(found, per_example(model, batches, cross_entropy))
-    assert "1 of 3 parameters" in message
-    assert isinstance(model.mix, nn.Parameter)
+class Written(nn.Module):
+    """A parameter that is written to rows, and one that one function of three arguments takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.row, self.pair = nn.Parameter(torch.randn(4)), nn.Bilinear(4, 4, 3)
+
+    def forward(self, x):
+        y = x.clone()
+        y[:, 0] = self.row
+        return self.pair(torch.tanh(y.mean(1)), y[:, 1])
 
 
-def regulariser(model, batch):
-    return cross_entropy(model, batch) + 0.1 * model[1].weight.square().sum()
+class Rereads(nn.Module):
+    """Reentrant checkpoints hide their parameters; one of them is also used outside."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = checkpoint(self.b, torch.tanh(self.a(x)), use_reentrant=self.reentrant)
+        return self.head(torch.tanh(self.b(y)).mean(1))
 
 
-def contrast(model, batch):
-    z = F.normalize(model(batch[0]), dim=1)
-    return F.cross_entropy(torch.cat([z @ z.T, torch.ones(len(z), 1)], 1), torch.arange(len(z)))
+class Overwrites(nn.Module):
+    """A layer's input is changed in place after the layer has used it, and so is a view of its output."""
 
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
 
-@pytest.mark.parametrize(("loss_fn", "num"), [(regulariser, 1), (contrast, 2)])
-def test_losses_that_are_no_sum_over_layers_or_examples(loss_fn, num, agree):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    batches = batches_of(4, 3)
-    found, message = announced(model, batches, loss_fn)
-    agree(found, per_example(model, batches, loss_fn))
-    assert f"{num} of 2 parameters" in message
-
-
-def test_a_loss_that_is_a_sum_needs_no_loop(agree):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    batches = batches_of(4, 3)
-
-    def loss_fn(model, batch):
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
-    agree(fisher_information(model, batches, loss_fn), per_example(model, batches, loss_fn))
-
-
-def test_weights_that_show_only_in_a_later_batch(make_case, agree):
-    """Alike examples do not tell a mean over examples from one over labels; the first unlike ones do."""
-    case = make_case("bert-tokens")
-    batch = case.batch(6)
-    alike = {key: value[:1].expand(2, -1).clone() for key, value in batch.items()}
-    batches = [alike, batch]
-
-    def loss_fn(model, batch):
-        return model(**batch).loss
-
-    agree(fisher_information(case.model, batches, loss_fn), per_example(case.model, batches))
+    def forward(self, x):
+        x = x.clone()
+        y = self.layer(x)
+        y /= 2
+        y[:, 0] *= 3
+        x.mul_(2)
+        return self.head(torch.tanh(y).mean(1))
 
 
 class Switch(nn.Module):
@@ -176,21 +120,12 @@ class Switch(nn.Module):
         self.mixed = nn.Linear(3, 3)
 
     def forward(self, x):
+        x = x.mean(1)
         chosen = (x[:, 0] > 0).long()
         y = x.new_zeros(len(x), 3)
         for index, expert in enumerate(self.experts):
             y[chosen == index] = expert(x[chosen == index])
         return self.mixed(y)
-
-
-def test_modules_that_take_part_only_later(agree):
-    model = Switch().double()
-    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double()
-    x[:, 0] = torch.tensor([1.0, 1, 1, -1, 1, -1])
-    batches = [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([0, 1, 2, 0]))]
-    with pytest.warns(UserWarning, match=r"experts\.\d \(Linear\)"):
-        found = fisher_information(model, batches, cross_entropy)
-    agree(found, per_example(model, batches, cross_entropy))
 
 
 class Late(nn.Module):
@@ -201,61 +136,102 @@ class Late(nn.Module):
         self.head, self.late = nn.Linear(4, 3), nn.Linear(4, 3)
 
     def forward(self, x):
+        x = x.mean(1)
         y = self.head(x)
         if bool((x[:, 0] < 0).any()):
             first, second = torch.tanh(self.late(torch.cat([x, -x]))).chunk(2)
-            y = y + first + second.square()
+            y = y + (x[:, :1] < 0) * (first + second.square())
         return y
 
 
-def test_a_layer_that_is_met_late_is_compared_before_it_is_trusted(agree):
-    model = Late().double()
-    x, labels = batches_of(8, shape=(4,))[0]
-    x[:, 0] = torch.tensor([1.0, 1, 1, -1, -1, -1, -1, -1])
-    batches = [(x[:3], labels[:3]), (x[3:5], labels[3:5]), (x[5:], labels[5:])]
-    found, message = announced(model, batches)
-    assert "late (Linear)" in message
-    agree(found, per_example(model, batches, cross_entropy))
+# By name: the model, and how many parameters do not go through the engine; None: it depends on the examples.
+CALLS = {
+    "attention": (Attention, {}),
+    "mixes": (Mixes, {}),
+    "written": (Written, {"vectorised": 3}),
+    "reentrant": (lambda: Rereads(True), {"loop": 2}),
+    "recomputed": (lambda: Rereads(False), {"loop": 2}),
+    "overwrites": (Overwrites, {"vectorised": 1}),
+    "switch": (Switch, {"loop": 4}),
+    "late": (Late, None),
+}
 
 
-def test_class_weights_are_seen_through(agree):
-    """The mean over a batch then weighs examples by their class; the first two of one class would not tell."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    x, _ = batches_of(4)[0]
-    batches = [(x, torch.tensor([0, 0, 2, 1]))]
+@pytest.mark.parametrize("name", CALLS)
+def test_parameters_go_the_fastest_way_that_is_right(name, agree, fast):
+    torch.manual_seed(0)
+    build, paths = CALLS[name]
+    model = build().double()
+    batches = batches_of(4, 1, 3)
+    if name == "overwrites":  # autograd itself refuses the weight's gradient
+        model.layer.weight.requires_grad_(False)
+    keywords = {"eligible": ["layer.bias", "head.*"]} if name == "overwrites" else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Fisher information of", UserWarning)
+        found = fisher_information(model, batches, rows, **keywords)
+    wanted = per_example(model, batches, lambda model, batch: rows(model, batch).sum())
+    agree(found, {name: wanted[name] for name in found})
+    if fast and paths is not None:
+        assert {path: n for path, n in Counter(found.paths.values()).items() if path != "engine"} == paths
+
+
+def test_the_loop_is_announced_with_its_modules(agree):
+    model = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True)).double()
 
     def loss_fn(model, batch):
-        return F.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([1.0, 2.0, 5.0]).double())
+        return model(batch[0])[0].square().sum((1, 2))
 
+    found, message = announced(model, batches_of(4, 3), loss_fn)
+    agree(found, per_example(model, batches_of(4, 3), lambda model, batch: loss_fn(model, batch).sum()))
+    assert message.startswith("Fisher information of 4 of 6 parameters is taken one example at a time, which")
+    assert "1 (GRU): gru has no rule" in message and "0 (Linear)" not in message
+
+
+def regulariser(model, batch):
+    return cross_entropy(model, batch) + 0.1 * model[1].weight.square().sum()
+
+
+def class_weights(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([1.0, 1.0, 5.0]).double())
+
+
+def example_weights(model, batch):
+    weights = 1 + batch[1]
+    return (weights * rows(model, batch)).sum() / weights.sum()
+
+
+@pytest.mark.parametrize("loss_fn", [cross_entropy, regulariser, class_weights, example_weights])
+@pytest.mark.parametrize("labels", [[[0, 0, 0, 0], [0, 1, 2, 1]], [[0, 1, 0, 1], [2, 1, 2, 2]]])
+def test_how_a_scalar_weighs_examples_is_never_guessed(loss_fn, labels, agree):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    batches = [(torch.randn(4, 3, 4).double(), torch.tensor(row)) for row in labels]
     found, message = announced(model, batches, loss_fn)
-    assert "no weighted mean" in message
     agree(found, per_example(model, batches, loss_fn))
+    assert "2 of 2 parameters" in message and "reduction='mean' or 'sum'" in message
 
 
-class Overwrites(nn.Module):
-    """A layer's input is changed in place after the layer has used it."""
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_stated_reduction_needs_no_loop(reduction, agree, fast):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    batches = batches_of(4, 3)
 
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 3)
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction=reduction)
 
-    def forward(self, x):
-        x = x.clone()
-        y = self.layer(x)
-        x.mul_(2)
-        return self.head(torch.tanh(y))
+    agree(fisher_information(model, batches, loss_fn, reduction), per_example(model, batches, loss_fn))
 
 
-def test_an_input_changed_in_place(agree):
-    """Autograd itself refuses the weight's gradient here; the bias's is right, and the loop takes it."""
-    model = Overwrites().double()
-    (batch,) = batches_of(3, shape=(4,))
-    model.layer.weight.requires_grad_(False)
-    found, message = announced(model, [batch], eligible=["layer.bias", "head.*"])
-    assert "layer (Linear): the input of its module was changed in place" in message
-    wanted = per_example(model, [batch], cross_entropy)
-    agree(found, {name: wanted[name] for name in found})
+def test_a_regulariser_in_each_loss_needs_no_loop(agree, fast):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    batches = batches_of(4, 3)
+
+    def loss_fn(model, batch):
+        return rows(model, batch) + 0.1 * model[1].weight.square().sum()
+
+    found = fisher_information(model, batches, loss_fn)
+    agree(found, per_example(model, batches, lambda model, batch: loss_fn(model, batch).sum()))
+    assert set(found.paths.values()) == {"engine"}
 
 
 def test_a_model_that_takes_no_batch(make_case, agree):
@@ -265,7 +241,7 @@ def test_a_model_that_takes_no_batch(make_case, agree):
     batch = {**batch, "attention_mask": torch.ones(3, 4, dtype=torch.long), "labels": torch.tensor([0, 1, 2])}
     found, message = announced(case.model, [batch], None)
     agree(found, per_example(case.model, [batch], hugging_face_loss))
-    assert "a batch of two raised" in message
+    assert "A batch of 3 raised ValueError" in message
 
 
 def test_training_mode_takes_the_loop_silently():

@@ -7,12 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from tests.reference.fisher_loop import per_batch
+from tests.reference.fisher_loop import per_batch, per_example
 from torch import nn
 from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, DataError, ParameterError
 from childtuning.fisher import fisher_information
+
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 class Regression(nn.Module):
@@ -117,6 +119,9 @@ def test_leaves_no_trace(keywords, make_case):
     model, batch = case.model, case.batch(3)
     model.train()
     model.norm2.eval()
+    if keywords == {"training": True}:  # batch statistics would mix examples
+        model.norm, model.norm2, model.norm3 = nn.GroupNorm(2, 4), nn.GroupNorm(2, 8), nn.Identity()
+        model.double()
     model.stem.weight.requires_grad_(False)
     case.loss_fn(model, batch).backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -135,9 +140,9 @@ def test_leaves_no_trace(keywords, make_case):
     options = {key: value for key, value in keywords.items() if key != "fail"}
     if keywords.get("fail"):
         with pytest.raises(Raises):
-            fisher_information(model, [batch], loss_fn, **options)
+            fisher_information(model, [batch], loss_fn, "mean", **options)
     else:
-        scores = fisher_information(model, [batch], loss_fn, **options)
+        scores = fisher_information(model, [batch], loss_fn, "mean", **options)
         assert "stem.weight" not in scores
         assert all(not score.requires_grad for score in scores.values())
     assert [module.training for module in model.modules()] == modes
@@ -152,11 +157,12 @@ def test_leaves_no_trace(keywords, make_case):
     assert np.random.get_state()[1].tolist() == streams[2]
 
 
-def test_labels_at_the_padding_do_not_count(make_case, agree):
+def test_an_example_is_scored_as_it_was_given(make_case, agree):
+    """Padding stays, and so do labels at the padding: the loss of the batch of one counts them."""
     case = make_case("llama-lm")
     batch = case.batch(4)
     careless = {**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, 3)}
-    agree(fisher_information(case.model, [careless]), fisher_information(case.model, [batch]), case.rtol)
+    agree(fisher_information(case.model, [careless]), per_example(case.model, [careless]), case.rtol)
 
 
 def test_where_no_gradient_reaches_scores_are_zero():
@@ -166,7 +172,9 @@ def test_where_no_gradient_reaches_scores_are_zero():
         return F.cross_entropy(model["used"](batch[0]), batch[1])
 
     for estimator in ("per-example", "per-batch"):
-        scores = fisher_information(model, [(torch.randn(3, 2), torch.tensor([0, 1, 2]))], loss_fn, estimator)
+        scores = fisher_information(
+            model, [(torch.randn(3, 2), torch.tensor([0, 1, 2]))], loss_fn, "mean", estimator
+        )
         assert scores["used.weight"].any()
         assert not scores["unused.weight"].any()
 
@@ -202,7 +210,7 @@ def test_refusals(make_case):
     with pytest.raises(ParameterError, match="eligible"):
         fisher_information(case.model, [batch], always=["*"])
     with pytest.raises(ParameterError, match="does not depend"):
-        fisher_information(case.model, [batch], lambda model, batch: torch.tensor(1.0))
+        fisher_information(case.model, [batch], lambda model, batch: torch.tensor(1.0), "mean")
     with pytest.raises(DataError, match="scalar"):
         fisher_information(case.model, [batch], lambda model, batch: model(**batch).logits)
 
@@ -214,7 +222,7 @@ def test_a_loss_that_is_not_finite(estimator, first, make_case):
     good, bad = case.batch(3), case.batch(3)
     bad[0][1] = float("nan")
     with pytest.raises(DataError, match="the loss is nan"):
-        fisher_information(case.model, [bad] if first else [good, bad], case.loss_fn, estimator)
+        fisher_information(case.model, [bad] if first else [good, bad], case.loss_fn, "mean", estimator)
 
 
 @pytest.mark.parametrize("first", [True, False])

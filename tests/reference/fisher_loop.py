@@ -14,16 +14,17 @@ def hugging_face_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
 
-def alone(batch: Any, index: int) -> Any:
-    """One example as a batch of one, cut after its own last attended position."""
-    if not isinstance(batch, dict):
-        return tuple(tensor[index : index + 1] for tensor in batch)
-    one = {key: value[index : index + 1] for key, value in batch.items()}
-    mask = one.get("attention_mask")
-    if mask is None:
-        return one
-    length = int(mask[0].nonzero().max()) + 1
-    return {key: value[:, :length] if value.shape == mask.shape else value for key, value in one.items()}
+def alone(batch: Any, index: int, size: int) -> Any:
+    """One example as a batch of one, as it was given."""
+    if isinstance(batch, Tensor):
+        return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
+    if isinstance(batch, dict):
+        return {key: alone(value, index, size) for key, value in batch.items()}
+    return (
+        type(batch)(alone(value, index, size) for value in batch)
+        if isinstance(batch, (list, tuple))
+        else batch
+    )
 
 
 def per_example(
@@ -37,7 +38,7 @@ def per_example(
         size = len(next(iter(batch.values())) if isinstance(batch, dict) else batch[0])
         for index in range(size):
             model.zero_grad()
-            loss_fn(model, alone(batch, index)).backward()
+            loss_fn(model, alone(batch, index, size)).backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     scores[name] += parameter.grad.to_dense() ** 2

@@ -1,8 +1,13 @@
-"""Take batches apart: how many examples, one example alone, its own padding cut off."""
+"""Take batches apart: how many examples a batch has, and one or some of them as a batch of their own.
+
+The number of examples is the first axis that all tensors agree on. Tensors without axes or of length 1 are shared, and
+so is whatever holds no tensor. A list inside the batch with one item an example, whose tensors have lengths of their
+own (ragged sequences, masks of objects), is taken apart by item.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -11,98 +16,112 @@ from torch import Tensor
 from childtuning.errors import DataError
 
 IGNORED_LABEL = -100  # as torch's cross entropy and Hugging Face mark positions without a label
-_SEQUENCE_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with every tensor in it on the device; the batch itself is not changed."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return _rebuilt(batch, (to_device(value, device) for value in batch))
-    return batch
-
-
-def _rebuilt(batch: Any, values: Iterable[Any]) -> Any:
-    """A sequence of the batch's own type; a named tuple takes its values one by one."""
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return _mapped(batch, lambda tensor: tensor.detach().to(device))
 
 
 def num_examples(batch: Any) -> int:
-    """Return the length of the first tensor in the batch.
+    """Return the number of examples.
 
     Raises:
-        DataError: there is none.
+        DataError: no tensor counts examples, or tensors disagree.
     """
-    size = _first_length(batch)
-    if size is None:
+    lengths = {path: len(t) for path, t in _tensors(batch, lists=False) if t.dim()}
+    if not lengths:
+        lengths = {path: len(t) for path, t in _tensors(batch) if t.dim()}
+    if not lengths:
         raise DataError(
             f"a batch must hold tensors whose first axis counts examples, got {type(batch).__name__}. "
             "Pass dicts, tuples or tensors."
         )
+    size = next((length for length in lengths.values() if length != 1), 1)
+    _check(batch, size, "", lists=False)
     return size
 
 
-def _first_length(batch: Any) -> int | None:
+def _check(batch: Any, size: int, path: str, *, lists: bool) -> None:
+    """Refuse a batch in which some tensor counts something else."""
     if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else None
-    values = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+        if batch.dim() and len(batch) not in (1, size):
+            raise DataError(
+                f"the first axis of every tensor in a batch must count examples, got {size} and, in "
+                f"{path or 'the batch'}, {tuple(batch.shape)}. Put the examples first, or pass a list of one tensor an "
+                "example."
+            )
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            _check(value, size, f"{path}[{key!r}]", lists=True)
+    elif isinstance(batch, (list, tuple)) and not (lists and _is_one_an_example(batch, size, path)):
+        for index, value in enumerate(batch):
+            _check(value, size, f"{path}[{index}]", lists=True)
+
+
+def _is_one_an_example(items: Any, size: int, path: str = "") -> bool:
+    """Tell whether a list inside the batch holds one item for each example.
+
+    Raises:
+        DataError: it may, and its tensors may as well hold one row for each.
+    """
+    if len(items) != size:
+        return False
+    lengths = {len(tensor) if tensor.dim() else 1 for _, tensor in _tensors(items)}
+    if size > 1 and size in lengths and lengths <= {1, size}:
+        raise DataError(
+            f"{path or 'a list'} holds {size} items of {size} rows in a batch of {size} examples, which may be one "
+            "item or one row an example. Stack them to one tensor, or pass another batch size."
+        )
+    return bool(lengths - {size}) if lengths else isinstance(items, list)  # a tuple of numbers is a size
+
+
+def examples(batch: Any, size: int, indices: list[int]) -> Any:
+    """Return some examples as a batch, each as it was given."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) != size:
+            return tensor
+        return tensor.narrow(0, indices[0], 1) if len(indices) == 1 else tensor[indices]
+
+    return _mapped(batch, rows, size, lambda items: [items[index] for index in indices])
+
+
+def example(batch: Any, size: int, index: int) -> Any:
+    """Return one example as a batch of one, as it was given."""
+    return examples(batch, size, [index])
+
+
+def example_tensors(batch: Any, size: int) -> list[Tensor]:
+    """Return the tensors that count examples, and those of lists with one item an example."""
+    found: list[Tensor] = []
+
+    def rows(tensor: Tensor) -> Tensor:
+        if tensor.dim() and len(tensor) == size:
+            found.append(tensor)
+        return tensor
+
+    def entries(items: Any) -> Any:
+        found.extend(tensor for _, tensor in _tensors(items))
+        return items
+
+    _mapped(batch, rows, size, entries)
+    return found
+
+
+def is_ragged(batch: Any, size: int) -> bool:
+    """Tell whether a list inside the batch has one item an example."""
+    found: list[Any] = []
+    _mapped(batch, lambda tensor: tensor, size, lambda items: found.append(items) or items)
+    return bool(found)
+
+
+def with_example_tensors(batch: Any, size: int, tensors: Iterable[Tensor]) -> Any:
+    """Return the batch with other tensors in place of those that count examples, in their order."""
+    others = iter(tensors)
+    return _mapped(
+        batch, lambda t: next(others) if t.dim() and len(t) == size else t, size, lambda items: items
     )
-    return next((size for size in map(_first_length, values) if size is not None), None)
-
-
-def example(batch: Any, index: int, size: int) -> Any:
-    """Return one example as a batch of one, without its trailing padding."""
-    return examples(batch, [index], size)
-
-
-def examples(batch: Any, indices: list[int], size: int) -> Any:
-    """Return some examples as a batch, without the padding that trails all of them."""
-    return without_trailing_padding(_rows(batch, indices, size))
-
-
-def _rows(batch: Any, indices: list[int], size: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[indices] if batch.dim() and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: _rows(value, indices, size) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        if len(batch) == size and not any(isinstance(value, Tensor) for value in batch):
-            return _rebuilt(batch, (batch[index] for index in indices))
-        return _rebuilt(batch, (_rows(value, indices, size) for value in batch))
-    return batch
-
-
-def without_trailing_padding(batch: Any) -> Any:
-    """Cut the columns after the last one that any row attends to; leading padding stays, it sets positions."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return batch
-    used = mask.bool().any(0).nonzero()
-    length = int(used[-1]) + 1 if len(used) else mask.shape[1]
-    if length == mask.shape[1]:
-        return batch
-    return {
-        key: value[:, :length].contiguous()  # models view their labels flat
-        if key in _SEQUENCE_KEYS and isinstance(value, Tensor) and value.shape == mask.shape
-        else value
-        for key, value in batch.items()
-    }
-
-
-def own_labels(batch: Any) -> Any:
-    """Set labels after an example's last attended position to −100: alone, it would not have them."""
-    if not isinstance(batch, Mapping):
-        return batch
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if not isinstance(mask, Tensor) or not is_token_level(labels) or mask.shape != labels.shape:
-        return batch
-    attended_later = mask.bool().flip(1).cummax(1).values.flip(1)
-    attended_later |= ~attended_later[:, :1]  # nothing attended: such an example is not cut either
-    return {**batch, "labels": labels.masked_fill(~attended_later, IGNORED_LABEL)}
 
 
 def is_token_level(labels: Any) -> TypeGuard[Tensor]:
@@ -110,41 +129,50 @@ def is_token_level(labels: Any) -> TypeGuard[Tensor]:
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def class_labels(batch: Any, size: int) -> list[tuple[int, ...]]:
-    """Return each example's class: its entry of ``labels``, or of every tensor with one whole number an example."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    tensors = [labels] if isinstance(labels, Tensor) else _tensors(batch)
-    columns = [
-        tensor.tolist()
-        for tensor in tensors
-        if tensor.dim() == 1
-        and len(tensor) == size
-        and not (tensor.is_floating_point() or tensor.is_complex())
-    ]
-    return list(zip(*columns, strict=True)) if columns else [()] * size
-
-
-def contrasting_pair(batch: Any, size: int) -> list[int]:
-    """Return the first example and the one least like it in labels and lengths: where weights of examples show."""
-    looks = [_looks(tensor) for tensor in _tensors(batch) if tensor.dim() and len(tensor) == size]
-    unlike = [sum(look[index] != look[0] for look in looks) for index in range(1, size)]
-    return [0, 1 + max(range(size - 1), key=unlike.__getitem__)]
-
-
-def _looks(tensor: Tensor) -> list[int]:
-    """A class label as it is; of a row of whole numbers, how many are neither padding nor ignored."""
-    if tensor.is_floating_point() or tensor.is_complex():
-        return [0] * len(tensor)
-    if tensor.dim() > 1:
-        tensor = ((tensor != 0) & (tensor != IGNORED_LABEL)).flatten(1).sum(1)
-    return tensor.tolist()
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def _mapped(
+    batch: Any,
+    tensor_fn: Callable[[Tensor], Tensor],
+    size: int | None = None,
+    entries_fn: Callable[[Any], Any] | None = None,
+    *,
+    inside: bool = False,
+) -> Any:
+    """Return the batch with its tensors, and lists with one item an example, replaced by what the functions return."""
     if isinstance(batch, Tensor):
-        yield batch
-    values = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+        return tensor_fn(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(value, tensor_fn, size, entries_fn, inside=True) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        if inside and entries_fn is not None and size is not None and _is_one_an_example(batch, size):
+            return _rebuilt(batch, entries_fn(batch))
+        return _rebuilt(batch, [_mapped(value, tensor_fn, size, entries_fn, inside=True) for value in batch])
+    return batch
+
+
+def _rebuilt(batch: Any, values: Iterable[Any]) -> Any:
+    """A sequence of the batch's own type; a named tuple takes its values one by one."""
+    values = list(values)
+    is_named = hasattr(batch, "_fields") and len(values) == len(batch)
+    return (
+        type(batch)(*values)
+        if is_named
+        else list(values)
+        if hasattr(batch, "_fields")
+        else type(batch)(values)
     )
-    for value in values:
-        yield from _tensors(value)
+
+
+def _tensors(
+    batch: Any, path: str = "", *, lists: bool = True, inside: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a batch with their places; without those in lists inside it where ``lists`` is False."""
+    if isinstance(batch, Tensor):
+        yield path, batch
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(batch, Mapping):
+        items = batch.items()
+    elif isinstance(batch, (list, tuple)) and (lists or not inside):
+        items = enumerate(batch)
+    for key, value in items:
+        yield from _tensors(value, f"{path}[{key!r}]", lists=lists, inside=True)

@@ -5,234 +5,292 @@ Both are called with batches on the model's device, inside ``untouched``, and re
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from childtuning.errors import ParameterError
-from childtuning.fisher.batches import contrasting_pair, example, examples, num_examples
-from childtuning.fisher.engine import Engine
-from childtuning.fisher.loop import add_batch_squares_, add_example_squares_
-from childtuning.fisher.losses import LossFn, model_loss, shifts_labels
+from childtuning import fast
+from childtuning.errors import ChildTuningError, DataError, ParameterError
+from childtuning.fast.arrivals import EmissionError
+from childtuning.fast.per_example import Inputs, PerExampleEngine
+from childtuning.fast.vectorised import vectorised_squares
+from childtuning.fisher.batches import (
+    example,
+    example_tensors,
+    examples,
+    is_ragged,
+    num_examples,
+    with_example_tensors,
+)
+from childtuning.fisher.loop import add_batch_squares_, add_example_squares_, check_finite, differentiable
+from childtuning.fisher.losses import HeadLoss, NotFormedError, UserLoss
 from childtuning.fisher.sums import Sums
-from childtuning.fisher.weights import ExampleWeights
+from childtuning.fisher.untouched import warn
 
-_DISAGREE = "the layer-wise pass does not agree with the batch-of-one loop"
-_NO_WEIGHTS = "the loss of a batch is no weighted mean of its examples' losses"
-_NOT_REACHED = "the loss does not depend on any eligible parameter. Check the eligible patterns."
+Loss = UserLoss | HeadLoss
+
+_MIXES = "examples. Score per batch (estimator='per-batch'), or pass a loss_fn whose examples are apart."
+_MISFITS = 2  # batches that the engine could not take, after which it is not tried
 
 
 class PerBatch:
     """The square of each batch's mean gradient, clipped, as the official code has it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn | None,
-        sums: Sums,
-    ) -> None:
-        self.model, self.loss_fn = model, loss_fn or model_loss
-        self.parameters, self.sums = sums.parameters, sums
+    def __init__(self, model: nn.Module, loss: Loss, sums: Sums, trainable: list[Tensor]) -> None:
+        self.model, self.loss, self.sums, self.trainable = model, loss, sums, trainable
+        self.is_reached, self.paths = True, dict.fromkeys(sums.parameters, "batch")
 
     def __call__(self, batch: Any) -> int:
         """Add one term."""
-        if not add_batch_squares_(self.sums, self.model, batch, self.loss_fn, self.parameters):
-            raise ParameterError(_NOT_REACHED)
+        with differentiable(self.trainable):
+            if not add_batch_squares_(self.sums, self.model, batch, self._mean, self.sums.parameters):
+                raise not_reached()
         return 1
+
+    def _mean(self, model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(self.loss, HeadLoss):
+            return self.loss.alone(model, batch)
+        loss = self.loss.loss_fn(model, batch)
+        if loss.dim() > 1:
+            raise DataError(
+                f"the loss must be a scalar or one number an example, got shape {tuple(loss.shape)}. Return the mean."
+            )
+        return loss.mean()
 
 
 class PerExample:
-    """The square of each example's gradient, by the engine where it is right and by the batch-of-one loop elsewhere.
+    """The square of each example's gradient: by the engine, by a vectorised pass, or by the loop.
 
-    The engine is right where it agrees with the loop on two unlike examples of the first batch; a parameter whose
-    module took no part in those two is compared on the first batch where it does. The rest is announced, once.
+    ``paths`` says by parameter which way it goes: ``engine``, ``vectorised`` or ``loop``. A parameter that one way
+    could not do stays with the next. What goes through the loop is announced, once.
+
+    Args:
+        trainable: the parameters that require a gradient in the loop, scored or not.
+        training: whether dropout and batch statistics are active; examples then run alone.
+    Raises:
+        DataError: a layer mixes the examples of a batch.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn | None,
-        sums: Sums,
-        *,
-        training: bool,
+        self, model: nn.Module, loss: Loss, sums: Sums, trainable: list[Tensor], *, training: bool
     ) -> None:
-        self.model, self.loss_fn = model, loss_fn or model_loss
-        self.parameters, self.sums = sums.parameters, sums
-        self.engine = Engine(model, self.parameters)
-        self.weights = ExampleWeights(own_loss=loss_fn is None, shifted=shifts_labels(model))
-        # In train mode dropout and batch statistics differ in a batch.
-        self.looped = set(self.parameters) if training else set()
-        self.proven: set[str] = set()
-        self.checked = training
+        self.model, self.loss, self.sums, self.trainable = model, loss, sums, trainable
+        self.training = training
+        self.parameters = sums.parameters
+        self.engine = PerExampleEngine(model, self.parameters)
+        self.paths = dict.fromkeys(self.parameters, "engine")
+        self.is_reached = False
+        self._num_misfits = 0
+        self._is_told = training or not fast.enabled()
+        self._is_checked = training
+        _check_layers(model, training)
+
+    def supports(self, size: int) -> bool:
+        """Tell whether a batch may go through the engine; the loss has its say when it is formed."""
+        return fast.enabled() and not self.training and size > 1 and self._num_misfits < _MISFITS
 
     def __call__(self, batch: Any) -> int:
         """Add one term for each example."""
         size = num_examples(batch)
-        if size > 1 and not self.checked:
-            self._check(batch, size)
-        if self.looped == set(self.parameters) or not self.checked:
-            self._loop(batch, size, self.parameters, self.sums, demand=True)
-            return size
-        if not self._settle_weights(batch, size):
-            return self(batch)
-        found = self._run(batch, size)
-        if self.looped:
-            self._loop(batch, size, self.looped, self.sums)
-        if found:
-            self._prove(batch, size, found)
+        if isinstance(self.loss, UserLoss) and self.loss.reduction is not None:
+            self._check_mixing(batch, size)
+        reason = self._fast(batch, size) if self.supports(size) else ""
+        if reason is not None:
+            self._check_mixing(batch, size)
+            self._loop(batch, size, self.parameters)
+            if reason:  # said after the first batch: where the loop raises, nothing is slow
+                self._tell(list(self.parameters), reason)
         return size
 
-    def _run(self, batch: Any, size: int) -> dict[str, Tensor | None]:
-        """Add what the engine finds of proven parameters; return what it finds of others, or None where it failed."""
-        unproven: dict[str, Tensor | None] = {}
+    # The ways, from the fastest
 
-        def sink(name: str, add: Callable[[Tensor], None]) -> None:
-            if name in self.proven:
-                return self.sums.add(name, add)
-            score = self.sums.zero(name)
-            add(score)
-            if bool(score.any()):
-                unproven[name] = score
-            return None
+    def _fast(self, batch: Any, size: int) -> str | None:
+        """Add the batch's terms; or return the reason, with nothing added, why that takes the loop."""
+        failed: dict[str, str] = {}
+        wanted = self._on("engine")
+        if wanted:
+            alone: list[tuple[int, Tensor]] = []
 
-        wanted = set(self.parameters) - self.looped
-        failed = self.engine.run(
-            batch, size, self.loss_fn, wanted, lambda loss: self.weights(batch, size), sink
-        )
-        return unproven | dict.fromkeys(failed)
+            def single(index: int) -> Inputs:
+                one = example(batch, size, index)
+                return self._inputs(one, 1, lambda losses: alone.append((index, losses)))
 
-    def _prove(self, batch: Any, size: int, unproven: Mapping[str, Tensor | None]) -> None:
-        """Do the batch by the loop for these parameters; those that the engine had wrong stay with the loop."""
-        reference = self.sums.exact(unproven)
-        self._loop(batch, size, unproven, reference)
-        scale = self.sums.largest()
-        wrong = set()
-        for name, found in unproven.items():
-            wanted = reference[name].to(self.parameters[name].device)
-            if found is None or not self._agree(name, found, wanted, scale):
-                wrong.add(name)
-            self.sums.add(name, lambda total, wanted=wanted: total.add_(wanted))
-        self.proven |= unproven.keys() - wrong
-        self._hand_over(dict.fromkeys(wrong, _DISAGREE))
+            whole = self._inputs(batch, size, lambda losses: self._compare(losses, alone))
+            try:
+                outcome = self.engine.run(size, whole, single, wanted, self.sums.add)
+            except ChildTuningError:
+                raise
+            except EmissionError as error:
+                raise error.__cause__ or error from None
+            except NotFormedError as error:
+                self._num_misfits += _MISFITS if isinstance(self.loss, UserLoss) else 1
+                return str(error)
+            except Exception as error:  # the loop raises it again if it is the model's own
+                self._num_misfits += 1
+                return f"A batch of {size} raised {type(error).__name__}: {error}."
+            failed = outcome.failed
+            self.is_reached = self.is_reached or outcome.is_reached
+        self.paths |= dict.fromkeys(failed, "vectorised")
+        rest = self._on("vectorised")
+        if rest and (reason := self._vectorised(batch, size, rest)):
+            self.paths |= dict.fromkeys(rest, "loop")
+            failed = {name: failed.get(name, reason) for name in rest}
+        looped = self._on("loop")
+        if looped:
+            self._loop(batch, size, looped)
+            self._tell(looped, self._owners(looped, failed))
+        return None
 
-    def _check(self, batch: Any, size: int) -> None:
-        """Compare the engine with the loop on two examples, and find how the loss weighs examples."""
-        self.checked = True
-        pair = contrasting_pair(batch, size)
-        reference = self.sums.exact(self.parameters)
-        losses = self._loop(batch, size, self.parameters, reference, indices=pair, demand=True)
-        scale = reference.largest()
-        two = examples(batch, pair, size)
-        reasons: dict[str, str] = {}
-        met: set[str] = set()
+    def _inputs(self, batch: Any, size: int, compare_fn: Any) -> Inputs:
+        def total() -> Tensor:
+            found = self.loss.of_batch(self.model, batch, size)
+            with torch._C.DisableTorchFunction():
+                check_finite(found.total.detach() if found.losses is None else found.losses.detach())
+                if found.losses is not None:
+                    compare_fn(found.losses.detach())
+            return found.total
 
-        def weigh(loss: Tensor) -> Tensor:
-            if not self.weights.fit(two, loss, losses):
-                raise _NoWeightsError
-            return self.weights(two, 2)
+        return Inputs(example_tensors(batch, size), total)
 
-        def sink(name: str, add: Callable[[Tensor], None]) -> None:
-            score = self.sums.zero(name)
-            add(score)
-            met.add(name)
-            wanted = reference[name].to(score.device)
-            if not self._agree(name, score, wanted, scale):
-                reasons[name] = _DISAGREE
-            elif bool(wanted.any()):
-                self.proven.add(name)
+    def _compare(self, losses: Tensor, alone: list[tuple[int, Tensor]]) -> None:
+        """Refuse losses of examples that the rest of the batch has changed."""
+        largest = float(losses.abs().max())
+        for index, one in alone:
+            found, wanted = float(losses[index]), float(one[0])
+            if abs(found - wanted) > self._slack(max(abs(wanted), 0.1 * largest)):
+                if isinstance(self.loss, HeadLoss):
+                    raise NotFormedError(
+                        f"The loss of an example is {wanted:.6g} alone and {found:.6g} in its batch. Use float32."
+                    )
+                raise DataError(
+                    f"the loss of an example is {wanted:.6g} alone and {found:.6g} in its batch: the loss mixes "
+                    + _MIXES
+                )
+
+    def _vectorised(self, batch: Any, size: int, names: list[str]) -> str | None:
+        """Add the terms of some parameters by one vectorised pass; return the reason where that cannot be."""
+        if is_ragged(batch, size):
+            return "its examples are not rows of tensors"
+        chosen = {name: self.parameters[name] for name in names}
+        alone = _Alone(self.model, self.loss)
+        paths = {id(parameter): path for path, parameter in alone.named_parameters()}
+
+        def loss_fn(parameters: Mapping[str, Tensor], tensors: list[Tensor]) -> Tensor:
+            replaced = {paths[id(chosen[name])]: parameter for name, parameter in parameters.items()}
+            return functional_call(alone, replaced, (with_example_tensors(batch, size, tensors),))
 
         try:
-            try:
-                reasons |= self.engine.run(two, 2, self.loss_fn, self.parameters, weigh, sink)
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                IndexError,
-            ):  # shapes, where a lent parameter did not fit
-                if not self.engine.lend_nothing():
-                    raise
-                reasons |= self.engine.run(two, 2, self.loss_fn, self.parameters, weigh, sink)
-        except _NoWeightsError:
-            reasons = dict.fromkeys(self.parameters, _NO_WEIGHTS)
-        except Exception as error:  # alone, the examples went well: the loop is right
-            reasons = dict.fromkeys(self.parameters, f"a batch of two raised {type(error).__name__}: {error}")
-        else:
-            for name in self.parameters:
-                if name not in met and bool(reference[name].any()):
-                    why = (
-                        "its module has no rule"
-                        if name in self.engine.without_rule
-                        else "it is used outside its module"
-                    )
-                    reasons.setdefault(name, why)
-        self._hand_over(reasons)
+            squares = vectorised_squares(chosen, loss_fn, example_tensors(batch, size))
+        except ChildTuningError:
+            raise
+        except Exception as error:
+            return f"a vectorised pass raised {type(error).__name__}"
+        self.is_reached = True
+        for name, square in squares.items():
+            self.sums.add(name, lambda total, square=square: total.add_(square))
+        return None
 
-    def _settle_weights(self, batch: Any, size: int) -> bool:
-        """Where weightings that fitted so far differ on this batch, or it has classes that were not weighed together
-        yet, ask some of its examples; tell whether a weighting fits.
-        """
-        if size == 1:
-            return True
-        asked = set(self.weights.strangers(batch, size))
-        if self.weights.differ(batch, size):
-            asked |= set(contrasting_pair(batch, size))
-        if not asked:
-            return True
-        indices = sorted(asked)
-        with torch.no_grad():
-            losses = [float(self.loss_fn(self.model, example(batch, index, size))) for index in indices]
-            few = examples(batch, indices, size)
-            fits = self.weights.fit(few, self.loss_fn(self.model, few), losses)
-        if not fits:
-            self._hand_over(dict.fromkeys(self.parameters, _NO_WEIGHTS))
-        return fits
+    def _loop(self, batch: Any, size: int, names: Iterable[str]) -> None:
+        chosen = {name: self.parameters[name] for name in names}
+        with differentiable(self.trainable):
+            reached = add_example_squares_(self.sums, self.model, batch, size, self.loss.alone, chosen)
+        self.is_reached = self.is_reached or reached
 
-    def _loop(
-        self,
-        batch: Any,
-        size: int,
-        names: Iterable[str],
-        into: Sums,
-        *,
-        indices: list[int] | None = None,
-        demand: bool = False,
-    ) -> list[float]:
-        wanted = {name: self.parameters[name] for name in self.parameters if name in set(names)}
-        indices = list(range(size)) if indices is None else indices
-        losses, reached = add_example_squares_(into, self.model, batch, self.loss_fn, wanted, indices, size)
-        if demand and not reached:
-            raise ParameterError(_NOT_REACHED)
-        return losses
+    def _on(self, path: str) -> list[str]:
+        return [name for name in self.parameters if self.paths[name] == path]
 
-    def _agree(self, name: str, found: Tensor, wanted: Tensor, scale: float) -> bool:
-        """Compare squares to rounding, of the parameter's largest and of what cancels to zero beside ``scale``."""
-        eps = torch.finfo(self.parameters[name].dtype).eps
-        difference = float((found - wanted).abs().max()) if found.numel() else 0.0
-        return difference <= max(1e-3, 30 * eps) * float(wanted.max()) + (2 * eps) ** 2 * scale
+    # What is said and refused
 
-    def _hand_over(self, reasons: Mapping[str, str]) -> None:
-        """Leave these parameters to the loop from now on, and say so."""
-        if not reasons:
+    def _check_mixing(self, batch: Any, size: int) -> None:
+        """Refuse, at the first batch, a loss that a second copy of an example changes by more than its share."""
+        if self._is_checked:
             return
-        self.looped |= reasons.keys()
-        modules: dict[str, str] = {}
-        for name in self.parameters:
-            if name in reasons:
-                path, module = self.engine.owners[name][0]
-                modules.setdefault(f"{path or 'the model'} ({type(module).__name__})", reasons[name])
-        shown = [f"{module}: {why}" for module, why in list(modules.items())[:5]]
-        more = f"; and {len(modules) - 5} more modules" if len(modules) > 5 else ""
-        warnings.warn(
-            f"Fisher information of {len(reasons)} of {len(self.parameters)} parameters is taken one example "
-            f"at a time, which is exact and slow. {'; '.join(shown)}{more}. A rule can be added with register_rule.",
-            UserWarning,
-            stacklevel=5,
+        self._is_checked = True
+        with differentiable(self.trainable):
+            one = self.loss.alone(self.model, example(batch, size, 0)).detach()
+            try:
+                two = self._whole(examples(batch, size, [0, 0])).detach()
+                whole = self._whole(batch).detach() if two.dim() and size > 1 else None
+            except ChildTuningError:
+                raise
+            except Exception:  # a model that takes no batch
+                return
+        if whole is not None:
+            return self._compare(whole, [(0, one.reshape(1))])
+        if two.dim() or not bool(one.isfinite()) or not bool(two.isfinite()):
+            return
+        reduction = self.loss.reduction
+        shares = {"mean": (1, 1), "sum": (2, 2), None: (1, 2)}[reduction]
+        low, high = sorted(share * float(one) for share in shares)
+        slack = self._slack(max(abs(low), abs(high)))
+        if not low - slack <= float(two) <= high + slack:
+            raise DataError(
+                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: "
+                + (
+                    f"the loss mixes {_MIXES}"
+                    if reduction is None
+                    else f"it is not their {reduction}. State the reduction of loss_fn, or return one loss an example."
+                )
+            )
+
+    def _slack(self, loss: float) -> float:
+        """How far a loss of this size may be off by rounding."""
+        eps = max(self.engine.eps, *(torch.finfo(p.dtype).eps for p in self.parameters.values()))
+        return max(1e-3, 32 * eps) * loss + 8 * eps
+
+    def _whole(self, batch: Any) -> Tensor:
+        """The loss of a batch as it comes."""
+        if isinstance(self.loss, HeadLoss):
+            return self.loss.alone(self.model, batch)
+        return self.loss.loss_fn(self.model, batch)
+
+    def _owners(self, names: list[str], reasons: Mapping[str, str]) -> str:
+        """Name up to five modules that hold these parameters, with the reasons."""
+        ids = {id(self.parameters[name]): name for name in names}
+        owners: dict[str, str] = {}
+        for path, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) in ids:
+                    reason = reasons.get(ids[id(parameter)], "it has no rule")
+                    owners.setdefault(f"{path or 'the model'} ({type(module).__name__})", reason)
+        shown = [f"{owner}: {reason}" for owner, reason in list(owners.items())[:5]]
+        more = f"; and {len(owners) - 5} more modules" if len(owners) > 5 else ""
+        return f"{'; '.join(shown)}{more}. Leave them out of eligible=, or wait."
+
+    def _tell(self, names: list[str], reason: str) -> None:
+        if self._is_told:
+            return
+        self._is_told = True
+        warn(
+            f"Fisher information of {len(names)} of {len(self.parameters)} parameters is taken one example at a time, "
+            f"which is exact and slow. {reason}"
         )
 
 
-class _NoWeightsError(Exception):
-    """No weighting explains the loss of the pair."""
+class _Alone(nn.Module):
+    """The loss of an example as a module, so that parameters anywhere in the model can be replaced for a call."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, example: Any) -> Tensor:
+        return self.loss.alone(self.model, example)
+
+
+def not_reached() -> ParameterError:
+    """The error where no loss has a gradient."""
+    return ParameterError("the loss does not depend on any eligible parameter. Check the eligible patterns.")
+
+
+def _check_layers(model: nn.Module, training: bool) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (training or module.running_mean is None):
+            raise DataError(
+                f"{path or 'the model'} ({type(module).__name__}) normalises by the statistics of the batch, which "
+                "mixes examples. Use training=False and running statistics, or estimator='per-batch'."
+            )

@@ -9,23 +9,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from childtuning.child.eligible import bare_model
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.fisher.batches import num_examples, own_labels, to_device, without_trailing_padding
-from childtuning.fisher.estimators import PerBatch, PerExample
-from childtuning.fisher.losses import LossFn, SampledLabels
+from childtuning.fisher.batches import num_examples, to_device
+from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
+from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
 from childtuning.fisher.sums import Sums
 from childtuning.fisher.untouched import untouched
 
 Progress = Callable[[int, int | None], None]
 ESTIMATORS = ("per-example", "per-batch")
 LABELS = ("data", "sampled")
+REDUCTIONS = (None, "mean", "sum")
+
+
+class Scores(dict[str, Tensor]):
+    """Scores by parameter name.
+
+    ``paths`` says, by name too, which way they went: ``engine``, ``vectorised``, ``loop``, or ``batch``.
+    """
+
+    paths: dict[str, str]
 
 
 def fisher_information(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFn | None = None,
+    reduction: Reduction | None = None,
     estimator: Literal["per-example", "per-batch"] = "per-example",
     labels: Literal["data", "sampled"] = "data",
     eligible: Iterable[str] | None = None,
@@ -36,7 +48,7 @@ def fisher_information(
     seed: int = 0,
     scores_device: torch.device | str | None = None,
     scores_dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Estimate the diagonal empirical Fisher information of each parameter entry.
 
     F_i = (1/n) Σ_j (∂ log p(y_j | x_j; θ) / ∂θ_i)², one term an example. [Xu et al. 2021, eq. 7]
@@ -44,26 +56,28 @@ def fisher_information(
     ``per-batch`` is what the official code computes instead: the square of each batch's mean gradient, each
     parameter's gradient first clipped to norm 1 on its own, averaged over batches.
 
-    Per-example gradients come from one backward pass a batch, layer by layer. They are compared with a batch of one
-    on two examples of the first batch; parameters for which they are not right (custom layers, weights used outside
-    their module, losses that mix examples) are differentiated one example at a time, and a UserWarning names their
-    modules. With ``training=True`` all are, since dropout and batch statistics would differ.
+    ℓ_j = −log p(y_j | x_j; θ) is the loss of the batch that holds example j alone, as it was given: with its padding.
+    All examples of a batch are differentiated in one pass where their losses are known: ``loss_fn`` returns one an
+    example, or ``reduction`` says what its scalar is, or a transformers head computes the loss from its logits and the
+    labels by a formula, which is checked on every batch. Elsewhere, and for parameters that no faster way serves,
+    examples are run one at a time, which is exact and slow, and a UserWarning says why.
 
-    The pass leaves no trace: modes, gradients, flags, buffers and random streams are as before. Squares are taken in
-    float32, so that half-precision gradients do not underflow.
+    The pass leaves no trace: modes, gradients, flags, buffers, weights and random streams are as before. Squares are
+    taken in float32, so that half-precision gradients do not underflow.
 
     Scores can be kept on another device than the model's, or in bf16, which halves them. Squares are formed in float32
-    beside the model all the same, and added one parameter at a time. Only the comparison at the first batch needs
-    float32 scores of all, on the CPU and for a moment. Sums in bf16 are rounded at random, by bits that are a function
-    of seed, name and number of the term; to the nearest they would stand still from 256 times a term on. They are
-    unbiased. After n terms (batches; examples where they are taken one at a time) the standard deviation of an entry is
-    at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by at most 2^-9.
+    beside the model all the same, and added one parameter at a time. Sums in bf16 are rounded at random, by bits that
+    are a function of seed, name and number of the term; to the nearest they would stand still from 256 times a term on.
+    They are unbiased. After n terms (batches; examples where they are taken one at a time) the standard deviation of an
+    entry is at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by 2^-9.
 
     Args:
-        model: the pretrained network with its head.
+        model: the pretrained network with its head; of a model that torch.compile or DDP wraps, what is inside.
         batches: dicts for the model's own loss, with ``labels`` (Hugging Face), or whatever ``loss_fn`` takes. The
-            first axis of every tensor counts examples. Moved to the model's device.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, the batch's mean negative log-likelihood.
+            first axis of every tensor counts examples, but for tensors of length 1. Moved to the model's device.
+        loss_fn: ``loss_fn(model, batch)``, the negative log-likelihood: one an example [B], or a scalar.
+        reduction: what a scalar of ``loss_fn`` is over the examples of a batch, ``mean`` or ``sum``; ``None``: unknown,
+            so that examples are run one at a time. A mean over tokens is neither.
         estimator: ``per-example`` or ``per-batch``.
         labels: ``data`` for the data's own, ``sampled`` for labels drawn from the model (the true Fisher).
         eligible: patterns over parameter names to score; ``None``: every floating-point parameter that requires a
@@ -78,9 +92,10 @@ def fisher_information(
         by parameter name, in the model's order, a tensor of its shape, on the device and in the dtype asked for;
         zero where no gradient reaches.
     Raises:
-        ConfigError: an unknown estimator, kind of labels, device or dtype.
-        ParameterError: a pattern fits no parameter, or nothing is eligible.
-        DataError: no batches, or batches without a loss, or a loss that is not finite.
+        ConfigError: an unknown estimator, kind of labels, reduction, device or dtype.
+        ParameterError: a pattern fits no parameter, nothing is eligible, or the forward pass changes a weight.
+        DataError: no batches; batches without a loss, or whose axes disagree; a loss that is not finite, or that mixes
+            examples.
 
     Example:
         >>> import torch
@@ -88,42 +103,63 @@ def fisher_information(
         >>> _ = torch.nn.init.zeros_(line.weight)
         >>> loss = lambda model, batch: 0.5 * (model(batch[0]) - batch[1]).square().mean()
         >>> data = [(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [1.0]]))]
-        >>> fisher_information(line, data, loss)["weight"].item()  # (1·1)² and (2·1)², averaged
+        >>> fisher_information(line, data, loss, "mean")["weight"].item()  # (1·1)² and (2·1)², averaged
         2.5
     """
-    for what, got, known in (("estimator", estimator, ESTIMATORS), ("labels", labels, LABELS)):
+    choices = (
+        ("estimator", estimator, ESTIMATORS),
+        ("labels", labels, LABELS),
+        ("reduction", reduction, REDUCTIONS),
+    )
+    for what, got, known in choices:
         if got not in known:
+            words = list(map(str, known))
             raise ConfigError(
-                f"{what} must be one of {', '.join(known)}, got {got!r}. {did_you_mean(got, known)}"
+                f"{what} must be one of {', '.join(words)}, got {got!r}. {did_you_mean(str(got), words)}"
             )
     if labels == "sampled" and loss_fn is not None:
         raise ConfigError(
             "labels='sampled' draws from the model's own output, got a loss_fn. Leave loss_fn out."
         )
+    if reduction is not None and loss_fn is None:
+        raise ConfigError(f"reduction is for a loss_fn, got {reduction!r} without one. Leave it out.")
+    model = bare_model(model)
     parameters = eligible_parameters(model, eligible, always)
     sums = Sums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
     report = _reporter(progress, batches)
     device = next(iter(parameters.values())).device
     prepare = SampledLabels(model, seed) if labels == "sampled" else lambda batch: batch
+    loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
+    scored = {id(parameter) for parameter in parameters.values()}
+    trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
     done = num_terms = 0
     with untouched(model, training=training):
-        if estimator == "per-example":
-            add_ = PerExample(model, loss_fn, sums, training=training)
-        else:
-            add_ = PerBatch(model, loss_fn, sums)
+        add_: PerExample | PerBatch = (
+            PerExample(model, loss, sums, trainable, training=training)
+            if estimator == "per-example"
+            else PerBatch(model, loss, sums, trainable)
+        )
         torch.manual_seed(seed)
         for batch in batches:
             batch = to_device(batch, device)
-            if estimator == "per-example":
-                batch = own_labels(without_trailing_padding(batch))
+            size = num_examples(batch)
             num_terms += add_(prepare(batch))
-            done += num_examples(batch)
+            done += size
             report(done)
     if progress is True:
         print(file=sys.stderr)
     if num_terms == 0:
         raise DataError("there are no batches to estimate Fisher information from. Pass training examples.")
-    return sums.means_(num_terms)
+    if not add_.is_reached:
+        raise not_reached()
+    scores = Scores(sums.means_(num_terms))
+    scores.paths = add_.paths
+    if not any(bool(score.any()) for score in scores.values()):
+        raise DataError(
+            "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "
+            "eligible parameters. Pass a loss_fn that has a gradient for each example."
+        )
+    return scores
 
 
 def _reporter(progress: bool | Progress, batches: Iterable[Any]) -> Callable[[int], None]:

@@ -1,100 +1,60 @@
-"""One backward pass an example: slow, and right for every differentiable model."""
+"""The definition: one example, one backward pass, one square.
+
+    F = (1/n) Σ_j g_j²,   g_j = ∂ℓ_j/∂θ,   ℓ_j the loss of the batch that holds example j alone, as it was given
+
+Slow, and right for every differentiable model. It is what faster ways are compared with, and what runs where none of
+them applies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from childtuning.errors import DataError
 from childtuning.fisher.batches import example
-from childtuning.fisher.losses import LossFn
 from childtuning.fisher.sums import Sums
 
-
-@contextmanager
-def differentiable(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let these parameters require a gradient inside, and no longer after."""
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-
-
-def check_finite(loss: Tensor) -> None:
-    """Refuse a loss that is not a finite number.
-
-    Raises:
-        DataError: it is not.
-    """
-    if loss.dim() != 0:
-        raise DataError(
-            f"the loss must be a scalar, got shape {tuple(loss.shape)}. Return the mean over the batch."
-        )
-    if not bool(loss.isfinite()):
-        raise DataError(f"the loss is {loss.item()}. Check the labels, or use float32.")
-
-
-def take_gradients(
-    loss: Tensor, parameters: Mapping[str, Tensor], take_fn: Callable[[str, Tensor], None]
-) -> None:
-    """Differentiate; each gradient is handed over as it is formed and let go of before the next one is.
-
-    Parameters that the loss does not reach are passed over.
-    """
-
-    def taken(gradient: Tensor, name: str) -> Tensor | None:
-        if gradient.is_sparse:
-            return take_fn(name, gradient.to_dense())
-        take_fn(name, gradient)
-        return gradient.new_zeros(()).expand(gradient.shape)  # autograd keeps this to the end: one number
-
-    with ExitStack() as hooks:
-        for name, parameter in parameters.items():
-            hooks.callback(parameter.register_hook(partial(taken, name=name)).remove)
-        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+ScalarLoss = Callable[[nn.Module, Any], Tensor]
 
 
 def add_example_squares_(
     sums: Sums,
     model: nn.Module,
     batch: Any,
-    loss_fn: LossFn,
-    parameters: Mapping[str, Tensor],
-    indices: list[int],
     size: int,
-) -> tuple[list[float], bool]:
-    """Add the squared gradient of each chosen example, a batch of one at a time.
+    loss_fn: ScalarLoss,
+    parameters: Mapping[str, Tensor],
+) -> bool:
+    """Add the squared gradient of each example.
 
+    Args:
+        sums: what is added to.
+        batch: of ``size`` examples.
+        loss_fn: the loss of a batch of one, a scalar.
+        parameters: those to differentiate, by name.
     Returns:
-        the examples' losses, and whether any of them depends on the parameters.
+        whether the loss of any example depends on the parameters.
+    Raises:
+        DataError: a loss is no finite number.
     """
-    losses, reached = [], False
-    with differentiable(parameters):
-        for index in indices:
-            loss = loss_fn(model, example(batch, index, size))
-            check_finite(loss)
-            losses.append(loss.item())
-            if not loss.requires_grad:
-                continue
-            reached = True
-            take_gradients(loss, parameters, sums.add_square)
-    return losses, reached
+    is_reached = False
+    for index in range(size):
+        loss = loss_fn(model, example(batch, size, index))
+        check_finite(loss)
+        if loss.requires_grad:
+            is_reached = take_gradients(loss, parameters, sums.add_square) or is_reached
+    return is_reached
 
 
 def add_batch_squares_(
-    sums: Sums,
-    model: nn.Module,
-    batch: Any,
-    loss_fn: LossFn,
-    parameters: Mapping[str, Tensor],
+    sums: Sums, model: nn.Module, batch: Any, loss_fn: ScalarLoss, parameters: Mapping[str, Tensor]
 ) -> bool:
     """Add the square of the batch's mean gradient, each parameter's clipped to norm 1 on its own. [official code]
 
@@ -106,10 +66,91 @@ def add_batch_squares_(
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         sums.add_square(name, gradient * (1.0 / (gradient.norm() + 1e-6)).clamp(max=1.0))
 
-    with differentiable(parameters):
-        loss = loss_fn(model, batch)
-        check_finite(loss)
-        if not loss.requires_grad:
-            return False
-        take_gradients(loss, parameters, add_clipped)
-    return True
+    loss = loss_fn(model, batch)
+    check_finite(loss)
+    return loss.requires_grad and take_gradients(loss, parameters, add_clipped)
+
+
+@contextmanager
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let parameters require a gradient inside, and no longer after.
+
+    Those that training would change, not only those that are scored: a reentrant checkpoint has no gradient where
+    nothing before it requires one.
+    """
+    parameters = list(parameters)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+
+def check_finite(losses: Tensor) -> None:
+    """Refuse losses that are not finite numbers.
+
+    Raises:
+        DataError: one of them is not.
+    """
+    if not bool(losses.isfinite().all()):
+        worst = losses[~losses.isfinite()][0] if losses.dim() else losses
+        raise DataError(f"the loss is {worst.item()}. Check the labels, or use float32.")
+
+
+def take_gradients(
+    loss: Tensor, parameters: Mapping[str, Tensor], take_fn: Callable[[str, Tensor], None]
+) -> bool:
+    """Differentiate; each gradient is handed over as soon as it is complete and let go of before the next one is.
+
+    Parameters that the loss does not reach are passed over. A function written in Python, such as a reentrant
+    checkpoint, may run a backward pass of its own; gradients of all leaves then add up to the end. Leaves that are not
+    among the parameters keep the ``.grad`` they had.
+
+    Returns:
+        whether there was any gradient.
+    """
+    leaves, has_own_passes = _leaves(loss)
+    own = {id(parameter) for parameter in parameters.values()}
+    taken: set[str] = set()
+
+    def take(parameter: Tensor, name: str) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            taken.add(name)
+            take_fn(name, gradient.to_dense() if gradient.is_sparse else gradient)
+
+    with ExitStack() as after:
+        if has_own_passes:
+            for leaf in leaves:
+                after.callback(setattr, leaf, "grad", leaf.grad)
+                leaf.grad = None
+            loss.backward()
+            for name, parameter in parameters.items():
+                take(parameter, name)
+            return bool(taken)
+        for name, parameter in parameters.items():
+            hook = partial(take, name=name)
+            after.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        reached = [leaf for leaf in leaves if id(leaf) in own]
+        if reached:
+            loss.backward(inputs=reached)
+    return bool(taken)
+
+
+def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
+    """Return what the loss was computed from, and whether a function written in Python lies between."""
+    leaves, has_own_passes = [], False
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        has_own_passes = has_own_passes or isinstance(node, BackwardCFunction)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        stack.extend(after for after, _ in node.next_functions)
+    return leaves, has_own_passes

@@ -1,42 +1,270 @@
-"""The loss whose gradient is squared: the model's own, on the data's labels or on labels drawn from the model."""
+"""The loss of each example: the user's, or that of a Hugging Face head, formed from its logits and labels.
+
+The loss of an example is that of the batch which holds it alone. From one pass over a batch it is known in three cases:
+the user's function returns one loss an example; it returns a scalar and the user states whether that is their mean or
+their sum; or the model has a head whose loss is a known formula, which is compared with the model's own loss on every
+batch. Anything else is ``NotFormedError``, and examples are run alone.
+
+Shapes: B examples, P terms of an example's loss (positions, pixels, outputs), K classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, DataError
-from childtuning.fisher.batches import IGNORED_LABEL, is_token_level
+from childtuning.fisher.batches import IGNORED_LABEL, examples, is_token_level, num_examples
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Reduction = Literal["mean", "sum"]
+
+_LOSS_TYPES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that a Hugging Face model computes itself when labels are in the batch."""
+class NotFormedError(Exception):
+    """The examples' losses do not follow from the batch's pass; the message is the reason and the remedy."""
+
+
+class BatchLoss(NamedTuple):
+    """The sum of the examples' own losses, and each of them where they are known."""
+
+    total: Tensor
+    losses: Tensor | None
+
+
+class UserLoss:
+    """What the user's function returns: one loss an example, or a scalar.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch)``.
+        reduction: what a scalar is over examples; ``None``: unknown.
+    """
+
+    def __init__(self, loss_fn: LossFn, reduction: Reduction | None) -> None:
+        self.loss_fn, self.reduction = loss_fn, reduction
+
+    def alone(self, model: nn.Module, example: Any) -> Tensor:
+        """Return the loss of a batch of one, a scalar."""
+        return self.of_batch(model, example, 1, may_be_scalar=True).total
+
+    def of_batch(self, model: nn.Module, batch: Any, size: int, *, may_be_scalar: bool = False) -> BatchLoss:
+        """Return the examples' losses.
+
+        Raises:
+            NotFormedError: a scalar, and no stated reduction.
+            ConfigError: one loss an example, and a stated reduction.
+            DataError: another shape.
+        """
+        loss = self.loss_fn(model, batch)
+        if not isinstance(loss, Tensor) or (loss.dim() and loss.shape != (size,)):
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise DataError(
+                f"the loss must be a scalar or one number an example, got {got} for {size} examples. "
+                "Return losses of shape [B]."
+            )
+        if loss.dim():
+            if self.reduction is not None:
+                raise ConfigError(
+                    f"reduction={self.reduction!r} is for a loss_fn that returns a scalar, got one loss an example. "
+                    "Leave it out."
+                )
+            return BatchLoss(loss.sum(), loss)
+        if self.reduction is None and not may_be_scalar:
+            raise NotFormedError(
+                "How loss_fn weighs the examples of a batch is not known. Return one loss an example, or state "
+                "reduction='mean' or 'sum'."
+            )
+        return BatchLoss(loss * size if self.reduction == "mean" else loss, None)
+
+
+class HeadLoss:
+    """The loss that a Hugging Face model computes itself, formed an example at a time from its outputs."""
+
+    reduction = None
+
+    def alone(self, model: nn.Module, example: Any) -> Tensor:
+        """Return the loss of a batch of one, a scalar."""
+        return model_loss(model, example)
+
+    def of_batch(self, model: nn.Module, batch: Any, size: int) -> BatchLoss:
+        """Return the examples' losses, after the formula has been found to give the model's own loss.
+
+        Raises:
+            NotFormedError: there is no formula for this head, or it does not give the model's own loss.
+        """
+        outputs = run_model(model, batch)
+        own = loss_of(outputs)
+        terms = head_terms(model, outputs, batch)
+        if terms is None or any(len(part.terms) != size for part in terms):
+            raise NotFormedError(
+                f"The loss of {type(model).__name__} has no known formula. Pass loss_fn=f(model, batch) that returns "
+                "one loss an example."
+            )
+        losses = sum(part.weight * part.terms.sum(1) / part.counts for part in terms)
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # the engine follows what values decide
+            whole = sum(part.weight * part.terms.sum() / part.counts.sum() for part in terms)
+            assert isinstance(losses, Tensor) and isinstance(whole, Tensor)
+            is_half = min(torch.finfo(d).bits for d in (own.dtype, model_dtype(outputs, own))) < 32
+            rtol = 0.03 if is_half else 1e-4
+            if not torch.allclose(whole.double(), own.double(), rtol=rtol, atol=0.01 * rtol, equal_nan=True):
+                raise NotFormedError(
+                    f"The loss of {type(model).__name__} is {float(own):.6g}, and {float(whole):.6g} by the formula of "
+                    "its head. Pass loss_fn=f(model, batch) that returns one loss an example."
+                )
+        return BatchLoss(losses.sum(), losses)
+
+
+class Terms(NamedTuple):
+    """A mean of terms, Σ terms / Σ counts over a batch: terms [B, P], 0 where ignored; counts [B]."""
+
+    terms: Tensor
+    counts: Tensor
+    weight: float = 1.0
+
+
+def head_terms(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> list[Terms] | None:
+    """Return the means that a head's loss is the sum of, as transformers has them; ``None`` for an unknown head."""
+    bare = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(bare, "config", None)
+    if {"start_positions", "end_positions"} <= batch.keys() and _get(outputs, "start_logits") is not None:
+        ends = [(_get(outputs, f"{end}_logits"), batch[f"{end}_positions"]) for end in ("start", "end")]
+        return [_span_terms(logits, positions) for logits, positions in ends]
+    logits, labels = _get(outputs, "logits"), batch.get("labels")
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        return None
+    logits = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
+    labels = labels.to(logits.device)
+    if type(bare).__name__.endswith("ForSemanticSegmentation"):
+        if labels.dim() != 3 or logits.dim() != 4 or logits.shape[1] == 1:
+            return None
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        ignored = getattr(config, "semantic_loss_ignore_index", 255)
+        return [_class_terms(logits.flatten(2).transpose(1, 2), labels.flatten(1), ignored)]
+    if is_token_level(labels) and logits.dim() == 3 and logits.shape[:2] == labels.shape:
+        if shifts_labels(model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return [_class_terms(logits, labels, IGNORED_LABEL)]
+    if logits.dim() != 2 or len(labels) != len(logits):
+        return None
+    problem = getattr(config, "problem_type", None)
+    if problem == "regression" or (problem is None and logits.shape[1] == 1):
+        if labels.numel() != logits.numel():
+            return None
+        terms = (logits - labels.to(logits.dtype).reshape(logits.shape)).square()
+    elif not labels.is_floating_point() and labels.numel() == len(logits):
+        return [_class_terms(logits.unsqueeze(1), labels.reshape(-1, 1), IGNORED_LABEL)]
+    elif labels.shape == logits.shape and labels.is_floating_point():
+        terms = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    else:
+        return None
+    return [Terms(terms, terms.new_full((len(terms),), terms.shape[1]))]
+
+
+def _class_terms(logits: Tensor, labels: Tensor, ignored: int) -> Terms:
+    """Cross entropy of [B, P, K] at [B, P], without the ignored ones."""
+    terms = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none")
+    return Terms(terms.view(labels.shape), (labels != ignored).sum(1))
+
+
+def _span_terms(logits: Tensor, positions: Tensor) -> Terms:
+    """Half of the cross entropy of where an answer starts or ends; positions outside the text are ignored."""
+    logits = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
+    length = logits.shape[1]
+    positions = positions.reshape(-1, 1).to(logits.device).clamp(0, length)
+    return _class_terms(logits.unsqueeze(1), positions, length)._replace(weight=0.5)
+
+
+def _get(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def model_dtype(outputs: Any, own: Tensor) -> torch.dtype:
+    """Return the dtype that a model's outputs were computed in."""
+    found = [_get(outputs, name) for name in ("logits", "start_logits")]
+    return next((t.dtype for t in found if isinstance(t, Tensor) and t.is_floating_point()), own.dtype)
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Call a Hugging Face model on a dict."""
     if not isinstance(batch, Mapping):
         raise DataError(
             f"without loss_fn a batch must be a dict, got {type(batch).__name__}. Pass loss_fn=f(model, batch)."
         )
-    output = model(**batch)
-    loss = getattr(output, "loss", None)
-    if loss is None and isinstance(output, Mapping):
-        loss = output.get("loss")
-    if loss is None and isinstance(output, tuple) and output:
-        loss = output[0]
+    return model(**batch)
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """Return the loss that a Hugging Face model computed itself when labels are in the batch."""
+    loss = _get(outputs, "loss")
+    if loss is None and isinstance(outputs, tuple) and outputs:
+        loss = outputs[0]
     if not isinstance(loss, Tensor):
         raise DataError(
             "the model returned no loss. Put 'labels' into the batches, or pass loss_fn=f(model, batch)."
         )
-    return loss
+    if loss.numel() != 1:
+        raise DataError(f"the model's loss must be a scalar, got shape {tuple(loss.shape)}. Pass loss_fn.")
+    return loss.reshape(())
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss that a Hugging Face model computes itself."""
+    return loss_of(run_model(model, batch))
 
 
 def shifts_labels(model: nn.Module) -> bool:
     """Tell whether the model's loss compares each position's output with the next position's label."""
-    loss_type = getattr(model, "loss_type", None)
-    return loss_type == "ForCausalLM" or (loss_type is None and "LMHead" in type(model).__name__)
+    bare = getattr(model, "get_base_model", lambda: model)()
+    name = type(bare).__name__
+    if name.endswith("ForConditionalGeneration"):
+        return not getattr(getattr(bare, "config", None), "is_encoder_decoder", False)
+    loss_type = getattr(bare, "loss_type", None)
+    return loss_type == "ForCausalLM" or (loss_type not in _LOSS_TYPES and "LMHead" in name)
+
+
+def losses_by_slices(outputs_loss_fn: Callable[[Any, Any], Tensor], label_key: str = "labels") -> LossFn:
+    """Make a ``loss_fn`` that returns one loss an example of a function of (outputs, labels).
+
+    ℓ_b = fn(outputs of b, labels of b): the model runs once on the batch, and its outputs are taken apart. The
+    Trainer's ``compute_loss_func`` and label smoother are such functions.
+
+    Args:
+        outputs_loss_fn: ``fn(outputs, labels) -> scalar``.
+        label_key: what the batch calls the labels.
+    """
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        size = num_examples(batch)
+        if label_key not in batch:
+            raise DataError(f"the batch has no {label_key!r}. Put them into the batches.")
+        outputs = model(**{key: value for key, value in batch.items() if key != label_key})
+        labels = batch[label_key]
+        return torch.stack(
+            [
+                outputs_loss_fn(_outputs_of(outputs, size, index), examples(labels, size, [index])).reshape(
+                    ()
+                )
+                for index in range(size)
+            ]
+        )
+
+    return loss_fn
+
+
+def _outputs_of(outputs: Any, size: int, index: int) -> Any:
+    """Return what a model returned of one example, in a container of the same kind."""
+    if isinstance(outputs, Tensor):
+        return outputs.narrow(0, index, 1) if outputs.dim() and len(outputs) == size else outputs
+    if isinstance(outputs, Mapping):
+        return type(outputs)(**{key: _outputs_of(value, size, index) for key, value in outputs.items()})
+    if type(outputs) in (tuple, list):
+        return type(outputs)(_outputs_of(value, size, index) for value in outputs)
+    return outputs
 
 
 class SampledLabels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ class Sums:
             for name, parameter in parameters.items()
         }
         self._num_terms = dict.fromkeys(parameters, 0)
-        self._is_as_formed = device is None and dtype is None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -78,18 +77,6 @@ class Sums:
         """Return zeros in which squares of one parameter can be formed."""
         parameter = self.parameters[name]
         return torch.zeros(parameter.shape, dtype=_formed_dtype(parameter), device=parameter.device)
-
-    def exact(self, names: Iterable[str]) -> Sums:
-        """Return new sums of some parameters, in the dtype they are formed in, to compare with.
-
-        They are on the CPU unless these sums are kept as they are formed: there is no room for them elsewhere.
-        """
-        chosen = {name: self.parameters[name] for name in names}
-        return Sums(chosen, device=None if self._is_as_formed else "cpu")
-
-    def largest(self) -> float:
-        """Return the largest entry of all."""
-        return max(float(total.max()) if total.numel() else 0.0 for total in self.tensors.values())
 
     def means_(self, num_terms: int) -> dict[str, Tensor]:
         """Divide by the number of terms, in place, and return the tensors by name."""

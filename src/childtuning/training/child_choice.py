@@ -22,6 +22,7 @@ from childtuning.child.eligible import as_patterns, match_names, named, output_a
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ParameterError
 from childtuning.fisher import fisher_information
+from childtuning.fisher.losses import LossFn
 
 Progress = Callable[[int, int | None], None]
 Scores = dict[str, Tensor]
@@ -77,6 +78,7 @@ def choose_child(
     always: Sequence[str],
     scores: Scores | ScoreFn | None = None,
     progress: bool | Progress = False,
+    loss_fn: LossFn | None = None,
 ) -> Child | TaskFree:
     """Choose the child that a configuration describes.
 
@@ -88,6 +90,7 @@ def choose_child(
         scores: ready scores, used in place of new ones; or a function that is given the Fisher pass and returns its
             scores, or those of an equal one.
         progress: as for ``fisher_information``.
+        loss_fn: the loss that is scored, as for ``fisher_information``; ``None``: the model's own.
     Raises:
         ParameterError: a pattern matches no parameter.
     """
@@ -125,7 +128,9 @@ def choose_child(
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
     if scores is None:
-        scores = score_fn(lambda: fisher_scores(config, model, batches(), always=always, progress=progress))
+        scores = score_fn(
+            lambda: fisher_scores(config, model, batches(), always=always, progress=progress, loss_fn=loss_fn)
+        )
     return select_child(
         scores,
         config.density,
@@ -154,11 +159,13 @@ def fisher_scores(
     *,
     always: Sequence[str],
     progress: bool | Progress = False,
+    loss_fn: LossFn | None = None,
 ) -> dict[str, Tensor]:
     """Estimate the Fisher information that a configuration asks for."""
     return fisher_information(
         model,
         batches,
+        loss_fn,
         estimator=config.estimator,
         labels=config.labels,
         eligible=config.eligible,

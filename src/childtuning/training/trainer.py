@@ -17,6 +17,8 @@ from transformers.trainer_utils import TrainOutput
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.eligible import canonical_name, matches, named
 from childtuning.errors import ConfigError
+from childtuning.fisher import losses_by_slices
+from childtuning.fisher.losses import shifts_labels
 from childtuning.fisher.untouched import untouched
 from childtuning.optim import ChildOptimizer
 from childtuning.optim.processes import of_main_process
@@ -179,10 +181,25 @@ class ChildTrainer(CheckpointFiles, Trainer):
                     else bar
                     if progress is True
                     else progress,
+                    loss_fn=self._fisher_loss(),
                 )
             # Scores may differ by a bit between ranks, and then so do the children.
             self.child = of_main_process(self.child)
         return self.child
+
+    def _fisher_loss(self) -> Any:
+        """The loss that is trained where that is not the model's own: one an example if it follows from the outputs."""
+        assert self.child_config is not None
+        if self.child_config.labels == "sampled":
+            return None
+        if type(self).compute_loss is not ChildTrainer.compute_loss:
+            return lambda model, batch: self.compute_loss(model, dict(batch))
+        if self.compute_loss_func is not None:
+            return losses_by_slices(partial(self.compute_loss_func, num_items_in_batch=None))
+        if self.label_smoother is not None:
+            shift = shifts_labels(self.bare_model)
+            return losses_by_slices(partial(self.label_smoother, shift_labels=shift))
+        return None
 
     def _fisher_batches(self) -> Iterable[Any]:
         """The training set once, batches of similar length, in an order that draws nothing at random."""

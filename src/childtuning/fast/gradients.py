@@ -1,4 +1,4 @@
-"""The gradient of one parameter for each example of a batch, in the forms layers produce it, and its squares.
+"""The gradient of one parameter for each example of a batch, in the forms that layers produce, and its squares.
 
 Shapes: B examples, T terms of an example (tokens, positions), O out, I in, V rows of a table, D width.
 """

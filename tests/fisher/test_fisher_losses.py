@@ -1,0 +1,177 @@
+"""The loss of each example: heads by their formulas, losses by slices, and losses that mix examples are refused."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.fisher.conftest import COUNTS, SMALL, VOCAB, classes, text, token_labels
+from tests.reference.fisher_loop import per_example
+from torch import nn
+from torch.nn import functional as F
+
+from childtuning.errors import ConfigError, DataError
+from childtuning.fisher import fisher_information, losses_by_slices
+
+pytestmark = pytest.mark.usefixtures("fast")
+B = 5
+
+
+def bert(head: str, **options) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL, **COUNTS, **options)
+    return getattr(transformers, f"BertFor{head}")(config).double().eval()
+
+
+def several(k: int) -> torch.Tensor:
+    return torch.rand(B, k, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+HEADS = {
+    "classes": ("SequenceClassification", {"num_labels": 3}, lambda batch: {"labels": classes(B)}),
+    "classes in a column": (
+        "SequenceClassification",
+        {"num_labels": 3, "problem_type": "single_label_classification"},
+        lambda batch: {"labels": classes(B)[:, None]},
+    ),
+    "regression": ("SequenceClassification", {"num_labels": 1}, lambda batch: {"labels": several(1)[:, 0]}),
+    "several outputs": (
+        "SequenceClassification",
+        {"num_labels": 3, "problem_type": "regression"},
+        lambda batch: {"labels": several(3)},
+    ),
+    "several labels": (
+        "SequenceClassification",
+        {"num_labels": 3},
+        lambda batch: {"labels": several(3).round()},
+    ),
+    "next sentence": ("NextSentencePrediction", {}, lambda batch: {"labels": classes(B, k=2)}),
+    "tokens": ("TokenClassification", {"num_labels": 4}, lambda batch: {"labels": token_labels(batch, 4)}),
+    "masked": ("MaskedLM", {}, lambda batch: {"labels": token_labels(batch, VOCAB)}),
+    "spans": (
+        "QuestionAnswering",
+        {},
+        lambda batch: {"start_positions": classes(B), "end_positions": torch.tensor([2, 3, 1, 4, 6])},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_by_their_formulas(name, agree, fast):
+    head, options, labels_of = HEADS[name]
+    model, batch = bert(head, **options), text(B)
+    batch |= labels_of(batch)
+    wanted = per_example(copy.deepcopy(model), [batch])
+    found = fisher_information(model, [batch])
+    agree(found, wanted, 1e-6)
+    assert not fast or set(found.paths.values()) == {"engine"}
+
+
+def test_an_ignored_answer_has_no_loss():
+    model, batch = bert("QuestionAnswering"), text(B)
+    batch |= {"start_positions": classes(B), "end_positions": classes(B)}
+    batch["start_positions"][3] = batch["end_positions"][3] = 99
+    with pytest.raises(DataError, match="the loss is nan"):
+        fisher_information(model, [batch])
+
+
+class Extra(nn.Module):
+    """A head whose loss is not quite the formula's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, labels, **inputs):
+        outputs = self.model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+        return SimpleNamespace(loss=loss, logits=outputs.logits)
+
+
+def test_a_formula_is_compared_with_the_models_own_loss(agree, monkeypatch):
+    monkeypatch.setenv("CHILDTUNING_FAST", "1")
+    model = Extra(bert("SequenceClassification", num_labels=3))
+    batch = {**text(B), "labels": classes(B)}
+    with pytest.warns(UserWarning, match="by the formula of its head. Pass loss_fn"):
+        found = fisher_information(model, [batch])
+    agree(found, per_example(model, [batch]))
+
+
+def smoothed(outputs, labels):
+    return F.cross_entropy(outputs["logits"], labels, label_smoothing=0.1)
+
+
+def test_losses_by_slices_are_those_of_examples_alone(agree, fast):
+    model = bert("SequenceClassification", num_labels=3)
+    batch = {**text(B), "labels": classes(B)}
+    found = fisher_information(model, [batch], losses_by_slices(smoothed))
+
+    def alone(model, batch):
+        return smoothed(model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+
+    agree(found, per_example(model, [batch], alone))
+    assert not fast or set(found.paths.values()) == {"engine"}
+    with pytest.raises(DataError, match="no 'labels'"):
+        fisher_information(model, [text(B)], losses_by_slices(smoothed))
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def pairs(n=4):
+    return torch.randn(n, 4, dtype=torch.float64), torch.arange(n) % 3
+
+
+def contrast(model, batch):
+    z = F.normalize(model(batch[0]), dim=1)
+    return F.cross_entropy(5 * z @ z.T, torch.arange(len(z)), reduction="none")
+
+
+def centred(model, batch):
+    z = model(batch[0])
+    return (z - z.mean(0)).square().sum(1)
+
+
+MIXING = {
+    "one loss an example, which depends on the others": (contrast, None),
+    "a scalar of the same": (lambda m, b: contrast(m, b).mean(), None),
+    "a stated mean of the same": (lambda m, b: contrast(m, b).mean(), "mean"),
+    "a mean that is stated to be a sum": (lambda m, b: F.cross_entropy(m(b[0]), b[1]), "sum"),
+    "all scores are zero": (lambda m, b: centred(m, b).mean(), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Fisher information of:UserWarning")
+@pytest.mark.parametrize("name", MIXING)
+def test_losses_that_mix_examples_are_refused(name):
+    loss_fn, reduction = MIXING[name]
+    with pytest.raises(DataError, match="mixes examples|it is not their|every score is exactly 0"):
+        fisher_information(net(), [pairs()], loss_fn, reduction)
+
+
+def test_batch_statistics_are_refused():
+    for norm, training in ((nn.BatchNorm1d(4), True), (nn.BatchNorm1d(4, track_running_stats=False), False)):
+        model = nn.Sequential(norm, nn.Linear(4, 3)).double()
+        with pytest.raises(DataError, match="statistics of the batch"):
+            fisher_information(
+                model, [pairs()], lambda m, b: F.cross_entropy(m(b[0]), b[1]), training=training
+            )
+
+
+def test_reductions_are_checked():
+    rows = lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")  # noqa: E731
+    with pytest.raises(ConfigError, match="reduction must be one of"):
+        fisher_information(net(), [pairs()], rows, "average")
+    with pytest.raises(ConfigError, match="is for a loss_fn that returns a scalar"):
+        fisher_information(net(), [pairs()], rows, "mean")
+    with pytest.raises(ConfigError, match="without one"):
+        fisher_information(net(), [pairs()], reduction="mean")
+    with pytest.raises(DataError, match="one number an example, got shape"):
+        fisher_information(net(), [pairs()], lambda m, b: m(b[0]))
+    assert fisher_information(net(), [pairs()], rows, estimator="per-batch")["0.weight"].any()
