@@ -358,11 +358,7 @@ def test_fisher_information_is_exact(tiny_bert: Path, method: Any) -> None:
     model: Any = stirred(prepared.model)
     batches = [a_batch(model), {key: value[:2] for key, value in a_batch(model, 4).items()}]
     options = {"eligible": prepared.eligible, "always": prepared.always}
-    if method.name == "prompt":  # one embedding, repeated by PEFT for every example
-        with pytest.warns(UserWarning, match="Fisher information of 1 of 1 parameters is taken one example"):
-            scores = fisher_information(model, batches, **options)  # type: ignore[arg-type]
-    else:
-        scores = fisher_information(model, batches, **options)  # type: ignore[arg-type]
+    scores = fisher_information(model, batches, **options)  # type: ignore[arg-type]
     wanted = per_example(model, batches)
     assert set(scores) == set(prepared.eligible)
     for name, score in scores.items():
