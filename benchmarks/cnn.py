@@ -105,7 +105,7 @@ class Data:
     @cached_property
     def fisher(self) -> dict[str, Tensor]:
         """The scores of all parameters but the head's."""
-        return ct.fisher_information(self.model(), self.train.batches(64), cnn.loss_fn, always=HEAD)
+        return ct.fisher_information(self.model(), self.train.batches(64), cnn.loss_fn, "mean", always=HEAD)
 
     @torch.inference_mode()
     def before_block(self, which: str, start: int) -> Any:

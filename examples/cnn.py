@@ -179,7 +179,7 @@ def choose(options: argparse.Namespace, model: ResNet20, train: Images) -> ct.Ch
     if options.method == "child-f":
         return ct.TaskFree(options.density, options.seed, options.granularity, always=HEAD)
     if options.method == "child-d":
-        scores = ct.fisher_information(model, train.batches(64), loss_fn, always=HEAD)
+        scores = ct.fisher_information(model, train.batches(64), loss_fn, "mean", always=HEAD)
         return ct.select_child(scores, options.density, granularity=options.granularity, always=HEAD)
     blocks = {"head": [], "last-k": model.blocks[-options.blocks :], "full": [model]}[options.method]
     trained = {id(parameter) for block in blocks for parameter in block.parameters()}

@@ -115,8 +115,8 @@ def test_fisher_information_of_a_model_with_structured_layers_is_whole() -> None
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).square().sum(1).mean()
 
-    wanted = fisher_information(layer, [x], loss_fn)
+    wanted = fisher_information(layer, [x], loss_fn, "mean")
     install(layer, {"weight": one_row(layer.weight)})
-    found = fisher_information(layer, [x], loss_fn)
+    found = fisher_information(layer, [x], loss_fn, "mean")
     torch.testing.assert_close(found, wanted)
     assert bool((wanted["weight"] > 0).all())
