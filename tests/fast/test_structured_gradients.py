@@ -133,6 +133,7 @@ def test_nothing_trained(name: str) -> None:
     layer, _, x = _case(name, "rows")
     layer.requires_grad_(False)
     by_torch = torch.autograd.grad(layer(x).sin().sum(), x)[0] if x.requires_grad else None
+    layer.weight.requires_grad_(True)
     leaf = leaf_of(nothing_of(tuple(layer.weight.shape)), layer.weight)
     assert install(layer, {"weight": leaf}).names == ("weight",)
     layer(x)
@@ -143,6 +144,9 @@ def test_nothing_trained(name: str) -> None:
     if by_torch is not None:
         got = torch.autograd.grad(layer(x).sin().sum(), x)[0]
         torch.testing.assert_close(got, by_torch, rtol=1e-11, atol=1e-11)
+    layer.weight.requires_grad_(False)  # frozen: the layer is the one that it stands in for
+    leaf.tensor.grad = None
+    assert layer(x.detach()).requires_grad is False
 
 
 def test_a_weight_that_the_loss_does_not_reach_has_no_gradient() -> None:

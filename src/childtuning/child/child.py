@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from childtuning.child.eligible import as_patterns, canonical_name, match_names, matches
-from childtuning.child.files import read_parts, write_atomically, write_parts
+from childtuning.child.files import RECIPES, read_parts, write_atomically, write_parts
 from childtuning.child.units import Part
 from childtuning.errors import CorruptFileError, ParameterError, did_you_mean
 
@@ -157,7 +157,8 @@ class Child:
 
     def save(self, path: str | Path) -> None:
         """Write the child to one safetensors file; indices take about their entropy."""
-        records, streams = write_parts(self.parts, from_recipe=self.parts if self.recipe else ())
+        is_made = self.recipe is not None and self.recipe.get("source") in RECIPES
+        records, streams = write_parts(self.parts, from_recipe=self.parts if is_made else ())
         about = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -189,7 +190,16 @@ class Child:
                 recipe=about["recipe"],
             )
             intact = child.fingerprint() == about["fingerprint"]
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as fault:
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            MemoryError,
+            RuntimeError,
+        ) as fault:
             raise CorruptFileError(f"{path} is not a readable child ({fault}). Save it anew.") from None
         if not intact:
             raise CorruptFileError(f"{path} was changed after it was saved. Save it anew.")

@@ -98,7 +98,10 @@ class ChildConfig:
                     f"{name} must be patterns over parameter names, got {patterns!r}. Pass for example "
                     f"{name}=['classifier.*']."
                 )
-        fault = None if self.density == "auto" else density_fault(self.density)
+        is_auto = isinstance(self.density, str) and self.density == "auto"
+        fault = None if is_auto else density_fault(self.density)
+        if not is_auto and fault is None:
+            object.__setattr__(self, "density", float(self.density))  # numpy's numbers are not JSON
         faults += [fault] if fault else []
         if (fault := mass_fault(self.mass)) is not None:
             faults.append(fault)
@@ -120,7 +123,7 @@ class ChildConfig:
             faults.append(
                 f"fisher_examples must be a whole number from 1 up, got {limit!r}. Leave it out for all."
             )
-        if self.density == "auto":
+        if is_auto:
             needs = {
                 "variant='task-driven'": self.variant == "task-driven",
                 "scope='global'": self.scope == "global",

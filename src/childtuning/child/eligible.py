@@ -49,14 +49,14 @@ def match_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
 
 
 # What torch.compile, FSDP and checkpointing put into the names of what they wrap.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def canonical_name(name: str) -> str:
     """Return the name that a parameter has before torch.compile, FSDP or checkpointing wrap its module."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    if not any(wrapper in name for wrapper in _WRAPPERS):
+        return name
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 def bare_model(model: nn.Module) -> nn.Module:

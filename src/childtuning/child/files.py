@@ -9,6 +9,7 @@ more than n·(k + 1) + N / 2^k bits, and for entries chosen independently it is 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from childtuning.errors import ConfigError, CorruptFileError
 Records = dict[str, dict[str, Any]]
 Streams = dict[str, NDArray[np.uint8]]
 
+RECIPES = ("random", "random-units")  # the sources whose indices can be made again
 _MAX_LOW_BITS = 40
 
 
@@ -34,9 +36,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def encode_gaps(indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int]:
@@ -123,7 +129,7 @@ def read_parts(
         shapes = {name: tuple(rec["shape"]) for name, rec in records.items() if rec["trained"] == "recipe"}
         made: dict[str, Part] = {}
         if shapes:
-            if recipe is None or recipe["source"] not in ("random", "random-units"):
+            if recipe is None or recipe["source"] not in RECIPES:
                 raise CorruptFileError(
                     f"the child's recipe {recipe} is unknown. Use a newer version of this library."
                 )

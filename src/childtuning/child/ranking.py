@@ -113,6 +113,9 @@ def top_parts(scores: Mapping[str, Tensor], share: Share, *, lowest: bool = Fals
         sums = [share.units(name).sums(score).cpu() for name, score in chosen.items()]
         sizes = [share.units(name).sizes(shape) for name, shape in shapes.items()]
         means = [total / size.clamp(min=1) for total, size in zip(sums, sizes, strict=True)]
+        for name, mean in zip(chosen, means, strict=True):
+            if bool(mean.isnan().any()):  # of scores of both signs that are infinite
+                raise not_numbers(name)
         parts |= _take_units(shapes, [-mean for mean in means] if lowest else means, budget, share)
     return parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -131,6 +132,9 @@ def random_child(
     Every unit has the same chance, whatever its size. Files of the child hold the seed instead of indices. The
     arguments are those of ``select_child``; ``eligible`` and ``always`` are patterns over the model's parameters.
     """
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ConfigError(f"seed must be a whole number, got {seed!r}. Pass seed=0.")
+    seed = int(seed)
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
     share = Share(density, scope, unit, row_axes or {})
     always = as_patterns(always)
@@ -229,4 +233,6 @@ def _eligible_scores(
         raise ParameterError("there are no scores to select from. Check the eligible and always patterns.")
     for name, score in found.items():
         refuse_sharded(name, score)
+        if not score.is_floating_point():
+            raise ParameterError(f"the scores of {name!r} are {score.dtype}. Pass floating-point scores.")
     return found

@@ -45,7 +45,8 @@ class Granularity:
         if self.kind not in KINDS:
             raise ConfigError(f"granularity must be one of {', '.join(KINDS)}, got {self.kind!r}. "
                               + did_you_mean(self.kind, KINDS))  # fmt: skip
-        if len(self.block_shape) != 2 or min(self.block_shape) < 1:
+        sizes = self.block_shape if isinstance(self.block_shape, (tuple, list)) else ()
+        if len(sizes) != 2 or not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise ConfigError(
                 f"block_shape must be two positive sizes, got {self.block_shape}. Pass block_shape=(32, 32)."
             )

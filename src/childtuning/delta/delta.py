@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from childtuning.child import Child, Part, TaskFree
 from childtuning.child.eligible import bare_model, canonical_name, named, refuse_rewritten
-from childtuning.child.files import read_parts, write_parts
+from childtuning.child.files import RECIPES, read_parts, write_parts
 from childtuning.delta.files import INDEX_SUFFIX, frozen_hash, read_folder, stream_tensor, write_folder
-from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError
+from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError, ParameterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Delta:
         else:
             parts = child.resolve(shapes)
             refuse_rewritten(model, [n for n, part in parts.items() if not part.is_whole])
-            if child.recipe is not None:
+            if child.recipe is not None and child.recipe.get("source") in RECIPES:
                 recipe, from_recipe = child.recipe, frozenset(child.parts)
         values = {name: _read(parameters[name], part) for name, part in parts.items() if not part.is_empty}
         return cls(
@@ -144,6 +144,11 @@ class Delta:
         if check:
             self.check_base(model)
         parameters, buffers = named(model), _persistent_buffers(model)
+        for name, tensor in (*parameters.items(), *buffers.items()):
+            if (name in self.values or name in self.buffers) and 0 in tensor.stride() and tensor.numel() > 1:
+                raise ParameterError(
+                    f"{name!r} is an expanded view, which cannot be written to. Make it contiguous."
+                )
         displaced = replace(
             self,
             values={name: _read(parameters[name], self.parts[name]) for name in self.values},
@@ -172,6 +177,17 @@ class Delta:
         values: dict[str, Tensor] = {}
         for name, first in self.parts.items():
             second = later.parts[name]
+            one, two = self.values.get(name), later.values.get(name)
+            if one is not None and two is not None and one.dtype != two.dtype:
+                raise DeltaError(
+                    f"{name!r} is {_short(one.dtype)} in one delta and {_short(two.dtype)} in the other. "
+                    "Compose deltas of one dtype."
+                )
+            told = later.hashes.get(name) if first.is_whole and second.is_empty else None
+            if one is not None and told is not None and frozen_hash(one, None) != told:
+                raise DeltaError(
+                    f"the later delta was made on another model: {name!r} differs. Make it on this one."
+                )
             mask = first.mask() | second.mask()
             parts[name] = Part.from_mask(mask) if mask.any() else Part.none(first.shape)
             if not parts[name].is_empty:
@@ -244,8 +260,9 @@ class Delta:
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     model = bare_model(model)
-    saved = set(model.state_dict(keep_vars=True))
-    return {canonical_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
+    saved = {canonical_name(name) for name in model.state_dict(keep_vars=True)}
+    buffers = {canonical_name(name): buffer for name, buffer in model.named_buffers()}
+    return {name: buffer for name, buffer in buffers.items() if name in saved}
 
 
 def _read(tensor: Tensor, part: Part) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,19 @@ INDEX_SUFFIX = "::index"
 def write_folder(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each complete or not at all."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    body: dict[str, Any] = {"format": FORMAT, "version": VERSION, **about}
-
-    def write_values(partial: Path) -> None:
-        save_file(contiguous, partial)
-        body["values_sha256"] = _file_hash(partial)
-        body["sha256"] = _body_hash(body)
-
-    write_atomically(folder / VALUES, write_values)
+    waiting = folder / f"{VALUES}.new"
+    write_atomically(waiting, lambda partial: save_file(contiguous, partial))
+    body: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "values_sha256": _file_hash(waiting),
+    }
+    body["sha256"] = _body_hash(body)
     text = json.dumps(body, indent=1) + "\n"
+    # The new values lie beside the old ones until the new JSON names them: whenever this ends, one pair fits.
     write_atomically(folder / ABOUT, lambda partial: partial.write_text(text, encoding="utf-8"))
+    os.replace(waiting, folder / VALUES)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,7 +55,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     remedy = "Copy the whole folder anew from where it was saved."
     for name in (ABOUT, VALUES):
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and not (name == VALUES and (folder / f"{VALUES}.new").is_file()):
             raise CorruptFileError(f"{folder} is not a delta: it has no {name}. {remedy}")
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -66,13 +70,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CorruptFileError(f"{folder / ABOUT} cannot be read ({fault}). {remedy}") from None
     if _body_hash(about) != stated:
         raise CorruptFileError(f"{folder / ABOUT} was changed after it was saved. {remedy}")
-    if _file_hash(folder / VALUES) != about["values_sha256"]:
+    values = next((path for path in (folder / VALUES, folder / f"{VALUES}.new") if _fits(path, about)), None)
+    if values is None:
         raise CorruptFileError(f"{folder / VALUES} is truncated or was changed after it was saved. {remedy}")
     try:
-        with safe_open(str(folder / VALUES), framework="pt") as file:
+        with safe_open(str(values), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as fault:
-        raise CorruptFileError(f"{folder / VALUES} cannot be read ({fault}). {remedy}") from None
+        raise CorruptFileError(f"{values} cannot be read ({fault}). {remedy}") from None
     return about, tensors
 
 
@@ -83,6 +88,10 @@ def stream_tensor(stream: np.ndarray) -> Tensor:
 
 def _body_hash(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fits(path: Path, about: Mapping[str, Any]) -> bool:
+    return path.is_file() and _file_hash(path) == about.get("values_sha256")
 
 
 def _file_hash(path: Path) -> str:

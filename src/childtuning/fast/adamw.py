@@ -71,13 +71,13 @@ class ChildTable:
         if present and present[0].weight.is_cuda:
             gpu.child_(self._runs, members)
         else:
-            for step in dict.fromkeys(member.step for member in present):
-                self._on_cpu([m if m is not None and m.step == step else None for m in members], step)
+            for step in {id(member.step): member.step for member in present}.values():
+                self._on_cpu([m if m is not None and m.step is step else None for m in members], step)
         increment_version([member.weight for member in present])
 
     def _on_cpu(self, members: Sequence[Member | None], step: AdamWStep) -> None:
         chosen = np.array([member is not None for member in members])[self._owner]
-        owner, offset, tasks = self._owner[chosen], self._offset[chosen], self._tasks[chosen].copy()
+        owner, offset, tasks = self._owner[chosen], self._offset[chosen], self._tasks[chosen]
         compact = np.array([m is not None and m.gradient.numel() < m.weight.numel() for m in members])[owner]
         for name in ("weight", "gradient", "first", "second"):
             pointers = [0 if member is None else getattr(member, name).data_ptr() for member in members]

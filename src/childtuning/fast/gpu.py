@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from childtuning import fast
 from childtuning.fast.library import NUMBERS, MaskDraw, Member
 
 ENTRIES = 1024  # a program's; a multiple of the 32 that one Philox block serves
@@ -44,7 +43,6 @@ def fits(*tensors: Tensor) -> bool:
     """Tell whether Triton is there and these are contiguous tensors of at most 32 bits on a CUDA device."""
     return (
         any(t.is_cuda for t in tensors)
-        and fast.enabled()
         and has_triton()
         and all(
             t.dtype in _DTYPES and t.is_cuda and t.layout == torch.strided and t.is_contiguous()

@@ -10,7 +10,6 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -90,8 +89,7 @@ MASKED = _record("weight gradient first second", "start count", "draw numbers") 
 ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
 
 
-@dataclass(frozen=True)
-class AdamWStep:
+class AdamWStep(NamedTuple):
     """One step's hyperparameters, named as in ``fast/adamw.py``.
 
     Args:
@@ -128,8 +126,7 @@ class AdamWStep:
         )
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One parameter in a call that updates many.
 
     Args:
@@ -207,17 +204,12 @@ def run_tasks(name: str, tasks: NDArray, *others: int) -> None:
 
 def fits(*tensors: Tensor) -> bool:
     """Tell whether the compiled kernels are there and these are contiguous float32 tensors on the CPU."""
-    return (
-        LIBRARY is not None
-        and fast.enabled()
-        and all(
-            t.dtype == torch.float32
-            and t.device.type == "cpu"
-            and t.layout == torch.strided
-            and t.is_contiguous()
-            for t in tensors
-        )
-    )
+    if LIBRARY is None:
+        return False
+    for t in tensors:
+        if not (t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided and t.is_contiguous()):
+            return False
+    return True
 
 
 def keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor | None:

@@ -69,13 +69,14 @@ class StructuredLayer(nn.Module):
     def in_use(self) -> bool:
         """Whether the module's weight is the one that this was installed for.
 
-        It is not in a copy of the model, under ``torch.func``'s transforms, or where the weight has been parametrized
-        or replaced since: then the gradient belongs to that other tensor, as ever.
+        It is not where the weight was frozen, parametrized or replaced since, in a copy of the model, or under
+        ``torch.func``'s transforms: then the gradient belongs to another tensor, as ever, or to none.
         """
         weight = self.leaf.weight
         return (
             weight is not None
             and weight is self._parameters.get("weight")
+            and weight.requires_grad
             and not torch._C._are_functorch_transforms_active()  # the one form that torch.compile can trace
         )
 

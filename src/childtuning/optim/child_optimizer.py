@@ -98,6 +98,10 @@ class ChildOptimizer(Optimizer):
     ) -> None:
         if preset not in (None, "official"):
             raise ConfigError(f"preset must be None or 'official', got {preset!r}. Leave it out.")
+        if not isinstance(child, (Child, TaskFree)):
+            raise ConfigError(
+                f"child must be a Child or a TaskFree, got {type(child).__name__}. Choose one first."
+            )
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
         self.child, self.preset = child, preset
         self._is_fixed = isinstance(child, Child) and preset is None
@@ -111,12 +115,11 @@ class ChildOptimizer(Optimizer):
         self._frozen: Frozen | None = None
         self._trained = self._lay_out(child)
         check_same_child(self._identity())
-        if self._is_fixed:
-            for group in self._named if any(t.runs for t in chain.from_iterable(self._trained)) else ():
-                check_elementwise(inner, options, group.options)
-        else:
-            refuse_closures(inner)
-        self.inner = inner(self._inner_groups([group.options for group in self._named]), **options)
+        self._check_inner(inner)
+        try:
+            self.inner = inner(self._inner_groups([group.options for group in self._named]), **options)
+        except TypeError as fault:
+            raise ConfigError(f"{inner.__name__} does not take these options ({fault}).") from None
         self._one_pass = OnePass(self._trained, self.inner)
         super().__init__(
             [
@@ -136,6 +139,13 @@ class ChildOptimizer(Optimizer):
         if self._frozen is not None:
             self._frozen.freeze()
         self._built = True
+
+    def _check_inner(self, inner: type[Optimizer]) -> None:
+        if not self._is_fixed:
+            refuse_closures(inner)
+        elif any(t.runs for t in chain.from_iterable(self._trained)):
+            for group in self._named:
+                check_elementwise(inner, self._options, group.options)
 
     def _lay_out(self, child: Child | TaskFree) -> list[list[Trained]]:
         """Return what is trained of each group's parameters, and note what is frozen.
@@ -157,6 +167,13 @@ class ChildOptimizer(Optimizer):
             resolved = child.resolve(shapes)
             self._masks = {n: resolved[n].mask() for n in child.parts if not resolved[n].is_whole}
             draws = set(self._masks)
+        for name, parameter in parameters.items():
+            is_trained = not parts[name].is_empty and (self._is_fixed or parameter.requires_grad)
+            if is_trained and not parameter.is_floating_point():
+                raise ParameterError(
+                    f"{name!r} is {parameter.dtype}, and only floating-point parameters are trained. "
+                    "Leave it out of the child and of always."
+                )
         scaled = draws
         if self._is_fixed and isinstance(child, Child):
             scaled = {name for name, part in parts.items() if part is child.parts.get(name)}
@@ -217,27 +234,35 @@ class ChildOptimizer(Optimizer):
             ConfigError: the optimizer trains no fixed child, or does not see whole gradients.
             ParameterError: the child does not fit, or trains nothing.
         """
-        if not self._is_fixed or self._released:
+        if not self._is_fixed or self._released or not isinstance(child, Child):
             raise ConfigError(
-                "another child can be trained only by a fixed child's optimizer that sees whole gradients. "
-                "Leave out release_gradients, model and preset."
+                "another fixed child can be trained only by a fixed child's optimizer that sees whole gradients. "
+                "Pass a Child, and leave out release_gradients, model and preset."
             )
+        scale = 1.0 / child.density if self._rescales and child.density > 0 else 1.0
+        moments = {canonical_name(name): value * scale**2 for name, value in (second_moments or {}).items()}
+        shapes = {self._names[n]: p.shape for group in self._named for n, p in group.named.items()}
+        for name, value in moments.items():
+            if shapes.get(name) != value.shape:
+                raise ParameterError(
+                    f"second_moments has {name!r} of shape {list(value.shape)}, which no parameter has. "
+                    "Pass tensors of the parameters' names and shapes."
+                )
         self._share_options()
         old, old_inner, frozen = self._trained, self.inner, self._frozen
         if frozen is not None:
             frozen.release()
         try:
             self._trained = self._lay_out(child)
-        except ParameterError:
-            self._frozen = frozen
+            self._check_inner(type(old_inner))
+            kept = [{k: v for k, v in group.items() if k != "params"} for group in old_inner.param_groups]
+            self.inner = type(old_inner)(self._inner_groups(kept), **self._options)
+            carry_over(old, old_inner, self._trained, self.inner, moments)
+        except BaseException:
+            self._trained, self.inner, self._frozen = old, old_inner, frozen
             if frozen is not None:
                 frozen.freeze()
             raise
-        kept = [{k: v for k, v in group.items() if k != "params"} for group in old_inner.param_groups]
-        self.inner = type(old_inner)(self._inner_groups(kept), **self._options)
-        scale = 1.0 / child.density if self._rescales and child.density > 0 else 1.0
-        moments = {canonical_name(name): value * scale**2 for name, value in (second_moments or {}).items()}
-        carry_over(old, old_inner, self._trained, self.inner, moments)
         self.child, self.state = child, self.inner.state
         self._one_pass = OnePass(self._trained, self.inner)
         for group, trained in zip(self.param_groups, self._trained, strict=True):
@@ -326,6 +351,7 @@ class ChildOptimizer(Optimizer):
         for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in ours.items() if key not in ("params", "param_names")})
 
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the norm of what this step will use, in place of ``torch.nn.utils.clip_grad_norm_``.
 
@@ -353,7 +379,8 @@ class ChildOptimizer(Optimizer):
                 counted.append(gradient if t.released else t.of(gradient))
         norm = nn.utils.get_total_norm(counted, norm_type)
         if sampled:
-            part = nn.utils.get_total_norm(sampled, norm_type) * self.child.density ** (-1 / norm_type)
+            drawn = [gradient for gradient in sampled if gradient.numel()]  # no row may have been drawn
+            part = nn.utils.get_total_norm(drawn, norm_type) * self.child.density ** (-1 / norm_type)
             norm = torch.linalg.vector_norm(torch.stack([norm.to(part.device), part]), norm_type)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if max_norm != float("inf") and (norm.device.type != "cpu" or float(factor) < 1):
@@ -423,7 +450,13 @@ class ChildOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return what a bitwise resume needs, by parameter name: inner state, options, master values, step, child."""
         self._share_options()
-        about = {"version": _STATE_VERSION, "identity": self._identity(), "num_steps": self._num_steps}
+        about: dict[str, Any] = {
+            "version": _STATE_VERSION,
+            "identity": self._identity(),
+            "num_steps": self._num_steps,
+        }
+        if self._frozen is not None:
+            about["frozen"] = self._frozen.checksums()
         return {**state_by_name(self._trained, self.inner), "child": about}
 
     def _identity(self) -> str:
@@ -452,7 +485,7 @@ class ChildOptimizer(Optimizer):
             ours.update({key: value for key, value in inner.items() if key != "params"})
         self._num_steps = about["num_steps"]
         if self._frozen is not None:
-            self._frozen.expect_weights()
+            self._frozen.expect_weights(about.get("frozen"))
         if self._changed is not None:
             self._changed.draw(self._num_steps)
 

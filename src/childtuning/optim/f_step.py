@@ -42,11 +42,11 @@ def f_step(trained: Iterable[Trained], inner: Optimizer, mask_fn: MaskFn, step: 
         gradient = t.dense(gradient).to(t.dtype)
         mask = mask_fn(t, step)
         if mask is not None:
-            gradient = masked_(gradient, mask.to(gradient.device))
-        given.append((t, gradient.mul_(t.scale) if t.scale != 1 else gradient))
+            gradient = masked(gradient, mask.to(gradient.device))
+        given.append((t, gradient * t.scale if t.scale != 1 else gradient))
     inner_step(given, inner)
 
 
-def masked_(gradient: Tensor, mask: Tensor) -> Tensor:
-    """Set what is masked out to zero, in place: a product would let NaN through."""
-    return gradient.mul_(mask) if gradient.is_sparse else gradient.masked_fill_(~mask, 0.0)
+def masked(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Return a gradient that is zero where it is masked out: a product would let NaN through."""
+    return gradient * mask if gradient.is_sparse else gradient.masked_fill(~mask, 0.0)

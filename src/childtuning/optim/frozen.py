@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from childtuning.child.units import Part, Runs
 from childtuning.errors import ParameterError
 
+_ENTRIES_AT_ONCE, _HALF = 1 << 20, 1 << 63
+_WIDE = {
+    torch.uint8: torch.int32,
+    torch.int16: torch.int32,
+    torch.int32: torch.int32,
+    torch.int64: torch.int64,
+}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 
 
@@ -20,7 +27,7 @@ class _Watched:
     parameter: nn.Parameter
     runs: Runs | None  # of the trained entries; ``None``: there are none
     version: int
-    bits: int
+    bits: int | None  # ``None``: not known yet
 
 
 class Frozen:
@@ -66,10 +73,19 @@ class Frozen:
         for parameter, _, flag in self._flags:
             parameter.requires_grad_(flag)
 
-    def expect_weights(self) -> None:
-        """Freeze the weights as the next check finds them: a resumed model gets its own loaded."""
+    def checksums(self) -> dict[str, int | None]:
+        """Return by name what the frozen entries add up to."""
+        return {watched.name: watched.bits for watched in self._watched}
+
+    def expect_weights(self, checksums: Mapping[str, int | None] | None) -> None:
+        """Freeze the weights as the next check finds them: a resumed model gets its own loaded.
+
+        Args:
+            checksums: what they have to add up to; ``None`` where that was not saved.
+        """
         for watched in self._watched:
             watched.version = -1
+            watched.bits = None if checksums is None else checksums.get(watched.name)
 
     def check(self) -> None:
         """Raise a ParameterError if a frozen parameter was unfrozen, or a frozen entry changed."""
@@ -83,7 +99,7 @@ class Frozen:
             if parameter._version == watched.version:
                 continue
             bits = _bits(parameter, watched.runs)
-            if watched.version >= 0 and bits != watched.bits:
+            if watched.bits is not None and bits != watched.bits:
                 raise ParameterError(
                     f"entries of {watched.name!r} outside the child have changed since the optimizer was built: by the "
                     "model's forward pass (max_norm), or by hand. Set max_norm=None or train it whole (always=); "
@@ -98,9 +114,31 @@ class Frozen:
 
 
 def _bits(parameter: Tensor, runs: Runs | None) -> int:
-    """Add up the bits of the entries outside the child, as whole numbers."""
-    flat = parameter.detach().reshape(-1).view(_INTEGERS[parameter.element_size()])
-    total = flat.sum(dtype=torch.int64)
+    """Add up the bits of the entries outside the child, as whole numbers weighted by their places."""
+    if not parameter.numel():
+        return 0
+    if parameter.is_complex():
+        parameter = torch.view_as_real(parameter.detach())
+    matrix = parameter.detach().reshape(len(parameter) if parameter.dim() > 1 else 1, -1)
+    matrix = matrix.view(_INTEGERS[parameter.element_size()])
+    height, width = matrix.shape
+    down, across = (
+        _weights(height, torch.int64, matrix.device),
+        _weights(width, _WIDE[matrix.dtype], matrix.device),
+    )
+    total = 0
+    step = max(1, _ENTRIES_AT_ONCE // max(width, 1))
+    for start in range(0, height, step):
+        rows = (matrix[start : start + step].to(across.dtype) * across).sum(1, dtype=torch.int64)
+        total += int((rows * down[start : start + step]).sum())
     if runs is not None:
-        total = total - runs.gather(flat).sum(dtype=torch.int64)
-    return int(total)
+        inside = torch.arange(runs.width, device=matrix.device)
+        places = (runs.starts.long()[:, None] * runs.width + inside).reshape(-1)
+        trained = runs.gather(matrix).to(across.dtype) * across[places % width]
+        total -= int((trained.long() * down[places // width]).sum())
+    return (total + _HALF) % (2 * _HALF) - _HALF  # as int64 wraps
+
+
+def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Odd numbers that differ from place to place."""
+    return ((torch.arange(size, device=device) * 0x9E3779B1) | 1).to(dtype)

@@ -8,7 +8,7 @@ trained, or, under a task-free child, where rows are drawn (``DrawnRows``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from weakref import ref
+from weakref import finalize, ref
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -51,7 +51,7 @@ class Release:
                 groups = t.part.groups(t.parameter.device)
                 if groups is not None:
                     leaves[name] = Leaf.of(groups, t.part.num_trained, t.parameter, t.dtype)
-            self._installed = install(self._model, leaves)
+            self._installed = _install(self, self._model, leaves)
             for name in self._installed.names:
                 by_name[name].leaf = leaves[name]
                 taker = _Taker(by_name[name], compact=True)
@@ -106,7 +106,7 @@ class DrawnRows:
             return
         by_name = _in_model(self._model, self._candidates)
         leaves = {name: Leaf.of([], 0, t.parameter) for name, t in by_name.items()}
-        self._installed = install(self._model, leaves)
+        self._installed = _install(self, self._model, leaves)
         self._drawn = [by_name[name] for name in self._installed.names]
         for name in self._installed.names:
             by_name[name].leaf = leaves[name]
@@ -130,6 +130,13 @@ class DrawnRows:
         for t in self._drawn:
             t.leaf = t.rows = None
         self._drawn = []
+
+
+def _install(owner: object, model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
+    """Install leaves that go with their owner: a model whose optimizer is deleted has its own layers back."""
+    installed = install(model, leaves)
+    finalize(owner, installed.remove).atexit = False
+    return installed
 
 
 def _in_model(model: nn.Module, trained: Sequence[Trained]) -> Mapping[str, Trained]:

@@ -34,10 +34,14 @@ def named_groups(params: Iterable[Any]) -> list[Group]:
     Raises:
         ParameterError: parameters without names, no parameters, or one that stands twice.
     """
+    if isinstance(params, nn.Module):
+        raise ParameterError("got a model in place of its parameters. Pass model.named_parameters().")
     entries = list(params)
     if not entries:
         raise ParameterError("there are no parameters to optimise. Pass model.named_parameters().")
     if all(isinstance(entry, Mapping) for entry in entries):
+        if any("params" not in entry for entry in entries):
+            raise ParameterError("a parameter group has no 'params'. Pass (name, parameter) pairs there.")
         groups = [
             Group(_named(entry["params"]), {key: value for key, value in entry.items() if key != "params"})
             for entry in entries

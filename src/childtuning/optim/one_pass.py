@@ -7,18 +7,31 @@ What it serves is decided here, parameter by parameter and step by step; everyth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from childtuning import fast
 from childtuning.child.task_free import TaskFree
 from childtuning.errors import ParameterError
 from childtuning.fast import adamw
 from childtuning.fast.adamw import ChildTable
 from childtuning.fast.library import AdamWStep, MaskDraw, Member
 from childtuning.optim.trained import Trained
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A parameter's state as long as it is the same dict, and its step count as a number."""
+
+    state: dict[str, Any]
+    step: Tensor
+    first: Tensor
+    second: Tensor
+    count: int
 
 
 class OnePass:
@@ -32,6 +45,7 @@ class OnePass:
     def __init__(self, groups: Sequence[Sequence[Trained]], inner: Optimizer) -> None:
         self._known = [adamw.supports(type(inner), options) for options in inner.param_groups]
         self._partial = [t for group in groups for t in group if t.runs is not None]
+        self._kept: dict[int, _Kept] = {}
         self._tables: dict[torch.device, tuple[list[Trained], ChildTable]] = {}
 
     @torch.no_grad()
@@ -50,39 +64,56 @@ class OnePass:
             free: the task-free child whose masks lie on what ``draws``; ``None`` for a fixed child.
             step: counted from 0; names the masks.
         """
-        done: list[Trained] = []
-        rest: list[Trained] = []
-        child: dict[int, Member] = {}
-        by_entry: list[tuple[Member, MaskDraw]] = []
-        by_row: list[tuple[Member, Tensor]] = []
-        for group, options, known in zip(groups, inner.param_groups, self._known, strict=True):
+        for options, known in zip(inner.param_groups, self._known, strict=True):
             if known and not adamw.supports(type(inner), options):
                 raise ParameterError(
                     "amsgrad, capturable or differentiable was turned on after the optimizer was built. "
                     "Pass amsgrad=True when you build it."
                 )
+        is_open = fast.enabled()
+        done: list[Trained] = []
+        rest: list[Trained] = []
+        counted: list[Tensor] = []
+        child: dict[int, Member] = {}
+        by_entry: list[tuple[Member, MaskDraw]] = []
+        by_row: list[tuple[Member, Tensor]] = []
+        for group, options, known in zip(groups, inner.param_groups, self._known, strict=True):
+            steps: dict[tuple[int, float], AdamWStep] = {}  # most parameters of a group share theirs
             for t in group:
                 gradient = t.gradient()
                 if gradient is None:
                     continue
-                served = known and not gradient.is_sparse and self._fits(t, gradient, inner, free)
-                if not served:
+                kept = self._keep(t, inner) if is_open and known and _fits(t, gradient, free) else None
+                if kept is None:
+                    self._kept.pop(id(t), None)
                     _hand_over(inner, options, t)
                     rest.append(t)
                     continue
                 done.append(t)
+                counted.append(kept.step)
+                kept.count += 1
+                hyper = steps.get((kept.count, t.scale))
+                if hyper is None:
+                    hyper = steps[kept.count, t.scale] = _hyperparameters(inner, options, kept.count, t.scale)
+                master = None
+                if t.parameter.dtype is not t.dtype:
+                    t.read()
+                    master = t.value.detach()
+                member = Member(t.parameter, gradient, kept.first, kept.second, hyper, master)
                 if free is None:
-                    child[id(t)] = _member(t, gradient, inner, options)
+                    child[id(t)] = member
                 elif t.rows is not None:
-                    by_row.append((_member(t, t.formed_rows(gradient), inner, options), _places(t, t.rows)))
+                    member = member._replace(gradient=t.formed_rows(gradient))
+                    by_row.append((member, _places(t, t.rows)))
                 elif t.units.kind == "element" or t.parameter.dim() < 2:
                     draw = free.draw(t.name, step)
                     assert draw is not None  # a density below 1 does not keep everything
-                    by_entry.append((_member(t, gradient, inner, options), draw))
+                    by_entry.append((member, draw))
                 else:
-                    kept = free.kept_units(t.name, t.parameter.shape, step).nonzero().squeeze(1)
-                    places = _places(t, kept, of_all=True)
-                    by_row.append((_member(t, gradient, inner, options), places))
+                    rows = free.kept_units(t.name, t.parameter.shape, step).nonzero().squeeze(1)
+                    by_row.append((member, _places(t, rows, of_all=True)))
+        if counted:
+            torch._foreach_add_(counted, 1.0)  # pyright: ignore[reportPrivateImportUsage]
         self._child_(child)
         if by_entry:
             adamw.masked_(by_entry)
@@ -90,18 +121,24 @@ class OnePass:
             adamw.rows_(by_row)
         return done, rest
 
-    def _fits(self, t: Trained, gradient: Tensor, inner: Optimizer, free: TaskFree | None) -> bool:
-        """Tell whether the kernels serve a parameter with this gradient and the state that it has so far."""
-        state = inner.state.get(t.value) or {}
-        moments = [state[name] for name in ("exp_avg", "exp_avg_sq") if name in state]
-        if not t.parameter.numel() or not adamw.fits(t.parameter, gradient, *moments):
-            return False
-        if free is None:
-            return t.runs is not None and t.runs.starts.dtype == torch.int32
-        is_run = t.units.is_run(t.parameter.shape)
-        return (
-            t.is_direct and t.draws and is_run and (t.rows is not None or gradient.shape == t.parameter.shape)
-        )
+    def _keep(self, t: Trained, inner: Optimizer) -> _Kept | None:
+        """Return a parameter's state, made if need be as the inner class has it; ``None`` if it is unfit."""
+        state = inner.state[t.value]
+        kept = self._kept.get(id(t))
+        if kept is not None and kept.state is state:
+            return kept
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros(t.value.shape, dtype=t.dtype, device=t.value.device)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if not adamw.fits(state["exp_avg"], state["exp_avg_sq"]):
+            return None
+        state["step"] = state[
+            "step"
+        ].cpu()  # a fused optimizer keeps it on the device, where reading it waits
+        kept = _Kept(state, state["step"], state["exp_avg"], state["exp_avg_sq"], int(state["step"]))
+        self._kept[id(t)] = kept
+        return kept
 
     def _child_(self, members: Mapping[int, Member]) -> None:
         """Update a fixed child's entries, one call for each device."""
@@ -114,31 +151,28 @@ class OnePass:
             table.step_([members.get(id(t)) for t in there])
 
 
-def _member(t: Trained, gradient: Tensor, inner: Optimizer, options: Mapping[str, Any]) -> Member:
-    """Count one more step of a parameter; its moments are made if need be, as the inner optimizer's class has them."""
-    state = inner.state[t.value]
-    if not state:
-        state["step"] = torch.tensor(0.0)
-        state["exp_avg"] = torch.zeros(t.value.shape, dtype=t.dtype, device=t.value.device)
-        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-    if state["step"].is_cuda:  # where a fused optimizer keeps it: counting there would wait for the device
-        state["step"] = state["step"].cpu()
-    state["step"] += 1
-    if t.parameter.dtype != t.dtype:
-        t.read()
+def _fits(t: Trained, gradient: Tensor, free: TaskFree | None) -> bool:
+    """Tell whether the kernels serve a parameter with this gradient."""
+    if free is None:
+        is_served = t.runs is not None and t.runs.starts.dtype is torch.int32
+    else:
+        is_run = t.is_direct and t.draws and t.units.is_run(t.parameter.shape)
+        is_served = is_run and (t.rows is not None or gradient.shape == t.parameter.shape)
+    return is_served and adamw.fits(t.parameter, gradient) and t.parameter.numel() > 0
+
+
+def _hyperparameters(inner: Optimizer, options: Mapping[str, Any], count: int, scale: float) -> AdamWStep:
     beta1, beta2 = options["betas"]
-    step = AdamWStep(
+    return AdamWStep(
         lr=float(options["lr"]),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=options["eps"],
         weight_decay=options["weight_decay"],
-        step=int(state["step"]),
+        step=count,
         decoupled=isinstance(inner, torch.optim.AdamW) or bool(options.get("decoupled_weight_decay")),
-        scale=-t.scale if options.get("maximize") else t.scale,
+        scale=-scale if options.get("maximize") else scale,
     )
-    master = t.value.detach() if t.parameter.dtype != t.dtype else None
-    return Member(t.parameter, gradient, state["exp_avg"], state["exp_avg_sq"], step, master)
 
 
 def _places(t: Trained, rows: Tensor, *, of_all: bool = False) -> Tensor:

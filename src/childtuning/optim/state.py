@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from childtuning.errors import ParameterError
+from childtuning.optim.inner import START
 from childtuning.optim.trained import Trained
 
 Groups = Sequence[Sequence[Trained]]
 _SECOND_MOMENT = "exp_avg_sq"
+_VALUES = (START, "ax")  # states that begin as the parameter: where a pull leads to, and ASGD's average
+_NO_OPTIONS = ("params", "param_names")
 
 
 def state_by_name(groups: Groups, inner: Optimizer) -> dict[str, Any]:
@@ -74,10 +78,20 @@ def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> 
         }
     for position, (group, own) in enumerate(zip(groups, inner.param_groups, strict=True)):
         found = options[group[0].name] if group else _empty(saved["param_groups"], position)
-        own.update({key: value for key, value in found.items() if key not in ("params", "param_names")})
-    for name, master in saved["masters"].items():
-        ours[name].read()  # the model's weights win where the two disagree
-        ours[name].value.copy_(master)
+        for t in group:
+            if any(
+                options[t.name].get(key) != value for key, value in found.items() if key not in _NO_OPTIONS
+            ):
+                raise ParameterError(
+                    f"{t.name!r} and {group[0].name!r} were saved with different options and share a group here. "
+                    "Build the optimizer with the groups that the state was saved with."
+                )
+        own.update({key: deepcopy(value) for key, value in found.items() if key not in _NO_OPTIONS})
+    for name, t in ours.items():
+        t.empty()
+        if name in saved["masters"]:
+            t.read()  # the model's weights win where the two disagree
+            t.value.copy_(saved["masters"][name])
 
 
 def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) -> dict[str, Any]:
@@ -122,8 +136,9 @@ def carry_over(
 ) -> None:
     """Give the optimizer of another fixed child the state of the entries that stay.
 
-    Entries that join start at zero, but for Adam's second moment where an estimate is at hand: beside a step count
-    that goes on, zero moments would make their first steps about three times too long.
+    Entries that join start as the inner optimizer's own do: at zero, as the parameter (a start, an average), at the
+    learning rate (Rprop's step), or with what it sets up itself (Adagrad). Adam's second moment starts from an estimate
+    where one is at hand: beside a step count that goes on, zero would make the first steps three times too long.
 
     Args:
         old, old_inner: what trained so far.
@@ -138,18 +153,25 @@ def carry_over(
         for key, v in state.items()
         if _is_by_entry(v, before[name])
     }
-    for old_group, group in zip(old, new, strict=True):
+    for old_group, group, options in zip(old, new, new_inner.param_groups, strict=True):
         known = [states[t.name] for t in old_group if t.name in states] or list(states.values())
         if not known:
             continue
         for t in group:
             home, state = before.get(t.name), states.get(t.name, {})
             counters = {k: v for k, v in (state or known[0]).items() if k not in entry_keys}
+            fresh = dict(new_inner.state.get(t.value) or {})
             new_inner.state[t.value] = {key: _copied(value) for key, value in counters.items()}
             for key in entry_keys:
                 dense = torch.zeros_like(t.parameter, dtype=t.dtype, memory_format=torch.contiguous_format)
                 if key == _SECOND_MOMENT and t.name in second_moments:
                     dense.copy_(second_moments[t.name].view_as(dense))
+                elif key in _VALUES:
+                    dense.copy_(t.parameter)
+                elif key == "step_size":
+                    dense.fill_(float(options["lr"]))
+                elif key in fresh:
+                    _spread(dense, t, fresh[key])
                 if home is not None and key in state:
                     _spread(dense, home, state[key])
                 new_inner.state[t.value][key] = t.of(dense).clone()

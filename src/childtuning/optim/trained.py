@@ -44,9 +44,8 @@ class Trained:
         self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.value = parameter
         if self.runs is not None or self.dtype != parameter.dtype:
-            one = torch.empty(1, dtype=self.dtype, device=parameter.device)
-            size = parameter.shape if self.runs is None else (len(self.runs),)
-            self.value = nn.Parameter(one.expand(size))
+            self.value = nn.Parameter(torch.empty(0, dtype=self.dtype, device=parameter.device))
+            self.empty()
         self._built_as = (parameter.shape, parameter.device, parameter.dtype)
 
     @property
@@ -80,6 +79,13 @@ class Trained:
             )
 
     # Values
+
+    def empty(self) -> None:
+        """Forget master values: ``value`` is one number expanded, which equals none, until ``read`` fills it."""
+        if not self.is_direct:
+            size = self.parameter.shape if self.runs is None else (len(self.runs),)
+            one = torch.full((), float("nan"), dtype=self.dtype, device=self.parameter.device)
+            self.value.data = one.expand(size)
 
     @torch.no_grad()
     def read(self) -> None:
@@ -118,7 +124,6 @@ class Trained:
         else:
             self.value.grad += taken
 
-    @torch.no_grad()
     def gradient(self) -> Tensor | None:
         """Return where this step's gradient lies, unscaled and unmasked: scaling it in place scales the step's.
 
