@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -184,3 +186,48 @@ def test_tied_parameters_are_stored_once(tmp_path) -> None:
         other.load_state_dict(model.state_dict())
     Delta.load(tmp_path).apply_(other)
     assert list(delta.parts) == ["wte.weight"]
+
+
+def test_an_interrupted_save_leaves_the_old_delta_or_the_new_one(tmp_path, monkeypatch) -> None:
+    """Whichever file was the last to be renamed, one pair fits."""
+    model = a_model()
+    first = Delta.capture(model, Child.whole({n: p.shape for n, p in model.named_parameters()}))
+    first.save(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    second = Delta.capture(model, Child.whole({n: p.shape for n, p in model.named_parameters()}))
+    renames, replace = [0], os.replace
+    for allowed in range(4):
+        renames[0] = 0
+
+        def interrupted(source, target, allowed=allowed):
+            renames[0] += 1
+            if renames[0] > allowed:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            second.save(tmp_path)
+        monkeypatch.setattr(os, "replace", replace)
+        found = Delta.load(tmp_path)
+        wanted = first if allowed < 2 else second
+        assert all(torch.equal(found.values[name], value) for name, value in wanted.values.items())
+        first.save(tmp_path)
+        assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_composing_refuses_what_applying_refuses() -> None:
+    model = a_model()
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    head, rest = {names[0]: shapes[names[0]]}, {n: shapes[n] for n in names[1:]}
+    first = Delta.capture(model, Child.whole(head))
+    with torch.no_grad():
+        model.get_parameter(names[0]).add_(1)
+    later = Delta.capture(model, Child.whole(rest))
+    with pytest.raises(DeltaError, match="made on another model"):
+        first.then(later)
+    with pytest.raises(DeltaError, match="one dtype"):
+        first.then(Delta.capture(a_model().bfloat16(), Child.whole(head)))

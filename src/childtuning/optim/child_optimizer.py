@@ -18,11 +18,11 @@ from childtuning.errors import ConfigError, ParameterError
 from childtuning.optim.d_step import d_step, hidden
 from childtuning.optim.f_step import f_step
 from childtuning.optim.frozen import Frozen
-from childtuning.optim.gradients import DrawnRows, Release
+from childtuning.optim.gradients import DrawnRows, Release, check_released
 from childtuning.optim.groups import canonical_names_of, check_elementwise, named_groups, refuse_closures
 from childtuning.optim.inner import OfficialAdamW, evaluated
 from childtuning.optim.one_pass import OnePass
-from childtuning.optim.processes import check_same_child, num_processes
+from childtuning.optim.processes import check_same_child
 from childtuning.optim.state import carry_over, from_version_1, load_by_name, state_by_name
 from childtuning.optim.trained import Trained
 
@@ -105,7 +105,7 @@ class ChildOptimizer(Optimizer):
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
         self.child, self.preset = child, preset
         self._is_fixed = isinstance(child, Child) and preset is None
-        _check_released(self._is_fixed, release_gradients, model)
+        check_released(self._is_fixed, release_gradients, model)
         self._rescales = (preset is None or isinstance(child, TaskFree)) if rescale is None else rescale
         self._named = named_groups(params)
         self._names = canonical_names_of(self._named, child, is_fixed=self._is_fixed)
@@ -488,17 +488,3 @@ class ChildOptimizer(Optimizer):
             self._frozen.expect_weights(about.get("frozen"))
         if self._changed is not None:
             self._changed.draw(self._num_steps)
-
-
-def _check_released(is_fixed: bool, release_gradients: bool, model: nn.Module | None) -> None:
-    """Refuse to release gradients that a step needs whole, or that several processes would have to average."""
-    if release_gradients and not is_fixed:
-        raise ConfigError(
-            "release_gradients=True keeps a fixed child's entries only, but a task-free child and preset='official' "
-            "need every gradient whole. Leave it out, or use a fixed child."
-        )
-    if (release_gradients or model is not None) and num_processes() > 1:
-        raise ConfigError(
-            "gradients that are released or formed for the child alone are not averaged between processes. "
-            "Leave out release_gradients and model."
-        )

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from childtuning.child.task_free import TaskFree
-from childtuning.errors import ParameterError
+from childtuning.errors import ConfigError, ParameterError
 from childtuning.fast.structured import Installed, Leaf, install
+from childtuning.optim.processes import num_processes
 from childtuning.optim.trained import Trained
 
 
@@ -173,3 +174,17 @@ def _forget_takers(parameter: nn.Parameter) -> None:
         )
     for key in takers:
         del hooks[key]
+
+
+def check_released(is_fixed: bool, release_gradients: bool, model: nn.Module | None) -> None:
+    """Refuse to release gradients that a step needs whole, or that several processes would have to average."""
+    if release_gradients and not is_fixed:
+        raise ConfigError(
+            "release_gradients=True keeps a fixed child's entries only, but a task-free child and preset='official' "
+            "need every gradient whole. Leave it out, or use a fixed child."
+        )
+    if (release_gradients or model is not None) and num_processes() > 1:
+        raise ConfigError(
+            "gradients that are released or formed for the child alone are not averaged between processes. "
+            "Leave out release_gradients and model."
+        )

@@ -1,0 +1,146 @@
+"""What ChildTrainer has to know of a model: its head, its loss under accumulation, and who else trains it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from tests.ranks import WORLD, on_ranks
+from torch import Tensor
+
+from childtuning import ChildConfig
+from childtuning.errors import ConfigError
+from childtuning.training import ChildTrainer, task_head
+
+HEADS = {
+    "CLIPForImageClassification": "classifier.",
+    "SiglipForImageClassification": "classifier.",
+    "WhisperForAudioClassification": ("projector.", "classifier.", "layer_weights"),
+    "T5ForQuestionAnswering": "qa_outputs.",
+    "UperNetForSemanticSegmentation": ("decode_head.", "auxiliary_head."),
+    "PerceiverForSequenceClassification": ("perceiver.decoder.", "perceiver.input_preprocessor."),
+    "BertForSequenceClassification": "classifier.",
+    "ViTForImageClassification": "classifier.",
+    "MPNetForSequenceClassification": "classifier.",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_is_what_the_base_model_does_not_have(name: str) -> None:
+    cls = getattr(tf, name)
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    head = task_head(model)
+    assert head
+    assert all(parameter.startswith(HEADS[name]) for parameter in head)
+
+
+def test_language_models_have_none() -> None:
+    with torch.device("meta"):
+        for cls in (tf.GPT2LMHeadModel, tf.BertForMaskedLM, tf.T5ForConditionalGeneration):
+            assert task_head(cls(cls.config_class())) == ()
+
+
+class Tokens(torch.utils.data.Dataset):
+    x = torch.randint(5, 40, (8, 7), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.x[index]
+        return {"input_ids": ids, "attention_mask": torch.ones(7, dtype=torch.long), "labels": ids}
+
+
+def a_t5() -> Any:
+    config = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0}
+    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=40, decoder_start_token_id=0, **config))
+
+
+def a_masked_bert() -> Any:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tf.BertForMaskedLM(tf.BertConfig(vocab_size=40, max_position_embeddings=16, **config, **off))
+
+
+def a_llama() -> Any:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=40, max_position_embeddings=16, **config))
+
+
+def arguments(output: Path, **options: Any) -> tf.TrainingArguments:
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    return tf.TrainingArguments(str(output), use_cpu=True, dataloader_pin_memory=False, **quiet, **options)
+
+
+@pytest.mark.parametrize("make", [a_t5, a_masked_bert, a_llama])
+def test_accumulated_batches_are_one_batch(make: Any, tmp_path: Path) -> None:
+    """Some losses divide by ``num_items_in_batch``; others take the argument and do not use it."""
+    ends = []
+    for size, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = make()
+        options = {"max_grad_norm": 0.0, "weight_decay": 0.0, "optim": "sgd", "lr_scheduler_type": "constant"}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        args = arguments(tmp_path / str(size), max_steps=1, learning_rate=0.1, **options)
+        child = ChildConfig(density=1.0, rescale=False)
+        ChildTrainer(model, args, train_dataset=Tokens(), child=child).train()
+        ends.append(dict(model.named_parameters()))
+    for name, parameter in ends[0].items():
+        torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_sharding_that_is_asked_for_and_not_done_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(tf.Trainer, "create_accelerator_and_postprocess", _without_sharding)
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_FSDP is set"):
+        ChildTrainer(a_llama(), args, train_dataset=Tokens(), child=ChildConfig())
+
+
+def _without_sharding(self: tf.Trainer, original=tf.Trainer.create_accelerator_and_postprocess) -> None:
+    original(self)
+    self.is_fsdp_enabled = False
+
+
+def _train(rank: int, folder: Path) -> None:
+    """The data draw noise of their own, as augmentations do: each rank would choose another child."""
+    noise = torch.Generator().manual_seed(rank)
+
+    class Noisy(torch.utils.data.Dataset):
+        x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            seen = self.x[index] + 0.05 * torch.randn(3, 8, 8, generator=noise)
+            return {"pixel_values": seen, "labels": index % 3}
+
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    os.environ.update({key: str(value) for key, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # not used: the group is there
+    torch.manual_seed(0)
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = tf.ViTForImageClassification(tf.ViTConfig(image_size=8, patch_size=4, num_labels=3, **config))
+    options = {"ddp_backend": "gloo", "remove_unused_columns": False, "ddp_find_unused_parameters": False}
+    args = arguments(
+        folder / "out", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, **options
+    )
+    ChildTrainer(model, args, train_dataset=Noisy(), child=ChildConfig(density=0.1)).train()
+    save_file({n: p.detach().clone() for n, p in model.named_parameters()}, folder / f"{rank}.safetensors")
+
+
+@pytest.mark.slow
+def test_ranks_train_one_child(tmp_path: Path) -> None:
+    on_ranks(_train, tmp_path)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
