@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tests.fisher.conftest import COUNTS, SMALL, VOCAB, classes, text, token_labels
 from tests.reference.fisher_loop import per_example
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, DataError
@@ -151,7 +153,7 @@ MIXING = {
 @pytest.mark.parametrize("name", MIXING)
 def test_losses_that_mix_examples_are_refused(name):
     loss_fn, reduction = MIXING[name]
-    with pytest.raises(DataError, match="mixes examples|it is not their|every score is exactly 0"):
+    with pytest.raises(DataError, match="mixes examples|examples' own losses|every score is exactly 0"):
         fisher_information(net(), [pairs()], loss_fn, reduction)
 
 
@@ -175,3 +177,32 @@ def test_reductions_are_checked():
     with pytest.raises(DataError, match="one number an example, got shape"):
         fisher_information(net(), [pairs()], lambda m, b: m(b[0]))
     assert fisher_information(net(), [pairs()], rows, estimator="per-batch")["0.weight"].any()
+
+
+@pytest.mark.parametrize("wrong", ["mean over tokens", "class weights", "sum"])
+def test_a_reduction_that_does_not_hold_is_refused(wrong: str) -> None:
+    """The first batch shows it, if its examples do not all weigh the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
+    labels = torch.tensor([[0, 1, 2, 1], [2, -100, -100, -100], [1, 1, -100, -100]])
+    ids = torch.randint(20, labels.shape)
+
+    def token_mean(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-100)
+
+    def weighted(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1][:, 0], weight=torch.tensor([1.0, 5.0, 0.1]))
+
+    def total(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1][:, 0], reduction="sum")
+
+    loss_fn = {"mean over tokens": token_mean, "class weights": weighted, "sum": total}[wrong]
+    with pytest.raises(DataError, match="the mean of its examples' own losses"):
+        fisher_information(model, [(ids, labels)], loss_fn, "mean")
+    if wrong == "sum":
+        assert fisher_information(model, [(ids, labels)], loss_fn, "sum")
+
+
+def test_scores_are_saved_as_a_plain_dict() -> None:
+    scores = fisher_information(nn.Linear(2, 1), [(torch.ones(3, 2),)], lambda m, b: m(b[0]).squeeze(1) ** 2)
+    assert type(pickle.loads(pickle.dumps(scores))) is dict

@@ -370,6 +370,20 @@ def test_a_write_to_a_frozen_entry_is_refused(name: str, dtype: torch.dtype) -> 
         run(opt, named, random_gradients(1))
 
 
+def test_a_change_on_purpose_is_accepted_once_it_is_told() -> None:
+    named, child = parameters(), a_child(0.3)
+    opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=0.1)
+    with torch.no_grad():
+        named["a.weight"].zero_()
+    opt.accept_weights()
+    run(opt, named, random_gradients(1))
+    assert not named["a.weight"][~child.mask("a.weight")].any()
+    with torch.no_grad():
+        named["a.weight"][~child.mask("a.weight")] = 1.0
+    with pytest.raises(ParameterError, match=r"accept_weights\(\)"):
+        run(opt, named, random_gradients(1))
+
+
 def test_the_same_base_may_be_loaded_again() -> None:
     named, child = parameters(), a_child(0.3)
     before = detached(named)

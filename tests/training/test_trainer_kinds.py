@@ -144,3 +144,27 @@ def test_ranks_train_one_child(tmp_path: Path) -> None:
     on_ranks(_train, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_first_step_under_accumulation_is_as_long_as_the_others(smoothing: float, tmp_path: Path) -> None:
+    """Also behind a label smoother, which divides by the number of items itself."""
+    moves = []
+    for size, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        config = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+        }
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = tf.BertForTokenClassification(tf.BertConfig(vocab_size=40, num_labels=40, **config, **off))
+        options = {"max_grad_norm": 0.0, "weight_decay": 0.0, "optim": "sgd", "lr_scheduler_type": "constant"}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        options |= {"label_smoothing_factor": smoothing, "max_steps": 2, "learning_rate": 0.1}
+        args = arguments(tmp_path / str(size), **options)
+        ChildTrainer(model, args, train_dataset=Tokens(), child=ChildConfig(density=1.0)).train()
+        moves.append(dict(model.named_parameters()))
+    for name, parameter in moves[0].items():
+        torch.testing.assert_close(parameter, moves[1][name], rtol=1e-4, atol=1e-6)

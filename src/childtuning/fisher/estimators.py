@@ -223,18 +223,29 @@ class PerExample:
             return self._compare(whole, [(0, one.reshape(1))])
         if two.dim() or not bool(one.isfinite()) or not bool(two.isfinite()):
             return
-        reduction = self.loss.reduction
-        shares = {"mean": (1, 1), "sum": (2, 2), None: (1, 2)}[reduction]
-        low, high = sorted(share * float(one) for share in shares)
+        low, high = sorted((float(one), 2 * float(one)))
         slack = self._slack(max(abs(low), abs(high)))
         if not low - slack <= float(two) <= high + slack:
             raise DataError(
-                f"the loss of an example is {float(one):.6g} and that of a batch with it twice {float(two):.6g}: "
-                + (
-                    f"the loss mixes {_MIXES}"
-                    if reduction is None
-                    else f"it is not their {reduction}. State the reduction of loss_fn, or return one loss an example."
-                )
+                f"the loss of an example is {float(one):.6g}, and that of a batch which holds it twice is "
+                f"{float(two):.6g}: the loss mixes {_MIXES}"
+            )
+        if self.loss.reduction is not None and size > 1:
+            self._check_reduction(batch, size, self.loss.reduction)
+
+    def _check_reduction(self, batch: Any, size: int, reduction: str) -> None:
+        """Compare a batch's loss with what is stated of the losses of its examples alone."""
+        with differentiable(self.trainable):
+            whole = float(self._whole(batch).detach())
+            alone = [
+                float(self.loss.alone(self.model, example(batch, size, i)).detach()) for i in range(size)
+            ]
+        divisor = size if reduction == "mean" else 1
+        wanted = sum(alone) / divisor
+        if abs(whole - wanted) > self._slack(max(map(abs, alone)) * size / divisor):
+            raise DataError(
+                f"the loss of a batch is {whole:.6g}, and the {reduction} of its examples' own losses {wanted:.6g}. "
+                "Return one loss an example, or leave out reduction: a mean over tokens, or with weights, is neither."
             )
 
     def _slack(self, loss: float) -> float:
@@ -284,7 +295,9 @@ class _Alone(nn.Module):
 
 def not_reached() -> ParameterError:
     """The error where no loss has a gradient."""
-    return ParameterError("the loss does not depend on any eligible parameter. Check the eligible patterns.")
+    return ParameterError(
+        "the loss does not depend on any eligible parameter. Check the eligible patterns, and that it is not detached."
+    )
 
 
 def _check_layers(model: nn.Module, training: bool) -> None:

@@ -32,6 +32,10 @@ class Scores(dict[str, Tensor]):
 
     paths: dict[str, str]
 
+    def __reduce__(self) -> tuple[type[dict], tuple[dict[str, Tensor]]]:
+        """Pickle as a plain dict, which ``torch.load`` reads."""
+        return dict, (dict(self),)
+
 
 def fisher_information(
     model: nn.Module,

@@ -77,7 +77,8 @@ class UserLoss:
         if self.reduction is None and not may_be_scalar:
             raise NotFormedError(
                 "How loss_fn weighs the examples of a batch is not known. Return one loss an example, or state "
-                "reduction='mean' or 'sum'."
+                "reduction='mean' or 'sum' where it is that of the examples' own losses; a mean over tokens, or with "
+                "class weights, is neither."
             )
         return BatchLoss(loss * size if self.reduction == "mean" else loss, None)
 

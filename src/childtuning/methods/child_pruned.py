@@ -64,5 +64,6 @@ class _Pruning(MethodCallback):
         for name, part in child.parts.items():
             if plain[name].ndim > 1:
                 plain[name].masked_fill_(~part.mask().to(plain[name].device), 0)
+        self.trainer.child_optimizer.accept_weights()
         shapes = {name: plain[name].shape for name, part in child.parts.items()}
         self.trainer.touched = Child.whole(shapes, always=child.always)

@@ -102,6 +102,10 @@ class ChildOptimizer(Optimizer):
             raise ConfigError(
                 f"child must be a Child or a TaskFree, got {type(child).__name__}. Choose one first."
             )
+        if inner is not None and not isinstance(inner, type):
+            raise ConfigError(
+                f"inner must be an optimizer's class, got {type(inner).__name__}. Pass torch.optim.AdamW."
+            )
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
         self.child, self.preset = child, preset
         self._is_fixed = isinstance(child, Child) and preset is None
@@ -274,6 +278,11 @@ class ChildOptimizer(Optimizer):
         """Let frozen parameters have gradients as well, for who reads them before a ``reselect``; they stay frozen."""
         if self._frozen is not None:
             self._frozen.observe()
+
+    def accept_weights(self) -> None:
+        """Freeze the weights as the next step finds them: call it after frozen entries were changed on purpose."""
+        if self._frozen is not None:
+            self._frozen.expect_weights(None)
 
     def remove(self) -> None:
         """Give the model its layers, gradients and ``requires_grad`` flags back as they were.

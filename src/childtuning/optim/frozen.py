@@ -103,7 +103,7 @@ class Frozen:
                 raise ParameterError(
                     f"entries of {watched.name!r} outside the child have changed since the optimizer was built: by the "
                     "model's forward pass (max_norm), or by hand. Set max_norm=None or train it whole (always=); "
-                    "load weights before you build the optimizer."
+                    "after a change on purpose call accept_weights()."
                 )
             watched.version, watched.bits = parameter._version, bits
 

@@ -306,12 +306,6 @@ class ChildTrainer(CheckpointFiles, Trainer):
     ) -> Tensor:
         """Forward and backward pass of one batch, as often as the methods want it."""
 
-        if self._divides_by_items is None:
-            self._divides_by_items = self._loss_divides_by_items(inputs)
-            # Else the loss is the batch's mean whatever num_items_in_batch says, and accumulated gradients would be
-            # summed where they should be averaged.
-            self.model_accepts_loss_kwargs = self._divides_by_items
-
         def step() -> Tensor:
             return Trainer.training_step(self, model, dict(inputs), num_items_in_batch)  # type: ignore[arg-type]
 
@@ -319,13 +313,27 @@ class ChildTrainer(CheckpointFiles, Trainer):
             step = partial(method.training_step, self, step)
         return step()
 
-    def _loss_divides_by_items(self, inputs: dict[str, Any]) -> bool:
-        """Tell whether the model's own loss divides by ``num_items_in_batch``: twice the items, half the loss.
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
+        """Return an update's batches and, if the loss divides by it, their number of items."""
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._divides_by_items is None and samples:
+            self._divides_by_items = self._loss_divides_by_items(samples[0])
+            # Else the loss is the batch's mean whatever num_items_in_batch says, and accumulated gradients would be
+            # summed where they should be averaged.
+            self.model_accepts_loss_kwargs = self._divides_by_items
+            if not self._divides_by_items and self.compute_loss_func is None:
+                num_items = None
+        return samples, num_items
 
-        Many models take the argument, in ``**kwargs``, and do not use it; no name tells them apart.
+    def _loss_divides_by_items(self, inputs: dict[str, Any]) -> bool:
+        """Tell whether the loss divides by ``num_items_in_batch``: for twice the items it is half as large.
+
+        Many models take the argument, in ``**kwargs``, and do not use it; no name tells them apart. A label smoother
+        does, and a loss function of the user's is the user's.
         """
         adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
-        if not (self.model_accepts_loss_kwargs and adds_up) or "labels" not in inputs:
+        is_the_models = self.label_smoother is None and self.compute_loss_func is None
+        if not (self.model_accepts_loss_kwargs and adds_up and is_the_models) or "labels" not in inputs:
             return self.model_accepts_loss_kwargs
         given = self._prepare_inputs(dict(inputs))
         with untouched(self.bare_model, training=False), torch.no_grad(), self.compute_loss_context_manager():
