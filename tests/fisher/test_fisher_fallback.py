@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from childtuning.fisher import fisher_information
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _open() -> Iterator[None]:
+    """Open the fast room, whatever the environment says: these tests are about what it serves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CHILDTUNING_FAST", raising=False)
+        yield
 
 
 def cross_entropy(model, batch):

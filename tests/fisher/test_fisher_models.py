@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,14 @@ from childtuning.fisher import fisher_information
 
 B, T = 4, 9
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _open() -> Iterator[None]:
+    """Open the fast room, whatever the environment says: these tests are about what it serves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CHILDTUNING_FAST", raising=False)
+        yield
 
 
 @dataclass
