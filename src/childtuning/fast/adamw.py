@@ -24,6 +24,7 @@ from childtuning.fast.library import MASKED, ROWS, STRETCH, AdamWStep, MaskDraw,
 
 _ENTRIES_A_TASK = 1 << 16
 _BYTES = 4  # an entry's
+_NOBODY = (0, 0, 0, 0, 0)
 _OTHER_UPDATES = ("amsgrad", "capturable", "differentiable")
 _T = TypeVar("_T")
 
@@ -76,12 +77,14 @@ class ChildTable:
         increment_version([member.weight for member in present])
 
     def _on_cpu(self, members: Sequence[Member | None], step: AdamWStep) -> None:
-        chosen = np.array([member is not None for member in members])[self._owner]
-        owner, offset, tasks = self._owner[chosen], self._offset[chosen], self._tasks[chosen]
-        compact = np.array([m is not None and m.gradient.numel() < m.weight.numel() for m in members])[owner]
-        for name in ("weight", "gradient", "first", "second"):
-            pointers = [0 if member is None else getattr(member, name).data_ptr() for member in members]
-            tasks[name] = np.array(pointers, np.int64)[owner]
+        rows = np.array(
+            [_NOBODY if m is None else (*_pointers(m), _is_compact(m)) for m in members], np.int64
+        )
+        chosen = rows[:, 0][self._owner] != 0
+        offset, tasks = self._offset[chosen], self._tasks[chosen]
+        tasks["weight"], tasks["gradient"], tasks["first"], tasks["second"], compact = rows[
+            self._owner[chosen]
+        ].T
         tasks["gradient"] += (compact * offset).astype(np.uintp)
         tasks["first"] += offset.astype(np.uintp)
         tasks["second"] += offset.astype(np.uintp)
@@ -137,8 +140,13 @@ def _rows_cpu_(members: Sequence[tuple[Member, Tensor]]) -> None:
     run_tasks("ct_adamw_rows", np.array(rows, ROWS))
 
 
+def _is_compact(member: Member) -> bool:
+    return member.gradient.numel() < member.weight.numel()
+
+
 def _pointers(member: Member) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in (member.weight, member.gradient, member.first, member.second))
+    weight, gradient, first, second, *_ = member
+    return weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr()
 
 
 def _cut(total: int, size: int) -> list[tuple[int, int]]:
