@@ -181,7 +181,7 @@ def test_reductions_are_checked():
 
 @pytest.mark.parametrize("wrong", ["mean over tokens", "class weights", "sum"])
 def test_a_reduction_that_does_not_hold_is_refused(wrong: str) -> None:
-    """The first batch shows it, if its examples do not all weigh the same."""
+    """A batch shows it whose examples do not all weigh the same, be it the first or a later one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
     labels = torch.tensor([[0, 1, 2, 1], [2, -100, -100, -100], [1, 1, -100, -100]])
@@ -199,6 +199,10 @@ def test_a_reduction_that_does_not_hold_is_refused(wrong: str) -> None:
     loss_fn = {"mean over tokens": token_mean, "class weights": weighted, "sum": total}[wrong]
     with pytest.raises(DataError, match="the mean of its examples' own losses"):
         fisher_information(model, [(ids, labels)], loss_fn, "mean")
+    even = (ids[:1].repeat(2, 1), labels[:1].repeat(2, 1))
+    for first in (even, (ids[:1], labels[:1])):
+        with pytest.raises(DataError, match="the mean of its examples' own losses"):
+            fisher_information(model, [first, (ids, labels)], loss_fn, "mean")
     if wrong == "sum":
         assert fisher_information(model, [(ids, labels)], loss_fn, "sum")
 

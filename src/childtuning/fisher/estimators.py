@@ -87,6 +87,7 @@ class PerExample:
         self._num_misfits = 0
         self._is_told = training or not fast.enabled()
         self._is_checked = training
+        self._reduction: str | None = None  # what is stated, once the model is seen to take batches
         _check_layers(model, training)
 
     def supports(self, size: int) -> bool:
@@ -98,6 +99,8 @@ class PerExample:
         size = num_examples(batch)
         if isinstance(self.loss, UserLoss) and self.loss.reduction is not None:
             self._check_mixing(batch, size)
+            if self._reduction is not None and size > 1:
+                self._check_reduction(batch, size, self._reduction)
         reason = self._fast(batch, size) if self.supports(size) else ""
         if reason is not None:
             self._check_mixing(batch, size)
@@ -230,13 +233,20 @@ class PerExample:
                 f"the loss of an example is {float(one):.6g}, and that of a batch which holds it twice is "
                 f"{float(two):.6g}: the loss mixes {_MIXES}"
             )
-        if self.loss.reduction is not None and size > 1:
-            self._check_reduction(batch, size, self.loss.reduction)
+        self._reduction = self.loss.reduction
 
     def _check_reduction(self, batch: Any, size: int, reduction: str) -> None:
-        """Compare a batch's loss with what is stated of the losses of its examples alone."""
+        """Compare a batch's loss with what is stated of the losses of its examples alone.
+
+        Every batch is compared: a mean over tokens is one over examples as long as these are of one length.
+        """
         with differentiable(self.trainable):
-            whole = float(self._whole(batch).detach())
+            try:
+                whole = float(self._whole(batch).detach())
+            except ChildTuningError:
+                raise
+            except Exception:  # the loop takes it, an example at a time
+                return
             alone = [
                 float(self.loss.alone(self.model, example(batch, size, i)).detach()) for i in range(size)
             ]
