@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from childtuning import Child, ChildOptimizer, TaskFree, fast, random_child
 from childtuning.child import Part
 from childtuning.errors import ConfigError, ParameterError
-from childtuning.optim import RecAdam, anchored
+from childtuning.methods.l2_sp import anchored
+from childtuning.methods.recadam import RecAdam
 
 
 def a_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from childtuning.errors import ConfigError
 from childtuning.methods.registry import register
-from childtuning.optim import anchored
+from childtuning.optim.inner import evaluated
+from childtuning.optim.state import START
 from childtuning.training import Method
 
 
@@ -53,3 +57,78 @@ class L2SP(Method):
     ) -> dict[str, dict[str, Any]]:
         """Leave heads alone."""
         return {name: {"anchor": 0.0} for name in always}
+
+
+def remember_start(state: MutableMapping[str, Any], parameter: Tensor) -> None:
+    """Keep a copy of a parameter in its optimizer state, if there is none yet."""
+    if START not in state:
+        state[START] = parameter.detach().clone(memory_format=torch.preserve_format)
+
+
+def pull_(parameter: Tensor, start: Tensor, rate: float) -> None:
+    """Move a parameter by a share of the way back to its start, in place: w ← w − rate·(w − w0).
+
+    A rate above 1 would throw the parameter past its start, further at every step, and counts as 1.
+    """
+    parameter.lerp_(start, min(rate, 1.0))
+
+
+@cache
+def anchored(inner: type[Optimizer]) -> type[Optimizer]:
+    """Make of an optimizer one that pulls parameters towards where they started. [Li et al. 2018, arXiv 1802.01483]
+
+        w ← w − lr·anchor·(w − w0),   then the inner optimizer's own step
+
+    with w0 the value before the parameter's first update. Like decoupled weight decay the pull does not pass through
+    the moments, and the gradient is the one at w. The state holds w0, so that it costs what is trained and resumes
+    with it; at ``anchor=0`` there is no w0 and the step is the inner one's.
+
+    Args:
+        inner: any class of ``torch.optim``.
+    Returns:
+        a subclass with the option ``anchor`` (λ, default 0), which groups may set for themselves.
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> opt = anchored(torch.optim.SGD)([w], lr=0.5, anchor=0.5)
+        >>> for gradient in (2.0, 0.0):  # 1 − 0.5·2 = 0, then a quarter of the way back
+        ...     w.grad = torch.tensor([gradient])
+        ...     opt.step()
+        >>> w.tolist()
+        [0.25]
+    """
+
+    class Anchored(inner):
+        def __init__(self, params: Any, *args: Any, anchor: float = 0.0, **options: Any) -> None:
+            super().__init__(params, *args, **options)
+            self.defaults["anchor"] = anchor
+            for group in self.param_groups:
+                group.setdefault("anchor", anchor)
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+            loss = evaluated(closure)
+            new: dict[Tensor, dict[str, Tensor]] = {}
+            for group in self.param_groups:
+                if not group["anchor"]:
+                    continue
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    state = self.state[parameter]
+                    if START in state:
+                        pull_(parameter, state[START], float(group["lr"]) * group["anchor"])
+                    else:
+                        remember_start(new.setdefault(parameter, {}), parameter)
+            super().step()
+            for parameter, start in new.items():  # not before: inner optimizers set up a state that is empty
+                self.state[parameter].update(start)
+            return loss
+
+    own = inspect.signature(inner)
+    option = inspect.Parameter("anchor", inspect.Parameter.KEYWORD_ONLY, default=0.0)
+    others = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    Anchored.__signature__ = own.replace(parameters=[*others, option, *rest])  # type: ignore[attr-defined]
+    Anchored.__name__ = Anchored.__qualname__ = f"Anchored{inner.__name__}"
+    Anchored.__doc__ = f"{inner.__name__} that pulls parameters towards where they started."
+    return Anchored

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from childtuning.errors import ParameterError
-from childtuning.optim.inner import START
 from childtuning.optim.trained import Trained
 
 Groups = Sequence[Sequence[Trained]]
 _SECOND_MOMENT = "exp_avg_sq"
-_VALUES = (START, "ax")  # states that begin as the parameter: where a pull leads to, and ASGD's average
+START = "start"  # where a pull towards the pretrained values leads to
+_VALUES = (START, "ax")  # states that begin as the parameter; ASGD's average is one
 _NO_OPTIONS = ("params", "param_names")
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from childtuning import Child, ChildOptimizer
 from childtuning.errors import ConfigError
 from childtuning.fast.adamw import supports
-from childtuning.optim import RecAdam, anchored
+from childtuning.methods.l2_sp import anchored
+from childtuning.methods.recadam import RecAdam
 
 
 def test_an_anchored_optimizer_is_never_taken_for_the_plain_one() -> None:
