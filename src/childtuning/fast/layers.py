@@ -89,10 +89,8 @@ def product(
 class StructuredLinear(StructuredLayer, nn.Linear):
     """A Linear whose weight gradient is ``dY[:, rows]ᵀ x[:, columns]`` for each group."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer: [..., I] -> [..., O]."""
-        if not self.in_use:
-            return super().forward(input)
+    def compute(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
         return product(input, self.weight, self.bias, self.leaf)
 
 
@@ -103,10 +101,8 @@ class StructuredConv1D(StructuredLayer):
     weight: Tensor
     bias: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer: [..., I] -> [..., O]."""
-        if not self.in_use:
-            return super().forward(x)
+    def compute(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
         return product(x, self.weight.t(), self.bias, self.leaf, transposed=True)
 
 
@@ -170,14 +166,10 @@ class StructuredEmbedding(StructuredLayer, nn.Embedding):
             and len(leaf.groups) <= 1
         )
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Look the tokens up: [...] -> [..., H]."""
-        if not self.in_use:
-            return super().forward(input)
-        leaf = self.leaf
-        y = _Lookup.apply(
-            input.reshape(-1).long(), self.weight.detach(), leaf.tensor, leaf.groups, self.padding_idx
-        )
+    def compute(self, input: Tensor) -> Tensor:
+        """[...] -> [..., H]."""
+        weight, leaf = self.weight.detach(), self.leaf
+        y = _Lookup.apply(input.reshape(-1).long(), weight, leaf.tensor, leaf.groups, self.padding_idx)
         return y.view(*input.shape, self.embedding_dim)
 
 
@@ -287,22 +279,13 @@ class _StructuredConvolution(StructuredLayer):
             and (_is_pointwise(module.kernel_size) or all(columns is None for _, columns in leaf.groups))
         )
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer: [B, I, …] or [I, …] -> [B, O, …] or [O, …]."""
-        if not self.in_use:
-            return super().forward(input)
-        x = lowered(input)
-        single = x.dim() < self.weight.dim()
+    def compute(self, input: Tensor) -> Tensor:
+        """[B, I, …] or [I, …] -> [B, O, …] or [O, …]."""
+        x, weight, leaf = lowered(input), self.weight.detach(), self.leaf
+        single = x.dim() < weight.dim()
+        x = x.unsqueeze(0) if single else x
         options = _Options(self.stride, _padding(self), self.dilation, self.groups)
-        leaf = self.leaf
-        y = _Convolution.apply(
-            x.unsqueeze(0) if single else x,
-            self.weight.detach(),
-            self.bias,
-            leaf.tensor,
-            leaf.groups,
-            options,
-        )
+        y = _Convolution.apply(x, weight, self.bias, leaf.tensor, leaf.groups, options)
         return y.squeeze(0) if single else y
 
 

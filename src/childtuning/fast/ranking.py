@@ -5,8 +5,8 @@ threshold is first bracketed from a sample [Floyd and Rivest 1975]; one pass cou
 lists the few scores inside it, among which the threshold is found exactly; one pass collects. Whether the sample was
 a good one decides the time, never the result.
 
-On a GPU the k-th largest is found by counting 16 bits at a time: a floating-point number's bits, with the order of the
-negative ones turned round, sort as integers do.
+On a GPU the k-th largest is found by bisection: a floating-point number's bits, with the order of the negative ones
+turned round, sort as integers do.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ _ENTRIES_A_PIECE = 1 << 20
 _SAMPLE = 1 << 18
 _DEVIATIONS = 6.0  # half a bracket's width; the threshold is outside once in 10^9
 _ROOM = _ENTRIES_A_PIECE // 8  # for scores inside the bracket, by piece
-_DIGIT_BITS = 16
-_DIGITS = 1 << _DIGIT_BITS
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -181,14 +179,22 @@ def _by_counting(scores: Sequence[Tensor], count: int, *, lowest: bool) -> list[
         if score.numel() and bool(score.min().isnan()):
             raise NotNumbersError(position)
     keys = [_sortable(-score if lowest else score) for score in scores]
-    threshold, ties_left = _key_threshold(keys, count)
+
+    def num_from(bound: int) -> int:
+        return int(torch.stack([(key >= bound).sum().to(keys[0].device) for key in keys]).sum())
+
+    limits = torch.iinfo(keys[0].dtype)
+    low, high = limits.min, limits.max  # the count-th largest key lies between
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        low, high = (middle, high) if num_from(middle) >= count else (low, middle - 1)
+    ties_left = count - (num_from(low + 1) if low < limits.max else 0)
     taken = []
     for key in keys:
-        chosen = key > threshold
-        if ties_left:
-            ties = (key == threshold).nonzero().squeeze(1)[:ties_left]
-            chosen[ties] = True
-            ties_left -= len(ties)
+        chosen = key > low
+        ties = (key == low).nonzero().squeeze(1)[:ties_left]
+        chosen[ties] = True
+        ties_left -= len(ties)
         taken.append(chosen.nonzero().squeeze(1))
     return taken
 
@@ -197,24 +203,3 @@ def _sortable(score: Tensor) -> Tensor:
     """Integers that order as the scores do (−0 equal to +0), flat, as wide as the scores."""
     bits = (score.reshape(-1) + 0.0).view(_INTEGERS[score.element_size()])
     return torch.where(bits >= 0, bits, bits ^ torch.iinfo(bits.dtype).max)
-
-
-def _key_threshold(keys: Sequence[Tensor], count: int) -> tuple[int, int]:
-    """Return the count-th largest key of all, and how many keys equal to it are needed."""
-    num_bits = 8 * keys[0].element_size()
-    prefix, needed = 0, count
-    for shift in range(num_bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        first = shift == num_bits - _DIGIT_BITS
-        histogram = torch.zeros(_DIGITS, dtype=torch.int64)
-        for key in keys:
-            candidates = key if first else key[(key >> (shift + _DIGIT_BITS)) == prefix]
-            digits = (candidates >> shift).long() & (_DIGITS - 1)
-            if first:
-                digits ^= _DIGITS >> 1  # the sign bit: negative keys come first
-            histogram += torch.bincount(digits, minlength=_DIGITS).cpu()
-        at_least = histogram.flip(0).cumsum(0).flip(0)
-        digit = int((at_least >= needed).nonzero()[-1])
-        needed -= int(at_least[digit + 1]) if digit + 1 < _DIGITS else 0
-        digit = (digit ^ (_DIGITS >> 1)) - (_DIGITS if digit < _DIGITS >> 1 else 0) if first else digit
-        prefix = (prefix << _DIGIT_BITS) + digit
-    return prefix, needed

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,18 @@ class Leaf:
 class StructuredLayer(nn.Module):
     """A layer that computes of its ``weight``'s gradient only what its ``leaf`` asks for.
 
-    A subclass overrides ``forward`` and, unless ``in_use``, leaves it to the class that it stands in for. It lets only
-    ``weight.detach()`` into the graph, and gives the leaf its gradient. It has the state of the class that it stands
-    in for and nothing more.
+    A subclass says in ``compute`` what it does while it is ``in_use``; else the class that it stands in for goes on. It
+    lets only ``weight.detach()`` into the graph, and gives the leaf its gradient. It has the state of the class that it
+    stands in for and nothing more.
     """
 
     leaf: Leaf
+
+    compute: Callable[..., Tensor]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer."""
+        return self.compute(*args, **kwargs) if self.in_use else super().forward(*args, **kwargs)
 
     @property
     def in_use(self) -> bool:
