@@ -13,12 +13,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
-
-# What of one axis is trained: sorted indices, a run, or ``None`` for all of it.
-Chosen = Tensor | slice | None
-Group = tuple[Chosen, Chosen]  # rows and columns
+from childtuning.fast.structured import Chosen, Group
 
 KINDS = ("element", "row", "block", "parameter")
 
@@ -58,94 +56,68 @@ class Granularity:
             raise ConfigError(f"row axis {self.axis} is outside a parameter of shape {tuple(shape)}. Pass 0.")
         return self.axis % len(shape)
 
-    def _tiling(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """Matrix height and width, and the number of tiles down and across."""
-        height, width = (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
-        tall, wide = self.block_shape
-        return height, width, -(-height // tall), -(-width // wide)
+    def _tiling(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """View a parameter as three axes, cut into tiles: the axes' lengths, a tile's, and how many lie along each."""
+        numel = math.prod(shape)
+        sizes = tile = [1, numel, 1]
+        if self.kind == "element" or (self.kind == "row" and len(shape) < 2):
+            tile = [1, 1, 1]
+        elif self.kind == "row":
+            axis = self._axis(shape)
+            sizes = [math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])]
+            tile = [sizes[0], 1, sizes[2]]
+        elif self.kind == "block":
+            height = shape[0] if len(shape) > 1 else 1
+            sizes, tile = [1, height, numel // max(height, 1)], [1, *self.block_shape]
+        tile = [max(length, 1) for length in tile]
+        return sizes, tile, [-(-size // length) for size, length in zip(sizes, tile, strict=True)]
 
     def num_units(self, shape: Sequence[int]) -> int:
         """Return the number of units in a parameter of this shape."""
-        numel = math.prod(shape)
-        if self.kind == "parameter":
-            return min(numel, 1)
-        if self.kind == "row" and len(shape) > 0:
-            return shape[self._axis(shape)]
-        if self.kind == "block":
-            _, _, down, across = self._tiling(shape)
-            return down * across
-        return numel
+        return math.prod(self._tiling(shape)[2])
 
     def sums(self, entries: Tensor) -> Tensor:
         """Add up each unit's entries in float64: [num_units]."""
+        sizes, tile, counts = self._tiling(entries.shape)
         entries = entries.double()
-        if not entries.numel():
-            return entries.new_zeros(self.num_units(entries.shape))
-        if self.kind == "element":
+        if not entries.numel() or tile == [1, 1, 1]:
             return entries.reshape(-1)
-        if self.kind == "parameter":
-            return entries.sum().reshape(-1)[: self.num_units(entries.shape)]
-        if self.kind == "row":
-            if entries.dim() < 2:
-                return entries.reshape(-1)
-            axis = self._axis(entries.shape)
-            return entries.movedim(axis, 0).reshape(entries.shape[axis], -1).sum(1)
-        height, width, down, across = self._tiling(entries.shape)
-        tall, wide = self.block_shape
-        padded = entries.new_zeros(down * tall, across * wide)
-        padded[:height, :width] = entries.reshape(height, width)
-        return padded.view(down, tall, across, wide).sum((1, 3)).reshape(-1)
+        missing = [count * t - size for size, t, count in zip(sizes, tile, counts, strict=True)]
+        padded = F.pad(entries.reshape(sizes), [n for axis in reversed(missing) for n in (0, axis)])
+        split = [n for both in zip(counts, tile, strict=True) for n in both]
+        return padded.view(split).sum((1, 3, 5)).reshape(-1)
 
     def sizes(self, shape: Sequence[int]) -> Tensor:
         """Count each unit's entries: int64 [num_units]."""
-        num_units = self.num_units(shape)
-        if self.kind == "block":
-            height, width, down, across = self._tiling(shape)
-            tall, wide = self.block_shape
-            heights = (height - torch.arange(down) * tall).clamp(max=tall)
-            widths = (width - torch.arange(across) * wide).clamp(max=wide)
-            return (heights[:, None] * widths[None, :]).reshape(-1)
-        return torch.full((num_units,), math.prod(shape) // max(num_units, 1))
+        outer, middle, inner = (
+            (size - torch.arange(count) * length).clamp(max=length)
+            for size, length, count in zip(*self._tiling(shape), strict=True)
+        )
+        return (outer[:, None, None] * middle[:, None] * inner).reshape(-1)
 
     def spread(self, per_unit: Tensor, shape: Sequence[int]) -> Tensor:
         """Give every entry its unit's value: [num_units] of any dtype -> shape."""
-        if self.kind == "block":
-            height, width, down, across = self._tiling(shape)
-            tall, wide = self.block_shape
-            tiles = per_unit.view(down, across).repeat_interleave(tall, 0).repeat_interleave(wide, 1)
-            return tiles[:height, :width].reshape(tuple(shape))
-        if self.kind == "row" and len(shape) > 1:
-            along = [1] * len(shape)
-            along[self._axis(shape)] = -1
-            return per_unit.view(along).expand(tuple(shape))
-        if self.kind == "parameter":
-            return (
-                per_unit.reshape((1,) * len(shape)).expand(tuple(shape))
-                if len(per_unit)
-                else per_unit.view(shape)
-            )
-        return per_unit.view(tuple(shape))
+        sizes, tile, counts = self._tiling(shape)
+        tiles = per_unit.reshape(counts)
+        for axis, (size, length) in enumerate(zip(sizes, tile, strict=True)):
+            if counts[axis] > 1 and length > 1:
+                tiles = tiles.repeat_interleave(length, axis).narrow(axis, 0, size)
+        return tiles.expand(sizes).reshape(tuple(shape))
 
     def is_run(self, shape: Sequence[int]) -> bool:
         """Tell whether a unit's entries lie together, so that unit u starts at entry u · ``run_length``."""
-        vector = len(shape) < 2
-        return self.kind == "element" or (self.kind == "row" and (vector or self._axis(shape) == 0))
+        return self.kind == "element" or (self.kind == "row" and self._axis(shape) == 0)
 
     def run_length(self, shape: Sequence[int]) -> int:
         """Return a length into which runs of entries that lie together can be cut, aligned to it."""
-        if self.kind == "row" and len(shape) > 1:
-            return max(1, math.prod(shape[self._axis(shape) + 1 :]))
-        if self.kind == "block":
-            return max(1, math.gcd(self.block_shape[1], self._tiling(shape)[1]))
-        return 1
+        sizes, tile, _ = self._tiling(shape)
+        return max(1, math.gcd(sizes[2], tile[2]))
 
     def entries(self, units: Tensor, shape: Sequence[int]) -> Tensor:
         """List the flat indices of the units' entries: int64 [n], increasing."""
         units = units.long()
-        if self.kind == "element" or (self.kind == "row" and len(shape) < 2):
-            return units
-        if self.kind == "row" and self._axis(shape) == 0:
-            width = math.prod(shape[1:])
+        if self.is_run(shape):
+            width = self.run_length(shape)
             return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)
         chosen = torch.zeros(self.num_units(shape), dtype=torch.bool, device=units.device)
         chosen[units] = True
