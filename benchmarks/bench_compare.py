@@ -20,8 +20,8 @@ _TRAIN, _TRAIN_DISTINCT = "train, run by run", "train, run by run, different see
 
 def run(record: Record, options: argparse.Namespace) -> None:
     """Measure in turn: four runs of one seed that share their inputs, and two of different seeds."""
-    from childtuning.experiments import RunConfig, train_run
-    from childtuning.experiments.comparison import Comparison, asked_for, compare, set_up
+    from childtuning.compare import Comparison, compare, read_comparison, set_up
+    from childtuning.runs import RunConfig, train_run
 
     sizes = {
         "train_limit": 24 if options.quick else options.train_limit or 200,
@@ -32,7 +32,7 @@ def run(record: Record, options: argparse.Namespace) -> None:
     common = {name: value for name, value in sizes.items() if name not in ("task", "train_limit")}
     words = {"tasks": ["docstrings"], "train_sizes": str(sizes["train_limit"])}
     settings = {"threads": options.threads, "selection": "reported"}
-    shared = asked_for(
+    shared = read_comparison(
         None,
         **words,
         methods=["child-d"],
@@ -40,7 +40,7 @@ def run(record: Record, options: argparse.Namespace) -> None:
         settings={**settings, "num_seeds": 1},
         options=common,
     )
-    apart = asked_for(
+    apart = read_comparison(
         None,
         **words,
         methods=["full"],

@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_bert, sentiment) -> Path:
     """A finished run, made once."""
-    from childtuning.experiments import RunConfig, train_run
+    from childtuning.runs import RunConfig, train_run
 
     output = tmp_path_factory.mktemp("finished") / "run"
     config = RunConfig(
@@ -243,12 +243,12 @@ def test_predict_wants_one_kind_of_input(childtuning, finished, sentiment, tmp_p
 
 
 def test_an_unexpected_failure_is_one_line_and_code_1(childtuning, finished, monkeypatch) -> None:
-    from childtuning.experiments import RunFolder
+    from childtuning.runs import FinishedRun
 
     def broken(self, examples, options):
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr(RunFolder, "predict", broken)
+    monkeypatch.setattr(FinishedRun, "predict", broken)
     monkeypatch.delenv("CHILDTUNING_DEBUG", raising=False)
     done = childtuning("predict", finished, "--text", "a")
     assert done.code == 1 and done.err.count("\n") == 1 and "ZeroDivisionError: boom" in done.err

@@ -10,8 +10,8 @@ import pytest
 from tests.report import synthetic
 
 from childtuning.cli.printing import json_text
-from childtuning.experiments.comparison.records import Recorded
-from childtuning.experiments.comparison.store import Store
+from childtuning.compare.records import Recorded
+from childtuning.compare.store import Store
 from childtuning.report import html_page, joined, json_content, latex_tables, markdown_tables
 
 

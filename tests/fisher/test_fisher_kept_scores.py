@@ -152,15 +152,15 @@ def test_a_long_pass_in_bf16_is_unbiased_and_chooses_nearly_the_same_child() -> 
 def test_one_parameter_at_a_time_lives_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     counts: list[int] = []
-    original = sums.Sums.zero
+    original = sums.ScoreSums.zero
 
-    def zero(self: sums.Sums, name: str) -> Tensor:
+    def zero(self: sums.ScoreSums, name: str) -> Tensor:
         counts.append(sum(ref() is not None for ref in alive))
         made = original(self, name)
         alive.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(sums.Sums, "zero", zero)
+    monkeypatch.setattr(sums.ScoreSums, "zero", zero)
     model = network()
     scored(model, batches(3), scores_dtype=torch.bfloat16)
     assert len(counts) >= 4 * len(list(model.parameters())) and max(counts) == 0

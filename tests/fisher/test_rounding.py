@@ -1,4 +1,4 @@
-"""Sums in bf16: what one addition does, bit by bit, and how far long sums stray."""
+"""ScoreSums in bf16: what one addition does, bit by bit, and how far long sums stray."""
 
 from __future__ import annotations
 

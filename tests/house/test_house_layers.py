@@ -21,10 +21,11 @@ LAYERS = {
     "tasks": 2,
     "training": 2,
     "methods": 3,
-    "experiments": 4,
-    "report": 5,
-    "cli": 6,
-    "__main__": 7,
+    "runs": 4,
+    "compare": 5,
+    "report": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 BELOW_ITS_NEIGHBOURS = "child"  # the other rooms of layer 1 speak of children
 CORE_LAYERS = (0, 1)
@@ -148,7 +149,7 @@ def test_every_kind_of_fault_is_found(tmp_path: Path) -> None:
         "training/trainer.py": "import childtuning as ct\nfrom childtuning.optim.compact import C",
         "cli/__init__.py": "from childtuning.methods import m\nfrom .train import app",
         "cli/train.py": "from childtuning.report import page",
-        "report/page.py": "from childtuning.experiments import records\nfrom childtuning.cli import printing",
+        "report/page.py": "from childtuning.compare import records\nfrom childtuning.cli import printing",
         "__main__.py": "from childtuning.cli import main",
         "attic/x.py": "",
         "part.py": "from .errors import E\nfrom .fisher import f",

@@ -22,8 +22,8 @@ from transformers import BertForSequenceClassification, set_seed
 
 from childtuning import fisher_information
 from childtuning.errors import ConfigError, ModelError
-from childtuning.experiments import RunConfig, RunFolder, train_run
 from childtuning.methods import Adapter, Combination, Lora, Prefix, Prompt
+from childtuning.runs import FinishedRun, RunConfig, train_run
 from childtuning.training import Prepared, find_layers, task_head
 from childtuning.training.bottleneck import find_projections, is_linear
 
@@ -411,7 +411,7 @@ def test_a_run_from_training_to_merging(
         learning_rate=1e-2,
     )
     result = train_run(config, tmp_path / "run")
-    opened = RunFolder(tmp_path / "run")
+    opened = FinishedRun(tmp_path / "run")
     dev = opened.read_input(sentiment / "dev.jsonl", labelled=True)
     assert opened.evaluate(dev) == result.metrics
     answers = [answer["prediction"] for answer in opened.predict(dev)]

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from tests.report import synthetic
 
-from childtuning.experiments.comparison import resampling
+from childtuning.compare import statistics
 from childtuning.report import html_page
 
 Page = Callable[[str], str]
@@ -24,7 +24,7 @@ def _quick_statistics() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resampling, "NUM_RESAMPLES", 999)
+        patch.setattr(statistics, "NUM_RESAMPLES", 999)
         yield
     gc.unfreeze()
 

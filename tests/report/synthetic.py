@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from childtuning.experiments.comparison.records import Group, Record, Recorded
+from childtuning.compare.records import Group, Record, Recorded
 
 METRICS = {
     "rte": "accuracy",

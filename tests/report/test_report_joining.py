@@ -9,8 +9,8 @@ import pytest
 from tests.report import synthetic
 
 from childtuning.cli.printing import json_text
+from childtuning.compare.records import Recorded
 from childtuning.errors import ConfigError
-from childtuning.experiments.comparison.records import Recorded
 from childtuning.report import html_page, joined, json_content, latex_tables, markdown_tables
 
 Change = Callable[[Recorded], Recorded]
@@ -30,7 +30,7 @@ def by_task(whole: Recorded) -> dict[str, Recorded]:
     }
 
 
-def asked_for(**changed: object) -> Change:
+def read_comparison(**changed: object) -> Change:
     return lambda one: replace(one, comparison={**one.comparison, **changed})
 
 
@@ -55,11 +55,13 @@ def test_every_command_is_shown() -> None:
 
 def test_settings_in_which_they_differ_are_left_out() -> None:
     first, second, _ = by_task(synthetic.glue(3)).values()
-    second = asked_for(num_seeds=9, options={"data_dir": "/data/glue", "epochs": 1.0}, train_sizes=[7])(
+    second = read_comparison(num_seeds=9, options={"data_dir": "/data/glue", "epochs": 1.0}, train_sizes=[7])(
         second
     )
     second = replace(second, environment={**second.environment, "cores": 64})
-    both = joined({"a": asked_for(options={"data_dir": "/data/glue", "epochs": 3.0})(first), "b": second})
+    both = joined(
+        {"a": read_comparison(options={"data_dir": "/data/glue", "epochs": 3.0})(first), "b": second}
+    )
     assert "num_seeds" not in both.comparison
     assert both.comparison["options"] == {"data_dir": "/data/glue"}
     assert both.comparison["train_sizes"] == [None, 7]
@@ -77,16 +79,16 @@ def test_what_was_joined_is_joined_again() -> None:
 
 def test_a_baseline_that_only_one_names_is_the_first_method() -> None:
     first, second, _ = by_task(synthetic.glue(3)).values()
-    both = joined({"a": asked_for(baseline=None)(first), "b": second})
+    both = joined({"a": read_comparison(baseline=None)(first), "b": second})
     assert both.comparison["baseline"] == "full"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (asked_for(baseline="lora"), "differ in their baseline: 'full' and 'lora'"),
-        (asked_for(selection="reported"), "differ in their selection"),
-        (asked_for(tune_seeds=2), "differ in their tune_seeds: 1 and 2"),
+        (read_comparison(baseline="lora"), "differ in their baseline: 'full' and 'lora'"),
+        (read_comparison(selection="reported"), "differ in their selection"),
+        (read_comparison(tune_seeds=2), "differ in their tune_seeds: 1 and 2"),
         (lambda one: replace(one, records=synthetic.glue(3).records), "both hold full on rte. Report them apart"),
         (lambda one: replace(one, artifacts={"overlap": {}}), "both hold the overlap of children"),
     ],

@@ -17,10 +17,10 @@ from tests.report.parsed_page import Element, parse
 
 from childtuning.cli import app
 from childtuning.cli.options import run_config
-from childtuning.experiments.comparison.records import Recorded
-from childtuning.experiments.run_config import RunConfig
+from childtuning.compare.records import Recorded
 from childtuning.report import html_page
 from childtuning.report.train_command import train_words
+from childtuning.runs.config import RunConfig
 
 NAMES = ["glue", "low_resource", "domain_transfer", "task_transfer", *synthetic.odd()]
 SECTIONS = {

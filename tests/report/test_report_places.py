@@ -6,8 +6,8 @@ import pytest
 from tests.report import synthetic
 from tests.report.parsed_page import Element, parse
 
-from childtuning.experiments.comparison.parameter_places import Place, place_of, short_names
-from childtuning.experiments.comparison.records import Recorded
+from childtuning.compare.overlaps import Place, place_of, short_names
+from childtuning.compare.records import Recorded
 from childtuning.report import html_page
 
 

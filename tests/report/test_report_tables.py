@@ -8,7 +8,7 @@ import re
 import pytest
 from tests.report import synthetic
 
-from childtuning.experiments.comparison.records import Recorded
+from childtuning.compare.records import Recorded
 from childtuning.report import json_content, latex_tables, markdown_tables
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from childtuning.errors import DataError
-from childtuning.tasks import Elsewhere, Examples, load_elsewhere
+from childtuning.tasks import Examples, TransferTask, load_transfer_task
 
 NLI = ("entailment", "neutral", "contradiction")
 
 
-def elsewhere(*labels: str) -> Elsewhere:
+def elsewhere(*labels: str) -> TransferTask:
     texts = [str(index) for index in range(len(labels))]
-    return Elsewhere("other", Examples(texts, texts, list(labels)), frozenset(labels))
+    return TransferTask("other", Examples(texts, texts, list(labels)), frozenset(labels))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_split_is_named_behind_the_task(tmp_path: Path) -> None:
     write(tmp_path / "mnli", "dev_matched.jsonl", "contradiction")
     write(tmp_path / "mnli", "dev_mismatched_1000.jsonl", "contradiction", "neutral", "neutral")
     found = [
-        len(load_elsewhere(name, NLI, tmp_path).examples)
+        len(load_transfer_task(name, NLI, tmp_path).examples)
         for name in (
             "snli",
             "snli/test",
@@ -64,15 +64,15 @@ def test_a_split_is_named_behind_the_task(tmp_path: Path) -> None:
 def test_what_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "topics", "dev.jsonl", "sport", "art")
     with pytest.raises(DataError, match="label 'art' has no counterpart"):
-        load_elsewhere("topics", NLI, tmp_path)
-    assert load_elsewhere("topics", ("art", "sport"), tmp_path)
-    one = load_elsewhere("topics", ("art", "sport"), tmp_path, limit=1, seed=2)
+        load_transfer_task("topics", NLI, tmp_path)
+    assert load_transfer_task("topics", ("art", "sport"), tmp_path)
+    one = load_transfer_task("topics", ("art", "sport"), tmp_path, limit=1, seed=2)
     assert len(one.examples) == 1 and one.classes == {"art", "sport"}
     assert one.accuracy(one.examples.labels, ("art", "sport")) == 1.0
     with pytest.raises(DataError, match="needs a model with classes"):
-        load_elsewhere("topics", (), tmp_path)
+        load_transfer_task("topics", (), tmp_path)
     with pytest.raises(DataError, match="Pass --data-dir"):
-        load_elsewhere("topics", NLI, None)
+        load_transfer_task("topics", NLI, None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no split 'dev'"):
-        load_elsewhere("empty", NLI, tmp_path)
+        load_transfer_task("empty", NLI, tmp_path)

@@ -103,11 +103,11 @@ def run(
         childtuning compare --train a.csv --eval b.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
     from childtuning.cli.compare_progress import tell_plan, watched
-    from childtuning.experiments.comparison import EXECUTORS, asked_for, compare, foreseen, set_up, stored
+    from childtuning.compare import EXECUTORS, compare, foreseen, read_comparison, set_up, stored
 
     if executor not in EXECUTORS:
         raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
-    comparison = asked_for(
+    comparison = read_comparison(
         stored(store),
         tasks=task,
         methods=methods,
@@ -138,7 +138,7 @@ def run(
 
 def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None:
     from childtuning.cli.compare_progress import run_text
-    from childtuning.experiments.comparison import choose, summarize
+    from childtuning.compare import choose, summarize
 
     rows = summarize(choose(recorded.records, comparison.seeds_to_tune), comparison.against)
     failed = [record for record in recorded.records if record.state == "failed"]

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from childtuning.cli.printing import point_text
-from childtuning.experiments.comparison import Comparison, Record, Store, num_runs
+from childtuning.compare import Comparison, Record, Store, num_runs
 
 _SECONDS = 2.0
 Tell = Callable[[str], None]

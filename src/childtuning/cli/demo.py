@@ -37,7 +37,7 @@ def run(
         childtuning demo --text "Open a socket and wait for a reply."
     """
     tell("Loading a pretrained encoder and a few hundred docstrings of Python's standard library …")
-    from childtuning.experiments.demo import SENTENCE, demo_runs, label_sentence, summarize
+    from childtuning.runs.demo import SENTENCE, demo_runs, label_sentence, summarize
 
     options = {"train_limit": train_limit, **o.explicit(given)}
     results = list(demo_runs(output, num_seeds=seeds, progress=is_terminal(), tell=tell, **options))

@@ -29,9 +29,9 @@ def run(
 
         childtuning inspect runs/rte --verify
     """
-    from childtuning.experiments import RunFolder
+    from childtuning.runs import FinishedRun
 
-    opened = RunFolder(run_dir)
+    opened = FinishedRun(run_dir)
     delta = opened.delta
     shares = {name: part.num_trained / max(part.numel, 1) for name, part in delta.parts.items()}
     content: dict[str, Any] = {

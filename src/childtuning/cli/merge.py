@@ -25,12 +25,12 @@ def run(
 
         childtuning merge runs/rte --output models/rte
     """
-    from childtuning.experiments import RunFolder
+    from childtuning.runs import FinishedRun
 
     output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
-    opened = RunFolder(run_dir)
+    opened = FinishedRun(run_dir)
     model, processor = opened.merged(), opened.processor()
     if not is_terminal():
         from transformers.utils import logging

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from childtuning.experiments.run_config import RunConfig, read_toml
+from childtuning.runs.config import RunConfig, read_toml
 
 
 def _option(panel: str, kind: Any, text: str, *names: str) -> Any:

@@ -36,7 +36,7 @@ def run(
 
         childtuning predict runs/mine --text "What a lovely day."
     """
-    from childtuning.experiments import RunFolder
+    from childtuning.runs import FinishedRun
     from childtuning.tasks import Answers
 
     output = output.expanduser() if output is not None else None
@@ -52,7 +52,7 @@ def run(
         )
     if output is not None and output.exists():
         raise ConfigError(f"output file {str(output)!r} exists already. Pass another.")
-    opened = RunFolder(run_dir, progress=is_terminal(), tell=tell)
+    opened = FinishedRun(run_dir, progress=is_terminal(), tell=tell)
     if text is not None:
         examples = opened.kind.of_text(text, text_pair)
     else:

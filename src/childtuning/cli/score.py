@@ -37,7 +37,7 @@ def run(
 
         childtuning score --task rte --data-dir data --output rte-fisher.safetensors
     """
-    from childtuning.experiments import score_run
+    from childtuning.runs import score_run
 
     output = output.expanduser()
     if output.is_dir():

@@ -38,7 +38,7 @@ def run(
 
         childtuning train --train a.csv --eval b.jsonl --text review --label stars --output runs/mine
     """
-    from childtuning.experiments import train_run
+    from childtuning.runs import train_run
 
     settings = o.run_config(config, given)
     name = settings.task or Path(settings.train or "").name.split(".")[0]

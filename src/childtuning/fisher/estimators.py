@@ -1,6 +1,6 @@
 """The two ways to add up squared gradients: one term an example, or one term a batch.
 
-Both are called with batches on the model's device, inside ``untouched``, and return the number of terms added.
+Both are called with batches on the model's device, inside ``without_trace``, and return the number of terms added.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from childtuning.fisher.batches import (
 )
 from childtuning.fisher.loop import add_batch_squares_, add_example_squares_, check_finite, differentiable
 from childtuning.fisher.losses import HeadLoss, NotFormedError, UserLoss
-from childtuning.fisher.sums import Sums
-from childtuning.fisher.untouched import warn
+from childtuning.fisher.sums import ScoreSums
+from childtuning.fisher.without_trace import warn
 
 Loss = UserLoss | HeadLoss
 
@@ -40,7 +40,7 @@ _MISFITS = 2  # batches that the engine could not take, after which it is not tr
 class PerBatch:
     """The square of each batch's mean gradient, clipped, as the official code has it."""
 
-    def __init__(self, model: nn.Module, loss: Loss, sums: Sums, trainable: list[Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, sums: ScoreSums, trainable: list[Tensor]) -> None:
         self.model, self.loss, self.sums, self.trainable = model, loss, sums, trainable
         self.is_reached, self.paths = True, dict.fromkeys(sums.parameters, "batch")
 
@@ -76,7 +76,7 @@ class PerExample:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, sums: Sums, trainable: list[Tensor], *, training: bool
+        self, model: nn.Module, loss: Loss, sums: ScoreSums, trainable: list[Tensor], *, training: bool
     ) -> None:
         self.model, self.loss, self.sums, self.trainable = model, loss, sums, trainable
         self.training = training

@@ -15,8 +15,8 @@ from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.fisher.batches import num_examples, to_device
 from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
 from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
-from childtuning.fisher.sums import Sums
-from childtuning.fisher.untouched import untouched
+from childtuning.fisher.sums import ScoreSums
+from childtuning.fisher.without_trace import without_trace
 
 Progress = Callable[[int, int | None], None]
 ESTIMATORS = ("per-example", "per-batch")
@@ -63,7 +63,7 @@ def fisher_information(
     ℓ_j = −log p(y_j | x_j; θ) is the loss of the batch that holds example j alone, as it was given: with its padding.
     All examples of a batch are differentiated in one pass where their losses are known: ``loss_fn`` returns one an
     example, or ``reduction`` says what its scalar is, or a transformers head computes the loss from its logits and the
-    labels by a formula, which is checked on every batch. Elsewhere, and for parameters that no faster way serves,
+    labels by a formula, which is checked on every batch. TransferTask, and for parameters that no faster way serves,
     examples are run one at a time, which is exact and slow, and a UserWarning says why.
 
     The pass leaves no trace: modes, gradients, flags, buffers, weights and random streams are as before. Squares are
@@ -129,7 +129,7 @@ def fisher_information(
         raise ConfigError(f"reduction is for a loss_fn, got {reduction!r} without one. Leave it out.")
     model = bare_model(model)
     parameters = eligible_parameters(model, eligible, always)
-    sums = Sums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
+    sums = ScoreSums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
     report = _reporter(progress, batches)
     device = next(iter(parameters.values())).device
     prepare = SampledLabels(model, seed) if labels == "sampled" else lambda batch: batch
@@ -137,7 +137,7 @@ def fisher_information(
     scored = {id(parameter) for parameter in parameters.values()}
     trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
     done = num_terms = 0
-    with untouched(model, training=training):
+    with without_trace(model, training=training):
         add_: PerExample | PerBatch = (
             PerExample(model, loss, sums, trainable, training=training)
             if estimator == "per-example"

@@ -19,13 +19,13 @@ from torch.autograd.function import BackwardCFunction
 
 from childtuning.errors import DataError
 from childtuning.fisher.batches import example
-from childtuning.fisher.sums import Sums
+from childtuning.fisher.sums import ScoreSums
 
 ScalarLoss = Callable[[nn.Module, Any], Tensor]
 
 
 def add_example_squares_(
-    sums: Sums,
+    sums: ScoreSums,
     model: nn.Module,
     batch: Any,
     size: int,
@@ -54,7 +54,7 @@ def add_example_squares_(
 
 
 def add_batch_squares_(
-    sums: Sums, model: nn.Module, batch: Any, loss_fn: ScalarLoss, parameters: Mapping[str, Tensor]
+    sums: ScoreSums, model: nn.Module, batch: Any, loss_fn: ScalarLoss, parameters: Mapping[str, Tensor]
 ) -> bool:
     """Add the square of the batch's mean gradient, each parameter's clipped to norm 1 on its own. [official code]
 

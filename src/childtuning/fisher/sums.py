@@ -1,4 +1,4 @@
-"""Sums of squares by parameter: formed in float32 where the parameter is, kept where and in what dtype is asked."""
+"""Running sums of squares by parameter: formed in float32 where the parameter is, kept where and as what is asked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from childtuning.fisher.rounding import add_rounded_
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Sums:
+class ScoreSums:
     """A running sum for each parameter.
 
-    Where it is kept as it is formed, terms are added in place. Elsewhere a term is formed in a tensor of its own,
+    Where it is kept as it is formed, terms are added in place. TransferTask a term is formed in a tensor of its own,
     which lives for one parameter at a time, and then added: to bf16 by ``add_rounded_``, under the coordinates
     (seed, name, how many terms came before).
 

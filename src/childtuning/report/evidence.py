@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from childtuning.experiments.comparison.choice import Choice, choose
-from childtuning.experiments.comparison.direction import lower_is_better
-from childtuning.experiments.comparison.records import Group, Record, Recorded
-from childtuning.experiments.comparison.statistics import Paired
-from childtuning.experiments.comparison.summary import Average, Row, across_tasks, summarize
+from childtuning.compare.plan import Choice, choose
+from childtuning.compare.records import Group, Record, Recorded, lower_is_better
+from childtuning.compare.statistics import Paired
+from childtuning.compare.summary import Average, Row, across_tasks, summarize
 from childtuning.report.joining import commands
 from childtuning.report.numbers import counted
 

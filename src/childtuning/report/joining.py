@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
+from childtuning.compare.records import Group, Recorded
 from childtuning.errors import ConfigError
-from childtuning.experiments.comparison.records import Group, Recorded
 
 _UNITED = ("tasks", "methods", "train_sizes", "transfer_to")
 

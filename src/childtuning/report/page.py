@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from childtuning.experiments.comparison.records import Recorded
+from childtuning.compare.records import Recorded
 from childtuning.report.evidence import Evidence
 from childtuning.report.markup import Markup, el, raw_text
 from childtuning.report.method_marks import MethodMarks, symbols

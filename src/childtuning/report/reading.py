@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from childtuning.compare.records import Recorded
 from childtuning.errors import ConfigError
-from childtuning.experiments.comparison.records import Recorded
 
 _SQLITE = b"SQLite format 3\x00"
 
@@ -25,7 +25,7 @@ def read_recorded(path: str | Path) -> Recorded:
         raise ConfigError(f"{str(path)!r} is no store: {what}. Pass the --store of `childtuning compare`.")
     content = path.read_bytes()
     if content.startswith(_SQLITE):
-        from childtuning.experiments.comparison.store import Store
+        from childtuning.compare.store import Store
 
         with Store.open(path) as store:
             return store.read()

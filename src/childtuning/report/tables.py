@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from childtuning.experiments.comparison.records import Recorded
+from childtuning.compare.records import Recorded
 from childtuning.report import numbers
 from childtuning.report.evidence import SIGNIFICANT, Across, Evidence, Result, Setting
 

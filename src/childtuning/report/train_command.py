@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from childtuning.experiments.run_config import RunConfig
+from childtuning.runs.config import RunConfig
 
 _DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
 # Options that are on or off: the words for each; None where there are none, since it is the default.

@@ -17,14 +17,13 @@ from childtuning.tasks.regression import Regression
 from childtuning.tasks.rows import Source, read_rows
 from childtuning.tasks.split import Split
 from childtuning.tasks.token_classification import TokenClassification
-from childtuning.tasks.transfer import Elsewhere, load_elsewhere
+from childtuning.tasks.transfer import TransferTask, load_transfer_task
 
 __all__ = [
     "Answers",
     "CausalLM",
     "Classification",
     "Columns",
-    "Elsewhere",
     "EncodedExamples",
     "Examples",
     "GLUE",
@@ -42,6 +41,7 @@ __all__ = [
     "Split",
     "Task",
     "TokenClassification",
+    "TransferTask",
     "check_labels",
     "compute_metrics",
     "default_metrics",
@@ -50,8 +50,8 @@ __all__ = [
     "guess_columns",
     "infer_kind",
     "load_docstring_task",
-    "load_elsewhere",
     "load_task",
+    "load_transfer_task",
     "read_examples",
     "read_rows",
     "task_from_files",

@@ -156,14 +156,14 @@ class Task:
         return replace(self, train=train.sample(limit, seed=seed)), aside
 
     @property
-    def how(self) -> Kind:
+    def rules(self) -> Kind:
         """What the task's kind does."""
         return find_kind(self.kind)
 
     @property
     def num_labels(self) -> int:
         """The width of the model's head: the number of classes, 1 for regression."""
-        return self.how.num_outputs(self.label_names)
+        return self.rules.num_outputs(self.label_names)
 
     @property
     def num_empty(self) -> int:
@@ -173,7 +173,7 @@ class Task:
     @property
     def label_ids(self) -> dict[str, int] | None:
         """Class name -> id, what `encode` takes; None without classes."""
-        if not self.how.has_classes:
+        if not self.rules.has_classes:
             return None
         return {name: index for index, name in enumerate(self.label_names)}
 

@@ -25,7 +25,7 @@ _FOLLOWS: Mapping[str, bool] = {
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class TransferTask:
     """Examples that a model was not trained for.
 
     Attributes:
@@ -63,14 +63,14 @@ class Elsewhere:
         return right / len(truth)
 
 
-def load_elsewhere(
+def load_transfer_task(
     name: str,
     label_names: Sequence[str],
     data_dir: str | Path | None,
     *,
     limit: int | None = None,
     seed: int = 0,
-) -> Elsewhere:
+) -> TransferTask:
     """Load examples of another task: ``sick`` for its dev split, ``snli/test`` for a split by name.
 
     Args:
@@ -107,4 +107,4 @@ def load_elsewhere(
             f"elsewhere {name!r}: label {unknown[0]!r} has no counterpart on the other side. "
             f"Known are {', '.join(_FOLLOWS)}."
         )
-    return Elsewhere(name, examples.sample(limit, seed=seed), classes)
+    return TransferTask(name, examples.sample(limit, seed=seed), classes)

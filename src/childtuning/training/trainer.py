@@ -19,7 +19,7 @@ from childtuning.child.eligible import canonical_name, matches, named
 from childtuning.errors import ConfigError
 from childtuning.fisher import losses_by_slices
 from childtuning.fisher.losses import shifts_labels
-from childtuning.fisher.untouched import untouched
+from childtuning.fisher.without_trace import without_trace
 from childtuning.optim import ChildOptimizer
 from childtuning.optim.processes import of_main_process
 from childtuning.training.checkpoint_files import CheckpointFiles
@@ -336,7 +336,11 @@ class ChildTrainer(CheckpointFiles, Trainer):
         if not (self.model_accepts_loss_kwargs and adds_up and is_the_models) or "labels" not in inputs:
             return self.model_accepts_loss_kwargs
         given = self._prepare_inputs(dict(inputs))
-        with untouched(self.bare_model, training=False), torch.no_grad(), self.compute_loss_context_manager():
+        with (
+            without_trace(self.bare_model, training=False),
+            torch.no_grad(),
+            self.compute_loss_context_manager(),
+        ):
             one, two = (
                 self.bare_model(**given, num_items_in_batch=torch.tensor(n, device=given["labels"].device))
                 for n in (1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from childtuning.experiments.comparison.records import Record
+from childtuning.compare.records import Record
 from childtuning.report import numbers
 from childtuning.report.evidence import Result, Setting
 from childtuning.report.markup import Markup, el

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import fmean, median
 
-from childtuning.experiments.comparison.records import Record
+from childtuning.compare.records import Record
 from childtuning.report import numbers
 from childtuning.report.charts.axes import Axes
 from childtuning.report.charts.figure import data_table, figure, grid

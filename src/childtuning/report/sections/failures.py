@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from childtuning.experiments.comparison.records import Record
+from childtuning.compare.records import Record
 from childtuning.report import numbers
 from childtuning.report.evidence import Evidence
 from childtuning.report.markup import Markup, el

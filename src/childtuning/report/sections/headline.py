@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from childtuning.experiments.comparison.statistics import Paired
+from childtuning.compare.statistics import Paired
 from childtuning.report import numbers
 from childtuning.report.evidence import Across, Evidence, Result, Setting
 from childtuning.report.markup import Markup, el

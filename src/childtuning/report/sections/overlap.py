@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from childtuning.experiments.comparison.parameter_places import short_names
+from childtuning.compare.overlaps import short_names
 from childtuning.report import numbers
 from childtuning.report.charts.figure import figure, grid
 from childtuning.report.charts.heat import heat_table

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from childtuning.experiments.comparison.parameter_places import Place, place_of, short_names
-from childtuning.experiments.comparison.records import Record
+from childtuning.compare.overlaps import Place, place_of, short_names
+from childtuning.compare.records import Record
 from childtuning.report import numbers
 from childtuning.report.charts.figure import figure, grid
 from childtuning.report.charts.heat import heat_table, span

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from childtuning.experiments.comparison.summary import Average
+from childtuning.compare.summary import Average
 from childtuning.report import numbers
 from childtuning.report.charts.figure import figure, scrolling
 from childtuning.report.charts.forest import forest

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from childtuning.experiments.comparison.records import Record
+from childtuning.compare.records import Record
 from childtuning.report import numbers
 from childtuning.report.evidence import Evidence
 from childtuning.report.markup import Markup, el, raw_text

@@ -1,0 +1,32 @@
+"""Compare methods over seeds: plan the runs, do them once each, record them, and say what is significant."""
+
+from childtuning.compare.compare import EXECUTORS, compare, foreseen, set_up, stored
+from childtuning.compare.design import Comparison
+from childtuning.compare.plan import Choice, Tried, choose, num_runs
+from childtuning.compare.protocols import PROTOCOLS, read_comparison
+from childtuning.compare.records import Group, Record, Recorded
+from childtuning.compare.store import Store
+from childtuning.compare.summary import Average, Row, across_tasks, summarize
+
+__all__ = [
+    "Average",
+    "Choice",
+    "Comparison",
+    "EXECUTORS",
+    "Group",
+    "PROTOCOLS",
+    "Record",
+    "Recorded",
+    "Row",
+    "Store",
+    "Tried",
+    "across_tasks",
+    "choose",
+    "compare",
+    "foreseen",
+    "num_runs",
+    "read_comparison",
+    "set_up",
+    "stored",
+    "summarize",
+]

@@ -1,0 +1,271 @@
+"""Set up a store for a comparison, and do its runs: in this process, in several, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal
+
+from childtuning.compare.design import Comparison
+from childtuning.compare.files import Owner
+from childtuning.compare.overlaps import overlap
+from childtuning.compare.plan import choose, needed
+from childtuning.compare.records import Record, Recorded
+from childtuning.compare.store import Store
+from childtuning.compare.work import end_with_parent, environment, execute, plan, work
+from childtuning.errors import ChildTuningError, ConfigError
+from childtuning.runs.inputs import Inputs
+
+EXECUTORS = ("local", "ray")
+
+
+def stored(path: str | Path) -> Comparison | None:
+    """Return what a store is about; ``None`` where there is no store yet.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not Path(path).expanduser().exists():
+        return None
+    with Store.open(path) as store:
+        before = store.comparison()
+    return None if before is None else Comparison.from_dict(before)
+
+
+def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
+    """Return the runs that a comparison needs, as far as that can be said now; nothing is written.
+
+    Args:
+        path: the store; it need not be there yet.
+        comparison: what is asked for.
+    Returns:
+        those that a store has as they are recorded in it, without learning curves.
+    Raises:
+        ConfigError: it is something else than a store.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        return list(comparison.first_runs)
+    with Store.open(path) as store:
+        timed = {run.id: run for run in store.records_in_brief()}
+        return list(needed(comparison, store.known() | timed, store.folder_of))
+
+
+def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> None:
+    """Make a store or open one again, with the runs that a comparison needs planned in it.
+
+    Args:
+        path: the store.
+        comparison: what it is to be about; finished runs that are of no use for it are set aside, not lost.
+        retry_failed: do failed runs again.
+    Raises:
+        ConfigError: the store cannot be used.
+    """
+    with Store.open(path, create=True) as store:
+        store.set_comparison(comparison.to_dict(), environment())
+        if retry_failed:
+            store.retry_failed()
+        plan(store, comparison)
+
+
+def compare(
+    path: str | Path,
+    comparison: Comparison,
+    *,
+    executor: Literal["local", "ray"] = "local",
+    jobs: int = 1,
+) -> Recorded:
+    """Do the runs that a store lacks, and return all of them.
+
+    Args:
+        path: the store, as ``set_up`` leaves it.
+        comparison: what it is about.
+        executor: this machine, or a Ray cluster; the results are the same.
+        jobs: processes on this machine.
+    Raises:
+        ConfigError: the store or the executor cannot be used; what is recorded is safe.
+    """
+    with Store.open(path, create=True) as store:
+        if executor == "ray":
+            work_on_ray(store, comparison)
+        elif jobs > 1:
+            work_in_processes(store, comparison, jobs)
+        else:
+            work(store, comparison)
+        if comparison.overlaps:
+            found = overlap(choose(store.records(), comparison.seeds_to_tune), store.folder_of)
+            if found is not None:
+                store.set_artifact("overlap", found)
+        return store.read()
+
+
+def work_in_processes(store: Store, comparison: Comparison, num_jobs: int) -> None:
+    """Do runs in ``num_jobs`` processes; with several GPUs each has one of them, by turns.
+
+    Raises:
+        ConfigError: one of them could not go on; the others have stopped as well.
+    """
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a forked process cannot use a GPU, nor threads that it lost
+    faults = context.SimpleQueue()
+    processes = []
+    for index, variables in enumerate(_surroundings(comparison.threads, num_jobs)):
+        with _environment(variables):
+            process = context.Process(
+                target=_job,
+                args=(str(store.path), comparison.to_dict(), faults),
+                name=f"childtuning-{index}",
+                daemon=True,
+            )
+            process.start()
+        processes.append(process)
+    try:
+        running = list(processes)
+        while running:
+            wait([process.sentinel for process in running])
+            running = [process for process in running if process.is_alive()]
+            if any(process.exitcode for process in processes if process not in running):
+                break
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+    if any(process.exitcode for process in processes):
+        told = faults.get() if not faults.empty() else "a process ended without a word."
+        raise ConfigError(f"{told} What is recorded is safe; start again to go on.")
+
+
+def _job(path: str, comparison: Mapping[str, Any], faults: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    end_with_parent()
+    try:
+        with Store.open(path, create=True) as store:
+            work(store, Comparison.from_dict(comparison))
+    except (ChildTuningError, OSError) as fault:
+        faults.put(str(fault))
+        raise SystemExit(2) from None
+
+
+def _surroundings(threads: int, num_jobs: int) -> list[dict[str, str]]:
+    """The environment variables of each job."""
+    import torch
+
+    jobs: list[dict[str, str]] = []
+    for index in range(num_jobs):
+        variables = {"OMP_NUM_THREADS": str(threads)}
+        count = torch.cuda.device_count()
+        if count > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+            variables["CUDA_VISIBLE_DEVICES"] = visible[index % count]
+        jobs.append(variables)
+    return jobs
+
+
+class _environment:  # reads as a function
+    """Set variables for what is started inside; a spawned process reads them before it imports anything."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self._variables}
+        os.environ.update(self._variables)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_POLL_SECONDS = 1.0
+
+
+def work_on_ray(store: Store, comparison: Comparison) -> None:
+    """Do runs as tasks of a Ray cluster: of the one this process is connected to, else of the one around it.
+
+    Each run asks for ``threads`` processors, and for a GPU where the cluster has any. Data, models and the folder
+    beside the store have to be reachable from every node by the same paths.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster.
+    """
+    ray = _connected()
+    resources: Mapping[str, float] = ray.cluster_resources()
+    options = {"num_cpus": comparison.threads, "num_gpus": 1 if resources.get("GPU") else 0, "max_retries": 3}
+    places = int(resources.get("GPU") or resources.get("CPU", 1) // comparison.threads)
+    if places < 1:
+        raise ConfigError(
+            f"a run asks for {comparison.threads} processors, the cluster has {resources.get('CPU', 0):.0f}. "
+            "Pass fewer --threads."
+        )
+    remote = ray.remote(**options)(_one_run)
+    keep = comparison.keep or bool(comparison.transfer_to)
+    at_work: dict[Any, Record] = {}
+    with Owner(store.locks) as owner:
+        try:
+            while True:
+                plan(store, comparison)
+                while len(at_work) < places and (run := store.claim(owner)) is not None:
+                    task = remote.remote(
+                        run.to_dict(), str(store.folder_of(run.id)), comparison.threads, keep
+                    )
+                    at_work[task] = run
+                if not at_work:
+                    if not store.num_running():
+                        return
+                    time.sleep(_POLL_SECONDS)  # another driver is at work
+                    continue
+                for task in ray.wait(list(at_work), timeout=_POLL_SECONDS)[0]:
+                    run = at_work.pop(task)
+                    done = _result(ray, task, run)
+                    store.finish(done, owner)
+        finally:
+            for task, run in at_work.items():
+                ray.cancel(task, force=True)
+                store.release(run, owner)
+
+
+def _connected() -> Any:
+    try:
+        ray: Any = import_module("ray")
+    except ImportError:
+        raise ConfigError("--executor ray needs Ray. Install it: pip install 'childtuning[ray]'.") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        except ConnectionError:
+            raise ConfigError(
+                "there is no Ray cluster here. Start one with `ray start --head`, or set RAY_ADDRESS."
+            ) from None
+    return ray
+
+
+def _one_run(run: Mapping[str, Any], folder: str, threads: int, keep: bool) -> dict[str, Any]:
+    """What a worker does; its process keeps inputs for the next run."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if not hasattr(_one_run, "inputs"):
+        _one_run.inputs = Inputs(keep=True)  # type: ignore[attr-defined]
+    return execute(Record.from_dict(run), Path(folder), _one_run.inputs, keep=keep).to_dict()  # type: ignore[attr-defined]
+
+
+def _result(ray: Any, task: Any, run: Record) -> Record:
+    """Return a finished run; one whose worker failed is a failed run."""
+    try:
+        return Record.from_dict(ray.get(task))
+    except ray.exceptions.RayError as fault:
+        return replace(
+            run, state="failed", error=f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:1000]
+        )

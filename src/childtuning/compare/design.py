@@ -1,0 +1,305 @@
+"""`Comparison`: what is compared, on what, and how often; and the runs that this comes to."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from childtuning.compare.records import Group, Record
+from childtuning.errors import ConfigError
+from childtuning.methods import Combination
+from childtuning.runs.config import RunConfig, option_of_text
+
+HELD_OUT = 0.1  # of the training examples, where hyperparameters have to be chosen
+Grid = Mapping[str, Sequence[Any]]
+_SHORT = {"lr": "learning_rate"}
+_OF_CHILDREN = (
+    "density",
+    "mass",
+    "granularity",
+    "scope",
+    "estimator",
+    "fisher_labels",
+    "fisher_examples",
+    "rescale",
+)
+_FIXED = {  # options that a comparison sets itself, and how
+    "seed": "Pass --seeds.",
+    "method": "Pass --methods.",
+    "task": "Pass --task.",
+    "train_limit": "Pass --train-sizes.",
+    "train": "Compare one data set at a time.",
+    "eval": "Compare one data set at a time.",
+    "data_dir": "Compare one data set at a time.",
+    "held_out": "Pass it as an option of all runs.",
+    "data_seed": "Pass it as an option of all runs.",
+    "report_to": "Pass it as an option of all runs.",
+}
+SELECTIONS = ("held-out", "reported")
+_NOT_IDENTITY = ("data_dir", "save_steps", "report_to")
+_DEFAULTS = {option.name: option.default for option in fields(RunConfig)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on tasks over seeds, each with the hyperparameters that suit it.
+
+    Every set of hyperparameters is tried with the first ``tune_seeds`` seeds; the best of each method, task and size
+    gets all of them. Where there is anything to choose, each run sets a tenth of its training examples aside, and the
+    choice is made by them, never by the reported ones, unless ``selection`` says so.
+
+    Attributes:
+        tasks: names; one, of the file, where ``options`` name files.
+        methods: as typed: ``child-d+r3f:0.7``.
+        num_seeds: runs have the seeds 0 … num_seeds − 1.
+        tune_seeds: how many of them every set of hyperparameters is tried with.
+        grid: option of a run -> values to try. Those that only children have are left out where there is none.
+        grid_of: the same for one method, in place of the values for all.
+        train_sizes: training examples; ``None`` is all.
+        selection: choose by the ``held-out`` or by the ``reported`` examples, as the paper does.
+        transfer_to: tasks on which a new head is then trained on every tuned network, its body frozen.
+        overlaps: compare the children that the tasks choose with one another.
+        baseline: the method that the others are compared with; ``None``: the first.
+        protocol: the named protocol that this is, if it is one.
+        options: of all runs, as ``RunConfig`` takes them.
+        threads: of the processor, for each run; results depend on it in the last bits.
+        keep: whether the runs' folders stay when they are recorded.
+        command: what was typed to ask for it.
+    Raises:
+        ConfigError: something asked for makes no run.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    num_seeds: int = 5
+    tune_seeds: int = 1
+    grid: Grid = field(default_factory=dict)
+    grid_of: Mapping[str, Grid] = field(default_factory=dict)
+    train_sizes: tuple[int | None, ...] = (None,)
+    selection: Literal["held-out", "reported"] = "held-out"
+    transfer_to: tuple[str, ...] = ()
+    overlaps: bool = False
+    baseline: str | None = None
+    protocol: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    threads: int = 1
+    keep: bool = False
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "methods", "train_sizes"):
+            values = getattr(self, name)
+            if not values:
+                raise ConfigError(f"a comparison needs {name}, got none. Pass --{name.replace('_', '-')}.")
+            repeated = {value for value in values if values.count(value) > 1}
+            if repeated:
+                raise ConfigError(f"{name} has {repeated.pop()!r} twice. Pass it once.")
+        if not 1 <= self.tune_seeds <= self.num_seeds:
+            raise ConfigError(
+                f"tune_seeds must be between 1 and the {self.num_seeds} seeds, got {self.tune_seeds}."
+            )
+        if self.selection not in SELECTIONS:
+            raise ConfigError(f"selection must be {' or '.join(SELECTIONS)}, got {self.selection!r}.")
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise ConfigError(
+                f"baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}. Add it."
+            )
+        for method in self.grid_of:
+            if method not in self.methods:
+                raise ConfigError(f"the grid names {method!r}, which is not compared. Add it to --methods.")
+        for grid in (self.grid, *self.grid_of.values()):
+            for name, values in grid.items():
+                if name in _FIXED:
+                    raise ConfigError(f"the grid cannot hold {name!r}. {_FIXED[name]}")
+                if not values:
+                    raise ConfigError(f"the grid has no values for {name!r}. Pass {name}=VALUE,VALUE.")
+        if not any(Combination.parse(method).takes_density for method in self.methods):
+            asked = {**self.options, **self.grid}
+            for name in _OF_CHILDREN:
+                if name in asked:
+                    raise ConfigError(f"none of the methods chooses a child, got {name}. Leave it out.")
+        assert self.first_runs  # every configuration there is to try is right
+
+    @property
+    def against(self) -> str:
+        """The method that the others are compared with."""
+        return self.baseline or self.methods[0]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether any method has more than one set of hyperparameters."""
+        return any(len(self.points(method)) > 1 for method in self.methods)
+
+    @property
+    def seeds_to_tune(self) -> range:
+        """The seeds that every set of hyperparameters is tried with."""
+        return range(self.tune_seeds)
+
+    def points(self, method: str) -> list[dict[str, Any]]:
+        """Return the sets of hyperparameters that a method is tried with."""
+        grid = {**self.grid, **self.grid_of.get(method, {})}
+        if not Combination.parse(method).takes_density:
+            grid = {name: values for name, values in grid.items() if name not in _OF_CHILDREN}
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    def groups(self) -> Iterator[Group]:
+        """Yield what is tuned, task by task."""
+        for task in self.tasks:
+            for size in self.train_sizes:
+                for method in self.methods:
+                    yield Group(task, method, size)
+
+    @cached_property
+    def first_runs(self) -> tuple[Record, ...]:
+        """The runs by which hyperparameters are chosen, those of one task and seed together."""
+        return tuple(
+            self.run(Group(task, method, size), seed, point)
+            for task in self.tasks
+            for size in self.train_sizes
+            for seed in self.seeds_to_tune
+            for method in self.methods
+            for point in self.points(method)
+        )
+
+    @cached_property
+    def _runs(self) -> dict[Any, Record]:
+        return {}
+
+    def run(self, group: Group, seed: int, point: Mapping[str, Any]) -> Record:
+        """Return one run of this comparison, as it is before anything is known of it.
+
+        Raises:
+            ConfigError: its options do not go together.
+        """
+        key = (group, seed, tuple(point.items()))
+        if key not in self._runs:
+            self._runs[key] = self._run(group, seed, point)
+        return self._runs[key]
+
+    def _run(self, group: Group, seed: int, point: Mapping[str, Any]) -> Record:
+        options = {**self.options, **point, "method": group.method, "seed": seed}
+        if "train" not in options:
+            options["task"] = group.task
+        if group.train_size is not None:
+            options["train_limit"] = group.train_size
+        if self.selection == "held-out" and self.chooses:
+            options.setdefault("held_out", HELD_OUT)
+        if not Combination.parse(group.method).takes_density:
+            options = {name: value for name, value in options.items() if name not in _OF_CHILDREN}
+        return self._record(group, seed, point, options)
+
+    def transfer_run(self, source: Record, target: str, folder: Path) -> Record:
+        """Return the run that trains a new head for another task on a finished run's network, its body frozen.
+
+        The head is trained on as many examples as the network was.
+
+        Args:
+            source: the finished run.
+            target: the other task.
+            folder: where the source's files are.
+        """
+        options = {
+            name: value
+            for name, value in source.config.items()
+            if name not in (*_OF_CHILDREN, "eligible", "held_out", "elsewhere")
+        }
+        options |= {"task": target, "method": "head", "init_from": str(folder), "learning_rate": _HEAD_RATE}
+        group = Group(target, source.group.method, source.group.train_size, start=source.group.task)
+        return self._record(group, source.seed, source.point, options, start=source.id)
+
+    def _record(
+        self,
+        group: Group,
+        seed: int,
+        point: Mapping[str, Any],
+        options: Mapping[str, Any],
+        start: str | None = None,
+    ) -> Record:
+        config = RunConfig.from_options(options)
+        given = {name: value for name, value in asdict(config).items() if value is not None}
+        # What is as by default does not count, so that a later version's new options leave the names as they are.
+        identity = {n: v for n, v in given.items() if n not in _NOT_IDENTITY and v != _DEFAULTS[n]}
+        identity |= {"threads": self.threads, **({"init_from": start} if start else {})}
+        text = json.dumps(identity, sort_keys=True)
+        return Record(hashlib.sha256(text.encode()).hexdigest()[:16], group, seed, dict(point), given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Return what ``to_dict`` was made of."""
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+        return cls(**values)
+
+
+_HEAD_RATE = 1e-3  # a linear head on a frozen body learns slowly at the rates of whole networks
+
+
+def read_methods(texts: Sequence[str]) -> tuple[str, ...]:
+    """Read methods that commas part: ``full,smart:weight=0.5,steps=1,child-d`` are three.
+
+    Raises:
+        ConfigError: there is no such method, or it has no such option.
+    """
+    methods: list[str] = []
+    for text in texts:
+        words: list[str] = []
+        for piece in text.split(","):
+            name, equals, _ = piece.partition("=")
+            if words and equals and ":" not in name:  # one more option of the method before
+                words[-1] += "," + piece
+            else:
+                words.append(piece)
+        methods += [word.strip() for word in words]
+    for method in methods:
+        Combination.parse(method)
+    return tuple(methods)
+
+
+def read_grid(texts: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Grid]]:
+    """Read the values of hyperparameters: ``lr=2e-5,4e-5`` for all methods, ``lora:lr=1e-3`` for one.
+
+    Returns:
+        the grid of all, and by method its own.
+    Raises:
+        ConfigError: no such option, or no value of its type.
+    """
+    grid: dict[str, list[Any]] = {}
+    grid_of: dict[str, dict[str, list[Any]]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        method = next((m for m in methods if text.startswith(m + ":")), None)
+        if method is not None:
+            name, equals, values = text[len(method) + 1 :].partition("=")
+        name = name.strip().replace("-", "_")
+        name = _SHORT.get(name, name)
+        if not equals or not values:
+            raise ConfigError(f"the grid takes NAME=VALUE,VALUE or METHOD:NAME=VALUE, got {text!r}.")
+        into = grid if method is None else grid_of.setdefault(method, {})
+        if name in into:
+            raise ConfigError(f"the grid has {name!r} twice. Put all values behind one {name}=.")
+        into[name] = list(dict.fromkeys(option_of_text(name, value.strip()) for value in values.split(",")))
+    return grid, dict(grid_of)
+
+
+def read_sizes(text: str) -> tuple[int | None, ...]:
+    """Read training sizes: ``100,1000,all``.
+
+    Raises:
+        ConfigError: one is no number above 0.
+    """
+    sizes: list[int | None] = []
+    for word in text.split(","):
+        word = word.strip().replace("_", "")
+        if word != "all" and not (word.isdigit() and int(word) > 0):
+            raise ConfigError(f"train sizes are numbers above 0, or all, got {word!r}.")
+        sizes.append(None if word == "all" else int(word))
+    return tuple(sizes)

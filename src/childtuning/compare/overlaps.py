@@ -1,0 +1,155 @@
+"""How far the children overlap that several tasks choose in one model. [Xu et al. 2021, section 5]"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from childtuning.child import Child, Part
+from childtuning.compare.plan import Choice
+from childtuning.errors import ConfigError
+
+CHILD = "child.safetensors"
+Matrix = list[list[float | None]]
+
+
+def overlap(choices: Sequence[Choice], folder_of: Callable[[str], Path]) -> dict[str, Any] | None:
+    """Compare the children of tasks: those of each one's first seed with the hyperparameters that were chosen.
+
+    Returns:
+        JSON-ready: ``tasks``, ``method``, ``density``, and matrices [task, task] of |A ∩ B| / min(|A|, |B|):
+        ``overall``, ``by_layer`` and ``by_kind`` of weight; ``None`` in a cell where one child has nothing there.
+        ``None`` where fewer than two tasks have a fixed child.
+    Raises:
+        ConfigError: the tasks' children are not over the same parameters.
+    """
+    found: dict[str, tuple[Choice, Child]] = {}
+    for choice in choices:
+        path = folder_of(choice.records[0].id) / CHILD
+        if choice.group.task not in found and path.is_file():
+            found[choice.group.task] = (choice, Child.load(path))
+    if len(found) < 2:
+        return None
+    children = {task: child for task, (_, child) in found.items()}
+    names = list(next(iter(children.values())).parts)
+    for task, child in children.items():
+        if list(child.parts) != names:
+            raise ConfigError(
+                f"the child of {task!r} is over other parameters than the others. Use one model."
+            )
+    common = {
+        name: [[_common(a.parts[name], b.parts[name]) for b in children.values()] for a in children.values()]
+        for name in names
+    }
+    by_layer: dict[str, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
+    for name in names:
+        place = place_of(name)
+        layer = f"{place.stack}.{place.number}" if place.region == "layer" else place.region
+        by_layer.setdefault(layer, []).append(name)
+        by_kind.setdefault(place.kind, []).append(name)
+    first = next(iter(found.values()))[0]
+    return {
+        "tasks": list(children),
+        "method": first.group.method,
+        "density": next(iter(children.values())).density,
+        "overall": _matrix(common, names),
+        "by_layer": {layer: _matrix(common, inside) for layer, inside in by_layer.items()},
+        "by_kind": {kind: _matrix(common, inside) for kind, inside in by_kind.items()},
+    }
+
+
+def _common(first: Part, second: Part) -> int:
+    if first.is_empty or second.is_empty:
+        return 0
+    return int((first.mask() & second.mask()).sum())
+
+
+def _matrix(common: Mapping[str, list[list[int]]], names: Sequence[str]) -> Matrix:
+    """Sum up what is common over parameters; a child has itself in common with itself."""
+    size = len(next(iter(common.values())))
+    totals = [[sum(common[name][i][j] for name in names) for j in range(size)] for i in range(size)]
+    matrix: Matrix = [[None] * size for _ in range(size)]
+    for i, j in itertools.product(range(size), repeat=2):
+        smaller = min(totals[i][i], totals[j][j])
+        matrix[i][j] = totals[i][j] / smaller if smaller else None
+    return matrix
+
+
+Region = Literal["layer", "embeddings", "head", "other"]
+
+_EMBEDDINGS = re.compile(r"embed|^(wte|wpe|cls_token|tok|pos)$", re.IGNORECASE)
+_HEAD = re.compile(r"classifier|^score$|head|pooler|^fc$|qa_outputs|^cls$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is.
+
+    Attributes:
+        region: a numbered layer, the embeddings, the head, or none of these.
+        stack: what the numbers of layers count: ``bert.encoder.layer``, ``layer1``; empty outside the layers.
+        number: of the layer, from 0; -1 outside the layers.
+        kind: the rest of the name: ``attention.self.query``, ``attention.self.query bias``.
+    """
+
+    region: Region
+    stack: str
+    number: int
+    kind: str
+
+
+def place_of(name: str) -> Place:
+    """Return where a parameter is: its first component that is a number is the layer, what follows the kind.
+
+    Further numbers are dropped, so that equal parts of a layer count as one kind; a weight has its module's name, and
+    anything else adds its own: ``query``, ``query bias``.
+    """
+    path = name.split(".")
+    number = next((place for place, part in enumerate(path) if part.isdecimal()), None)
+    if number is None:
+        words = path[-2:] if path[-1] in ("weight", "bias") else path[-1:]
+        region: Region = "other"
+        if any(_EMBEDDINGS.search(part) for part in path):
+            region = "embeddings"
+        elif any(_HEAD.search(part) for part in path):
+            region = "head"
+        return Place(region, "", -1, _kind(path if len(words) > 1 else words))
+    rest = [part for part in path[number + 1 :] if not part.isdecimal()]
+    stack = ".".join(path[:number])
+    region = "head" if _HEAD.search(stack) else "embeddings" if _EMBEDDINGS.search(stack) else "layer"
+    if region != "layer":  # the layers of a head are not the network's
+        return Place(region, "", -1, _kind([part for part in path if not part.isdecimal()]))
+    return Place("layer", stack, int(path[number]), _kind(rest))
+
+
+def short_names(kinds: Iterable[str], *, fewest: int = 1) -> dict[str, str]:
+    """Return each kind's shortest ending of at least so many words between dots that no other kind has."""
+    kinds = list(dict.fromkeys(kinds))
+    return {
+        kind: next(ending for ending in _endings(kind, fewest) if _is_alone(ending, kind, kinds))
+        for kind in kinds
+    }
+
+
+def _kind(parts: Sequence[str]) -> str:
+    *module, last = parts or [""]
+    path = ".".join(module)
+    if last == "weight" and path:
+        return path
+    return f"{path} {last}".strip()
+
+
+def _endings(kind: str, fewest: int) -> list[str]:
+    parts = kind.split(".")
+    return [".".join(parts[place:]) for place in range(max(0, len(parts) - fewest), -1, -1)]
+
+
+def _is_alone(ending: str, kind: str, kinds: Sequence[str]) -> bool:
+    return ending == kind or not any(
+        other != kind and (other == ending or other.endswith("." + ending)) for other in kinds
+    )

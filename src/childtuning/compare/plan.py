@@ -1,0 +1,139 @@
+"""Which runs a comparison needs, and which hyperparameters its finished runs choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from childtuning.compare.design import Comparison
+from childtuning.compare.records import Group, Record, lower_is_better
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One set of hyperparameters.
+
+    Attributes:
+        point: by name.
+        records: its finished runs, by seed.
+        selection: mean of the score they are chosen by, over the seeds that every set was tried with; NaN if a run
+            of them is missing, failed or has no score.
+    """
+
+    point: Mapping[str, Any]
+    records: Sequence[Record]
+    selection: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The runs that a method is reported with.
+
+    Attributes:
+        group: one method on one task, at one size.
+        point: the hyperparameters that were best.
+        records: the finished runs with them, by seed.
+        tried: all sets, in the order in which they were planned.
+    """
+
+    group: Group
+    point: Mapping[str, Any]
+    records: Sequence[Record]
+    tried: Sequence[Tried]
+
+    @property
+    def at_end(self) -> tuple[str, ...]:
+        """The hyperparameters whose best value is the lowest or the highest that was tried: a better may lie beyond."""
+        return tuple(name for name, value in self.point.items() if self._is_end(name, value))
+
+    def _is_end(self, name: str, value: Any) -> bool:
+        values = {one.point[name] for one in self.tried}
+        numeric = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+        return numeric and len(values) > 1 and value in (min(values), max(values))
+
+
+def choose(records: Iterable[Record], tune_seeds: Sequence[int]) -> list[Choice]:
+    """Choose the best hyperparameters of every group of runs.
+
+    Args:
+        records: of one comparison; those that are not done, or have failed, take no part.
+        tune_seeds: the seeds that every set of hyperparameters is tried with.
+    Returns:
+        a choice for every group with a finished run, in order of appearance. Of equal sets the first wins.
+    """
+    groups: dict[Group, dict[tuple[Any, ...], list[Record]]] = {}
+    for record in records:
+        if record.state == "done":
+            points = groups.setdefault(record.group, {})
+            points.setdefault(tuple(record.point.items()), []).append(record)
+    return [_choice(group, points, tune_seeds) for group, points in groups.items()]
+
+
+def _choice(
+    group: Group, points: Mapping[tuple[Any, ...], list[Record]], tune_seeds: Sequence[int]
+) -> Choice:
+    tried = []
+    for point, runs in points.items():
+        runs.sort(key=lambda record: record.seed)
+        chosen_by = [record.selection for record in runs if record.seed in tune_seeds]
+        all_there = len(chosen_by) == len(tune_seeds)
+        tried.append(Tried(dict(point), tuple(runs), fmean(chosen_by) if all_there else math.nan))
+    sign = -1 if lower_is_better(tried[0].records[0].metric) else 1
+    best = max(tried, key=lambda one: -math.inf if math.isnan(one.selection) else sign * one.selection)
+    return Choice(group, best.point, best.records, tuple(tried))
+
+
+def needed(
+    comparison: Comparison, known: Mapping[str, Record], folder_of: Callable[[str], Path]
+) -> Iterator[Record]:
+    """Yield the runs that are needed as far as that can be said now; a pure function of what is recorded.
+
+    First every set of hyperparameters with the seeds that tune. Once those of a method on a task are done (or failed),
+    its best set gets the other seeds; and a finished run, the new heads on its network.
+
+    Args:
+        comparison: what is asked for.
+        known: the recorded runs, by id.
+        folder_of: the folder of a run, by id.
+    Yields:
+        each run once; those that are recorded, as they are recorded.
+    """
+    first: dict[Group, list[Record]] = {}
+    for run in comparison.first_runs:
+        found = known.get(run.id, run)
+        first.setdefault(run.group, []).append(found)
+        yield found
+    chosen: dict[Group, list[Record]] = {}
+    for group in comparison.groups():
+        runs = first[group]
+        if any(run.state in ("planned", "running") for run in runs):
+            continue
+        for choice in choose(runs, comparison.seeds_to_tune):
+            chosen[group] = list(choice.records)
+            for seed in range(comparison.tune_seeds, comparison.num_seeds):
+                run = comparison.run(group, seed, choice.point)
+                found = known.get(run.id, run)
+                chosen[group].append(found)
+                yield found
+    for runs in chosen.values():
+        for source in runs:
+            if source.state == "done":
+                for target in comparison.transfer_to:
+                    if target != source.group.task:
+                        run = comparison.transfer_run(source, target, folder_of(source.id))
+                        yield known.get(run.id, run)
+
+
+def num_runs(comparison: Comparison) -> int:
+    """Return how many runs a comparison comes to, if none fails."""
+    total = 0
+    for group in comparison.groups():
+        others = comparison.num_seeds - comparison.tune_seeds
+        total += len(comparison.points(group.method)) * comparison.tune_seeds + others
+        targets = [target for target in comparison.transfer_to if target != group.task]
+        total += len(targets) * comparison.num_seeds
+    return total

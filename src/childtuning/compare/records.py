@@ -1,0 +1,169 @@
+"""`Record`: what is known of one run of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+from childtuning.errors import ConfigError
+
+SCHEMA = 1  # of stores and of their exports
+State = Literal["planned", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed and hyperparameters alone: one method on one task, at one size.
+
+    Attributes:
+        task: what was trained on.
+        method: with its options, as typed.
+        train_size: training examples; ``None``: all there are.
+        start: the task whose tuned network it started from; ``None``: the base model.
+    """
+
+    task: str
+    method: str
+    train_size: int | None = None
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a comparison: what it is, and what came of it.
+
+    Attributes:
+        id: of everything that decides the run, in 16 hexadecimal digits.
+        group: the runs it belongs to.
+        seed: as configured.
+        point: the hyperparameters that are compared, by name: ``{"learning_rate": 2e-5}``.
+        config: every option of the run that is set, as ``RunConfig`` takes them.
+        state: planned, running, done or failed.
+        result: ``RunResult`` as a dict, for runs that are done; its scores may be NaN.
+        curve: what was logged while training: ``[{"step": 10, "loss": 0.7, "learning_rate": …}, …]``.
+        parts: by parameter name, how many entries were trained and how many there are; those without any are left out.
+        error: in one line, of a failed run.
+        seconds: wall time from start to end, of runs that are done or failed.
+        finished: when, as ISO 8601 in UTC.
+    """
+
+    id: str
+    group: Group
+    seed: int
+    point: Mapping[str, Any]
+    config: Mapping[str, Any]
+    state: State = "planned"
+    result: Mapping[str, Any] | None = None
+    curve: Sequence[Mapping[str, Any]] = ()
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    error: str | None = None
+    seconds: float | None = None
+    finished: str | None = None
+
+    @property
+    def metric(self) -> str | None:
+        """Name of the task's main metric."""
+        return None if self.result is None else self.result["metric"]["name"]
+
+    @property
+    def score(self) -> float:
+        """The main metric on the reported examples; NaN where there is none."""
+        return _number(None if self.result is None else self.result["metric"]["value"])
+
+    @property
+    def selection(self) -> float:
+        """The score that hyperparameters are chosen by: on the held-out examples, else the reported one."""
+        held_out = None if self.result is None else self.result.get("held_out")
+        return _number(held_out[self.metric]) if held_out else self.score
+
+    @property
+    def elsewhere(self) -> dict[str, float]:
+        """The main score on other tasks' examples, by task."""
+        found = (self.result or {}).get("elsewhere") or {}
+        return {task: _number(next(iter(metrics.values()))) for task, metrics in found.items()}
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether a finished run has no score, or none above always giving the most frequent training label.
+
+        Where that answer has no score, or is none, only runs without a score count.
+        """
+        if self.state != "done" or self.result is None:
+            return False
+        constant = self.result.get("constant")
+        if math.isnan(self.score) or constant is None:
+            return math.isnan(self.score)
+        sign = -1 if lower_is_better(self.metric) else 1
+        return sign * self.score <= sign * _number(constant[self.metric])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Return what ``to_dict`` was made of."""
+        values = dict(content)
+        values["group"] = Group(**values["group"])
+        values["curve"] = tuple(values.get("curve", ()))
+        values["parts"] = {name: tuple(counts) for name, counts in values["parts"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Everything that a store holds.
+
+    Attributes:
+        comparison: what was asked for, as ``Comparison.to_dict`` returns it.
+        records: the runs, in the order in which they were planned.
+        artifacts: by name, JSON-ready results that belong to no single run, such as ``overlap``.
+        environment: versions and machine.
+    """
+
+    comparison: Mapping[str, Any]
+    records: Sequence[Record]
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields, the store's export."""
+        return {
+            "schema": SCHEMA,
+            "comparison": dict(self.comparison),
+            "environment": dict(self.environment),
+            "records": [record.to_dict() for record in self.records],
+            "artifacts": dict(self.artifacts),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Self:
+        """Return what ``to_dict`` was made of.
+
+        Raises:
+            ConfigError: it is something else, or of another version.
+        """
+        if not isinstance(content, Mapping) or content.get("schema") != SCHEMA or "records" not in content:
+            raise ConfigError(
+                f"this is no export of a store with schema {SCHEMA}. Pass what `report --format json` wrote."
+            )
+        return cls(
+            comparison=content["comparison"],
+            environment=content["environment"],
+            records=[Record.from_dict(record) for record in content["records"]],
+            artifacts=content["artifacts"],
+        )
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+def lower_is_better(metric: str | None) -> bool:
+    """Say whether of two values of a metric the smaller is the better one."""
+    return metric in _LOWER_IS_BETTER

@@ -1,0 +1,353 @@
+"""`Store`: the runs of a comparison in one SQLite file, each recorded at once and once."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from childtuning.compare.files import Owner, check_place, is_alive
+from childtuning.compare.records import SCHEMA, Record, Recorded
+from childtuning.errors import ConfigError
+
+_TABLES = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE runs (
+    id TEXT PRIMARY KEY,
+    position INTEGER,           -- in the plan; NULL: not of the comparison that the store is about now
+    shares TEXT NOT NULL,       -- runs with the same text share data, model and scores
+    fixed TEXT NOT NULL,        -- group, seed, point and config, JSON
+    state TEXT NOT NULL CHECK (state IN ('planned', 'running', 'done', 'failed')),
+    owner TEXT,                 -- of a running one
+    result TEXT,                -- of a done one, JSON
+    details TEXT                -- curve, parts, error, seconds and finished, JSON
+) WITHOUT ROWID;
+CREATE TABLE artifacts (name TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID;
+"""
+_FIXED = ("group", "seed", "point", "config")
+_DETAILS = ("curve", "parts", "error", "seconds", "finished")
+_APPLICATION = 0x43544E47  # tells our files from other SQLite files
+
+
+class Store:
+    """The record of a comparison, in one file; safe against kills at any moment and for several processes at once.
+
+    Beside it lies a folder of the same name with ``.files`` behind it: the runs' own folders, and the locks of those
+    who work on it. Without it, what is recorded is still whole.
+
+    Use ``open`` and ``close``, or ``with Store.open(…) as store``.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._db = connection
+
+    @classmethod
+    def open(cls, path: str | Path, *, create: bool = False) -> Self:
+        """Open a store.
+
+        Args:
+            path: the file.
+            create: make it if it is not there, and be able to write.
+        Raises:
+            ConfigError: there is none, it is something else, or it cannot be used where it lies.
+        """
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise ConfigError(f"store {str(path)!r} is a folder. Pass a file.")
+        if not create and not path.is_file():
+            raise ConfigError(f"there is no store {str(path)!r}. Check the path.")
+        if create:
+            check_place(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with told(path):
+            connection = connect(path, create)
+            try:
+                _check(connection, path, create)
+            except BaseException:
+                connection.close()
+                raise
+        return cls(path, connection)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def files(self) -> Path:
+        """The folder beside the store."""
+        return self.path.with_name(self.path.name + ".files")
+
+    @property
+    def locks(self) -> Path:
+        """Where those who work on it hold their locks."""
+        return self.files / "locks"
+
+    def folder_of(self, run_id: str) -> Path:
+        """Return a run's own folder."""
+        return (self.files / "runs" / run_id).resolve()
+
+    # What is compared
+
+    def comparison(self) -> dict[str, Any] | None:
+        """Return what the store is about; ``None`` for a new one."""
+        return self._fact("comparison")
+
+    def set_comparison(self, comparison: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Say what the store is about; finished runs that this needs as well are kept, the others set aside.
+
+        Raises:
+            ConfigError: another process works on another comparison.
+        """
+        with self._writing():
+            before = self._fact("comparison")
+            if before is not None and _asked(before) != _asked(json.loads(json.dumps(comparison))):
+                if self._live():
+                    raise ConfigError(
+                        f"another process is at work on another comparison in {str(self.path)!r}. "
+                        "Wait for it, or pass another --store."
+                    )
+                self._db.execute("UPDATE runs SET position = NULL")
+                self._db.execute("DELETE FROM runs WHERE state = 'planned'")
+            for name, value in (("comparison", comparison), ("environment", environment)):
+                self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
+    def plan(self, runs: Iterable[Record]) -> None:
+        """Add runs that are not there yet, and put all of them in this order."""
+        with self._writing():
+            for position, run in enumerate(runs):
+                fixed = {name: value for name, value in run.to_dict().items() if name in _FIXED}
+                self._db.execute(
+                    "INSERT INTO runs (id, position, shares, fixed, state) VALUES (?, ?, ?, ?, 'planned') "
+                    "ON CONFLICT (id) DO UPDATE SET position = excluded.position "
+                    "WHERE position IS NOT excluded.position",
+                    (run.id, position, _shares(run), json.dumps(fixed)),
+                )
+
+    # Work
+
+    def claim(self, owner: Owner, like: Record | None = None) -> Record | None:
+        """Take the next run that nobody works on; those that share their inputs with ``like`` come first.
+
+        Runs whose process has ended without a word are taken over. No run is ever given to two.
+        """
+        with self._writing():
+            for run_id, name in self._db.execute(
+                "SELECT id, owner FROM runs WHERE state = 'running'"
+            ).fetchall():
+                if not owner.is_alive(name):
+                    self._db.execute(
+                        "UPDATE runs SET state = 'planned', owner = NULL WHERE id = ?", (run_id,)
+                    )
+            row = self._db.execute(
+                "SELECT * FROM runs WHERE state = 'planned' AND position IS NOT NULL "
+                "ORDER BY shares IS NOT ?, position LIMIT 1",
+                (None if like is None else _shares(like),),
+            ).fetchone()
+            if row is None:
+                return None
+            self._db.execute(
+                "UPDATE runs SET state = 'running', owner = ? WHERE id = ?", (owner.name, row["id"])
+            )
+            return replace(_record(row), state="running")
+
+    def finish(self, run: Record, owner: Owner) -> bool:
+        """Record what came of a run; tell whether it was still this owner's."""
+        details = {name: value for name, value in run.to_dict().items() if name in _DETAILS}
+        details["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        result = None if run.result is None else json.dumps(run.result)
+        with self._writing():
+            done = self._db.execute(
+                "UPDATE runs SET state = ?, owner = NULL, result = ?, details = ? "
+                "WHERE id = ? AND state = 'running' AND owner = ?",
+                (run.state, result, json.dumps(details), run.id, owner.name),
+            )
+        return done.rowcount == 1
+
+    def release(self, run: Record, owner: Owner) -> None:
+        """Give a run back, to be done later."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE runs SET state = 'planned', owner = NULL WHERE id = ? AND state = 'running' AND owner = ?",
+                (run.id, owner.name),
+            )
+
+    def retry_failed(self) -> int:
+        """Let failed runs be done again; return how many there are."""
+        with self._writing():
+            return self._db.execute(
+                "UPDATE runs SET state = 'planned', details = NULL WHERE state = 'failed'"
+            ).rowcount
+
+    # What is recorded
+
+    def records(self) -> list[Record]:
+        """Return the runs of the comparison, in the order of the plan."""
+        with told(self.path):
+            rows = self._db.execute(
+                "SELECT * FROM runs WHERE position IS NOT NULL ORDER BY position"
+            ).fetchall()
+        return [_record(row) for row in rows]
+
+    def known(self) -> dict[str, Record]:
+        """Return every run that was ever recorded or planned, by id, without the details."""
+        with told(self.path):
+            rows = self._db.execute("SELECT id, fixed, state, result, NULL AS details FROM runs").fetchall()
+        return {row["id"]: _record(row) for row in rows}
+
+    def records_in_brief(self) -> list[Record]:
+        """Return the runs of the comparison in the order of the plan, without learning curves."""
+        with told(self.path):
+            rows = self._db.execute(
+                "SELECT id, fixed, state, result, json_remove(details, '$.curve', '$.parts') AS details FROM runs "
+                "WHERE position IS NOT NULL ORDER BY position"
+            ).fetchall()
+        return [_record(row) for row in rows]
+
+    def num_running(self) -> int:
+        """Return how many runs are being done, by whomever."""
+        with told(self.path):
+            return self._db.execute("SELECT count(*) FROM runs WHERE state = 'running'").fetchone()[0]
+
+    def read(self) -> Recorded:
+        """Return everything."""
+        with told(self.path), self._reading():
+            artifacts = self._db.execute("SELECT name, content FROM artifacts ORDER BY name").fetchall()
+            return Recorded(
+                comparison=self._fact("comparison") or {},
+                environment=self._fact("environment") or {},
+                records=self.records(),
+                artifacts={name: json.loads(content) for name, content in artifacts},
+            )
+
+    def set_artifact(self, name: str, content: Mapping[str, Any]) -> None:
+        """Record a result that belongs to no single run."""
+        with self._writing():
+            self._db.execute("INSERT OR REPLACE INTO artifacts VALUES (?, ?)", (name, json.dumps(content)))
+
+    def _live(self) -> int:
+        owners = self._db.execute("SELECT DISTINCT owner FROM runs WHERE state = 'running'").fetchall()
+        return sum(is_alive(self.locks, name) for (name,) in owners)
+
+    def _fact(self, name: str) -> Any:
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with told(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
+
+
+def _check(connection: sqlite3.Connection, path: Path, create: bool) -> None:
+    """Make the tables of a new file; refuse, and leave as they are, files that are not ours or of a later version."""
+    if create:
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            for statement in _TABLES.split(";\n"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA}")
+        connection.execute("COMMIT")
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != _APPLICATION:
+        raise ConfigError(f"{str(path)!r} is an SQLite file, but no store of runs. Pass another --store.")
+    if version != SCHEMA:
+        raise ConfigError(
+            f"store {str(path)!r} has the schema {version}, this version of childtuning reads {SCHEMA}. "
+            "Use the version that wrote it."
+        )
+    if create:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+def _asked(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared, however it was typed."""
+    return {name: value for name, value in comparison.items() if name != "command"}
+
+
+def _shares(run: Record) -> str:
+    return json.dumps([run.group.task, run.group.train_size, run.group.start, run.seed])
+
+
+def _record(row: sqlite3.Row) -> Record:
+    fixed = json.loads(row["fixed"])
+    details = {"parts": {}, **(json.loads(row["details"]) if row["details"] else {})}
+    result = json.loads(row["result"]) if row["result"] else None
+    return Record.from_dict({"id": row["id"], "state": row["state"], **fixed, "result": result, **details})
+
+
+def connect(path: Path, create: bool) -> sqlite3.Connection:
+    """Open an SQLite file: to read and write it where it may be made, else to read it."""
+    if create:
+        connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    else:
+        connection = _connect_to_read(path)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a file without writing to it; where its folder cannot be written to either, as it lies."""
+    address = path.resolve().as_uri()
+    options: dict[str, Any] = {
+        "timeout": 60,
+        "isolation_level": None,
+        "check_same_thread": False,
+        "uri": True,
+    }
+    connection = sqlite3.connect(f"{address}?mode=ro", **options)
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        connection.close()
+        connection = sqlite3.connect(f"{address}?mode=ro&immutable=1", **options)
+    return connection
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Say what SQLite meets in one line with a remedy."""
+    try:
+        yield
+    except sqlite3.Error as fault:
+        raise ConfigError(f"store {str(path)!r}: {fault}. {_remedy(str(fault))}") from fault
+
+
+def _remedy(fault: str) -> str:
+    if "full" in fault:
+        return "Make room on the disk and start again; what is recorded is safe."
+    if "readonly" in fault or "unable to open" in fault:
+        return "Pass a --store that can be written to."
+    if "not a database" in fault or "malformed" in fault:
+        return "Pass another --store."
+    if "locked" in fault:
+        return "Another process holds it; start again when that is done."
+    return "Check the path and the disk; what is recorded is safe."

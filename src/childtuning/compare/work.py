@@ -1,0 +1,200 @@
+"""Do the runs of a comparison, one after another, until none is left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from childtuning.compare.design import Comparison
+from childtuning.compare.files import Owner
+from childtuning.compare.plan import needed
+from childtuning.compare.records import Record
+from childtuning.compare.store import Store
+from childtuning.delta import Delta
+from childtuning.runs.config import RunConfig
+from childtuning.runs.folder import CONFIG, TENSORBOARD
+from childtuning.runs.inputs import Inputs
+from childtuning.runs.run import train_run
+
+_POLL_SECONDS = 0.5
+_PACKAGES = ("childtuning", "torch", "transformers", "peft", "numpy", "scipy")
+
+
+def environment() -> dict[str, Any]:
+    """Say what results depend on beside the options."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": os.cpu_count(),
+        **{name: found for name in _PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def plan(store: Store, comparison: Comparison) -> None:
+    """Bring the store's plan up to what is recorded in it."""
+    store.plan(list(needed(comparison, store.known(), store.folder_of)))
+
+
+def work(store: Store, comparison: Comparison) -> None:
+    """Do runs, one after the other, until all are done; any number of processes may do so at once.
+
+    Args:
+        store: what is done, and by whom; the comparison has been set.
+        comparison: what is needed.
+    Raises:
+        ConfigError: the store cannot be written to; what is recorded is safe.
+        OSError: the disk is full or cannot be written to.
+    """
+    import torch
+
+    torch.set_num_threads(comparison.threads)
+    inputs = Inputs(keep=True)
+    keep = comparison.keep or bool(comparison.transfer_to)
+    last: Record | None = None
+    with Owner(store.locks) as owner:
+        while True:
+            plan(store, comparison)
+            run = store.claim(owner, last)
+            if run is None:
+                if not store.num_running():
+                    return
+                # Another process is at work: its runs may ask for more, or be left to us.
+                time.sleep(_POLL_SECONDS)
+                continue
+            try:
+                last = execute(run, store.folder_of(run.id), inputs, keep=keep)
+                store.finish(last, owner)
+            except BaseException:
+                _give_back(store, run, owner)
+                raise
+
+
+def _give_back(store: Store, run: Record, owner: Owner) -> None:
+    try:
+        store.release(run, owner)
+    except Exception:  # the disk may be full: the lock's end says the same
+        return
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, however that ends."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other run would fare better
+
+
+def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
+    """Train, measure, and return the run with what came of it; an error becomes part of the record.
+
+    A run that was killed goes on from its last checkpoint.
+
+    Args:
+        run: what to do.
+        folder: its own folder.
+        inputs: what it shares with the runs before it.
+        keep: leave the folder behind; else it is removed once everything worth recording has been read.
+    Raises:
+        OSError: the disk is full or cannot be written to.
+    """
+    import torch
+
+    start = time.perf_counter()
+    try:
+        config = RunConfig.from_options(run.config)
+        result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs)
+        done = replace(
+            run,
+            state="done",
+            result=_plain(result.to_dict() | {"output": str(folder) if keep else None}),
+            curve=_curve(folder / "log.jsonl"),
+            parts=_parts(folder),
+        )
+    except OSError as fault:
+        if fault.errno in _OUR_SURROUNDINGS:
+            raise
+        done = replace(run, state="failed", error=_one_line(fault))
+    except Exception as fault:
+        done = replace(run, state="failed", error=_one_line(fault))
+        if isinstance(fault, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+    if not (keep and done.state == "done"):
+        _keep_board(folder, run.id)
+        shutil.rmtree(folder, ignore_errors=True)
+    return replace(done, seconds=time.perf_counter() - start)
+
+
+def _keep_board(folder: Path, name: str) -> None:
+    """Put TensorBoard's files aside, which are to outlive the run's folder."""
+    if (folder / TENSORBOARD).is_dir():
+        boards = folder.parent.parent / TENSORBOARD
+        boards.mkdir(exist_ok=True)
+        shutil.rmtree(boards / name, ignore_errors=True)
+        (folder / TENSORBOARD).rename(boards / name)
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def _one_line(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:1000]
+
+
+def _curve(path: Path) -> list[dict[str, Any]]:
+    """Return what was logged while training, without what is the same for every run."""
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        {name: line[name] for name in ("step", "loss", "grad_norm", "learning_rate") if name in line}
+        for line in map(_plain, lines)
+        if "loss" in line
+    ]
+
+
+def _parts(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return by parameter how many entries were trained, and how many it has."""
+    parts = Delta.load(folder).parts
+    return {
+        name: (part.num_trained, math.prod(part.shape)) for name, part in parts.items() if part.num_trained
+    }
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with None for numbers that are not finite, which JSON does not have."""
+    return {name: _finite(value) for name, value in content.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return _plain(value) if isinstance(value, Mapping) else value

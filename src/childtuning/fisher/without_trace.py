@@ -1,0 +1,137 @@
+"""Use a model and leave no trace: modes, gradients, flags, buffers, weights and random streams are put back."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from childtuning.errors import ParameterError
+from childtuning.fast.structured import set_aside
+
+
+@contextmanager
+def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model in one mode with no parameter requiring a gradient; put everything back after.
+
+    Layers that form the gradients of a child alone form whole ones inside; hooks on parameters do not run.
+
+    Args:
+        model: the model, whose module modes, ``requires_grad`` flags, ``.grad`` fields, buffers and weights are
+            restored, as are the random streams of Python, numpy and torch on every device the model is on.
+        training: the mode inside; dropout and batch statistics are active when True.
+    Raises:
+        ParameterError: the forward pass has written to a weight, other than by ``max_norm`` of an embedding.
+    """
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(_random_streams_kept(devices))
+        stack.enter_context(_buffers_kept(model))
+        stack.enter_context(_weights_kept(model))
+        stack.enter_context(_flags_kept(model))
+        model.train(training)
+        if any("_orig_mod" in module._modules for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(set_aside(model))
+        yield
+
+
+@contextmanager
+def _random_streams_kept(devices: list[int]) -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers: which tensors they are, and what these hold."""
+    owners = [(module, dict(module._buffers)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, before in owners:
+            module._buffers.clear()
+            module._buffers.update(before)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Restore modes, ``requires_grad``, ``.grad`` and hooks of parameters, all of which are off inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = list(model.parameters())
+    kept = [(p, p.requires_grad, p.grad) for p in parameters]
+    hooks = [
+        (held, dict(held))
+        for p in parameters
+        for held in (p._backward_hooks, p._post_accumulate_grad_hooks)
+        if held
+    ]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for held, _ in hooks:
+            held.clear()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for held, before in hooks:
+            held.update(before)
+        for parameter, flag, gradient in kept:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _weights_kept(model: nn.Module) -> Iterator[None]:
+    """Restore embeddings that renormalise their rows in the forward pass; refuse other changes of weights."""
+    renormed: dict[int, tuple[str, Tensor, Tensor]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            renormed[id(module.weight)] = (path, module.weight, module.weight.detach().clone())
+    versions = [(name, p, p._version) for name, p in model.named_parameters() if id(p) not in renormed]
+    if renormed:
+        names = ", ".join(path or "the model" for path, _, _ in renormed.values())
+        warn(
+            f"The forward pass of {names} writes to its weight (max_norm). The Fisher pass restores it; in training, "
+            "entries outside a child would move. Set max_norm=None."
+        )
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for _, weight, before in renormed.values():
+                weight.copy_(before)
+    for name, parameter, version in versions:
+        if parameter._version != version:
+            raise ParameterError(
+                f"the forward pass changes parameter {name!r} in place. Leave parameters as they are in forward()."
+            )
+
+
+def warn(message: str) -> None:
+    """Warn the caller of this room."""
+    room, level, frame = str(Path(__file__).parent), 1, sys._getframe()
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(room) or frame.f_code.co_filename.endswith("contextlib.py")
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -1,0 +1,142 @@
+"""Run a model over examples: what it says of them, how right it is, and everything that a run is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from childtuning.runs.config import RunConfig
+from childtuning.runs.inputs import Inputs
+from childtuning.tasks import Answers, Kind, LengthBucketBatches, Split, Task
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A kind of task and what it needs to put examples to a model.
+
+    Attributes:
+        kind: the kind of task.
+        processor: the tokenizer or image processor.
+        label_names: class names in the order of their ids.
+        max_length: the most tokens of an example.
+        progress: draw a bar on standard error.
+        tell: called with lines for the user.
+    """
+
+    kind: Kind
+    processor: Any
+    label_names: Sequence[str]
+    max_length: int
+    progress: bool = False
+    tell: Callable[[str], None] = lambda line: None
+
+    def encode(self, split: Split, where: str) -> Any:
+        """Turn examples into rows of numbers; the user is told what the length limit cuts."""
+        encoded = self.kind.encode(
+            self.processor, split, max_length=self.max_length, label_names=self.label_names
+        )
+        if encoded.num_cut:
+            self.tell(
+                f"{encoded.num_cut} {self.kind.cut_words} of {where} were cut at {self.max_length} tokens"
+            )
+        return encoded
+
+    def measure(
+        self, model: Any, split: Split, metrics: Sequence[str], encoded: Any = None
+    ) -> dict[str, float]:
+        """Return the metrics of a model on labelled examples, which may be encoded already."""
+        encoded = self.encode(split, "the examples") if encoded is None else encoded
+        outputs = self._over(model, encoded, self.kind.outputs)
+        return self.kind.measure(metrics, outputs, encoded, split, self.label_names)
+
+    def predict(
+        self, model: Any, split: Split, options: Answers, encoded: Any = None
+    ) -> list[dict[str, Any]]:
+        """Return by example what a model answers, as it is written for users; they may be encoded already."""
+        encoded = self.encode(split, "the input") if encoded is None else encoded
+        answer = partial(self.kind.answers, processor=self.processor, options=options)
+        return self.kind.predictions(self._over(model, encoded, answer), encoded, split, self.label_names)
+
+    def _over(self, model: Any, encoded: Any, read_fn: Callable[[Any, Any], list[Any]]) -> list[Any]:
+        """Put consecutive examples to a model, padded to their longest, and return what is read of each."""
+        batches = LengthBucketBatches(encoded.lengths, self.kind.batch_size, seed=0, shuffle=False)
+        loader = DataLoader(
+            encoded, batch_sampler=batches, collate_fn=self.kind.collator(self.processor, exact=True)
+        )
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        found: list[Any] = []
+        try:
+            with torch.inference_mode():
+                for batch in tqdm(loader, desc="Prediction", unit=" batches", disable=not self.progress):
+                    found += read_fn(model, {key: value.to(device) for key, value in batch.items()})
+        finally:
+            model.train(was_training)
+        return found
+
+
+class RunTests:
+    """The reported examples, those that training set aside, and those of other tasks; read before training starts.
+
+    Args:
+        config: the run.
+        task: its examples.
+        held_out: what training set aside; ``None`` for nothing.
+        predictor: puts them to a model.
+        inputs: where they come from.
+    Raises:
+        DataError: an example's label cannot be measured.
+    """
+
+    def __init__(
+        self, config: RunConfig, task: Task, held_out: Split | None, predictor: Predictor, inputs: Inputs
+    ) -> None:
+        self.task, self.held_out, self.predictor = task, held_out, predictor
+        self._dev = inputs.encoded(config, predictor.encode, task.dev, "the evaluation examples")
+        self._aside = (
+            None
+            if held_out is None
+            else inputs.encoded(config, predictor.encode, held_out, "the held-out training examples")
+        )
+        self._elsewhere = [inputs.elsewhere(name, config, task) for name in config.elsewhere or ()]
+        self._elsewhere_encoded = [
+            inputs.encoded(config, predictor.encode, other.questions, f"the examples of {other.name}")
+            for other in self._elsewhere
+        ]
+
+    @property
+    def num_cut(self) -> int:
+        """How much of the reported examples the length limit has cut."""
+        return self._dev.num_cut
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Return the fields of ``RunResult`` that say how good a model is."""
+        names, predictor, dev = self.task.metrics, self.predictor, self.task.dev
+        constant = self.task.rules.constant_output(self.task.train, self.task.label_names)
+        return {
+            "metrics": predictor.measure(model, dev, names, self._dev),
+            "held_out": None
+            if self.held_out is None
+            else predictor.measure(model, self.held_out, names, self._aside),
+            "constant": None
+            if constant is None
+            else self.task.rules.measure(names, [constant] * len(dev), self._dev, dev, self.task.label_names),
+            "elsewhere": {
+                other.name: {
+                    "accuracy": other.accuracy(self._classes(model, other, encoded), self.task.label_names)
+                }
+                for other, encoded in zip(self._elsewhere, self._elsewhere_encoded, strict=True)
+            },
+            "eval_examples": len(self._dev),
+        }
+
+    def _classes(self, model: Any, other: Any, encoded: Any) -> list[str]:
+        answers = self.predictor.predict(model, other.questions, Answers(), encoded)
+        return [answer["prediction"] for answer in answers]

@@ -1,0 +1,274 @@
+"""The files of a run's folder: their names, how they are written, and who may write where.
+
+config.toml            the resolved options
+labels.json            kind of task, label names, metrics, columns, the base model's hash
+delta.json, delta.safetensors   the trained values
+child.safetensors      which entries they are (fixed children)
+tokenizer/             the tokenizer; image_processor/ where the examples are images
+method/                what a method leaves for others (an adapter in PEFT's own format)
+start/                 how the run it started from differs from the base model, a delta (--init-from)
+log.jsonl              what was logged while training
+tensorboard/           the same for TensorBoard (--report-to tensorboard)
+metrics.json           the result; written last, so that it marks a finished run
+checkpoints/           while the run is going on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from childtuning.delta import Delta
+from childtuning.errors import ConfigError, CorruptFileError
+from childtuning.runs.config import RunConfig, read_toml
+from childtuning.tasks import KINDS, Kind, find_kind
+
+CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
+METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
+_OURS = (
+    "log.jsonl",
+    CONFIG,
+    LABELS,
+    METRICS,
+    *sorted({kind.processor_folder for kind in KINDS.values()}),
+    METHOD_FILES,
+    START,
+    TENSORBOARD,
+    CHECKPOINTS,
+    "child.safetensors",
+    "delta.json",
+    "delta.safetensors",
+)
+_NOT_IDENTITY = ("save_steps", "report_to")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, complete or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> None:
+    """Make sure that a run may write to a folder; nothing is changed.
+
+    Raises:
+        ConfigError: it holds something that would be lost, or a run with other options is to be resumed.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite removes it. Pass one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {str(folder)!r} is a file. Pass a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        if resume:
+            raise ConfigError(f"there is nothing to resume in {str(folder)!r}. Leave out --resume to start.")
+        return
+    if _is_bare(folder) and not resume:
+        return
+    is_run = _is_run(folder)
+    if resume:
+        if not is_run:
+            raise ConfigError(f"{str(folder)!r} is not a run: it has no {CONFIG}. Pass the run's folder.")
+        _check_same(folder, config)
+    elif not overwrite:
+        raise ConfigError(
+            f"output folder {str(folder)!r} is not empty. Pass --resume, --overwrite, or another folder."
+        )
+    elif not is_run:
+        raise ConfigError(
+            f"{str(folder)!r} holds files that are not a run's, so it is not overwritten. Pass another."
+        )
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether all there is in a folder is the empty one that a run makes first."""
+    return all(
+        path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()) for path in folder.iterdir()
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        RunConfig.from_options(read_toml(folder / CONFIG))
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_same(folder: Path, config: RunConfig) -> None:
+    before = RunConfig.from_options(read_toml(folder / CONFIG))
+    for name in RunConfig.__dataclass_fields__:
+        then, now = getattr(before, name), getattr(config, name)
+        if then != now and name not in _NOT_IDENTITY:
+            raise ConfigError(
+                f"the run in {str(folder)!r} was started with {name}={then!r}, got {now!r}. "
+                "Resume with the same options, or pass another output folder."
+            )
+
+
+def clear_run(folder: Path) -> None:
+    """Remove a run's own files from its folder, and nothing else."""
+    for name in (*_OURS, *(name + ".partial" for name in _OURS)):
+        path = folder / name
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a run's folder that the trainer made and nothing was written to."""
+    for path in (folder / CHECKPOINTS, folder):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end; broken ones are left where they are."""
+    found = sorted(
+        (folder / CHECKPOINTS).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])
+    )
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+    return whole[-1] if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run reports.
+
+    Attributes:
+        task, method, seed: as configured.
+        metric: name and value of the task's main metric on the dev split.
+        metrics: all of the task's metrics.
+        held_out: the same on the training examples that were set aside; ``None`` where there were none.
+        constant: the same for always giving the most frequent answer of the training examples; ``None`` where a kind of
+            task has no such thing.
+        elsewhere: by other task, its metrics under a mapping of labels.
+        density: the share of the eligible entries in the child.
+        trained_parameters: entries that were trained, the new head included.
+        child_parameters: those of them that are eligible.
+        eligible_parameters: entries that the selection could choose from.
+        state_bytes: the optimizer's memory beside the model and its gradients.
+        delta_bytes: size of the delta's two files.
+        fisher_seconds, train_seconds: wall time of the scores and of training.
+        peak_memory_bytes: of the GPU where there is one, else of the process, during choice and training.
+        train_examples, eval_examples, empty_texts: counts.
+        cut_by_length: what ``max_length`` cut in both splits: words or rows, as the kind of task counts them.
+        output: the run's folder.
+    """
+
+    task: str
+    method: str
+    seed: int
+    metric: dict[str, Any]
+    metrics: dict[str, float]
+    density: float
+    trained_parameters: int
+    child_parameters: int
+    eligible_parameters: int
+    state_bytes: int
+    delta_bytes: int
+    fisher_seconds: float
+    train_seconds: float
+    peak_memory_bytes: int
+    train_examples: int
+    eval_examples: int
+    empty_texts: int
+    cut_by_length: int
+    output: str
+    held_out: dict[str, float] | None = None
+    constant: dict[str, float] | None = None
+    elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields."""
+        return asdict(self)
+
+
+class RunFolder:
+    """The folder of a finished run: what it holds, read and checked.
+
+    Args:
+        path: the folder.
+    Raises:
+        ConfigError: there is no such folder, it is no run, or the run is not finished.
+        CorruptFileError: its files are damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_dir():
+            raise ConfigError(
+                f"there is no run folder {str(path)!r}. Pass the output folder of `childtuning train`."
+            )
+        if not (self.path / CONFIG).is_file():
+            raise ConfigError(
+                f"{str(path)!r} is not a run: it has no {CONFIG}. Pass the output of `childtuning train`."
+            )
+        if not (self.path / METRICS).is_file():
+            raise ConfigError(
+                f"the run in {str(path)!r} is not finished. Go on with `childtuning train … --resume`."
+            )
+        self.config = RunConfig.from_options(read_toml(self.path / CONFIG))
+        self.about = self._json(
+            LABELS, "kind", "label_names", "metrics", "columns", "form", "base_name", "base_hash"
+        )
+        self.metrics = self._json(METRICS, "metrics", "density", "delta_bytes")
+        if not (self.path / self.kind.processor_folder).is_dir():
+            raise CorruptFileError(
+                f"{self.path} has no folder {self.kind.processor_folder!r}. Copy the run's folder anew."
+            )
+
+    def _json(self, name: str, *keys: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+            for key in keys:
+                content[key]
+            return content
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise CorruptFileError(
+                f"{self.path / name} cannot be read ({fault}). Copy the run's folder anew."
+            ) from None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of task that the run was trained on."""
+        return find_kind(self.about["kind"])
+
+    @property
+    def label_names(self) -> list[str]:
+        """Class names in the order of the logits."""
+        return self.about["label_names"]
+
+    @cached_property
+    def delta(self) -> Delta:
+        """The trained values, verified against their hashes."""
+        return Delta.load(self.path)
+
+    def processor(self) -> Any:
+        """Return the tokenizer or image processor that the run used."""
+        import transformers
+
+        folder = str(self.path / self.kind.processor_folder)
+        return getattr(transformers, self.kind.auto_processor).from_pretrained(folder)

@@ -1,0 +1,281 @@
+"""What a run starts from: its examples and its model."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from childtuning.child import Child
+from childtuning.child.eligible import match_names
+from childtuning.delta import Delta
+from childtuning.errors import BaseMismatchError, ConfigError, ModelError
+from childtuning.methods import Combination
+from childtuning.runs.config import RunConfig
+from childtuning.runs.folder import CONFIG, START, RunFolder
+from childtuning.tasks import Kind, Split, Task, TransferTask, load_task, load_transfer_task, task_from_files
+from childtuning.training import LoadedModel, Method, Prepared, load_model
+
+
+def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
+    """Load the examples that a run trains on and is measured on, and those of training that it sets aside."""
+    # What is set aside comes first, so that it is the same for every training size; docstrings draw from a pool.
+    draw_first = config.task == "docstrings" or not config.held_out
+    drawn: dict[str, Any] = {
+        "kind": config.task_kind,
+        "train_limit": config.train_limit if draw_first else None,
+        "seed": config.data_seed,
+    }
+    if config.task is not None:
+        task = load_task(config.task, data_dir=config.data_dir, **drawn)
+    else:
+        assert config.train is not None and config.eval is not None
+        task = task_from_files(
+            config.train,
+            config.eval,
+            text=config.text,
+            text_pair=config.text_pair,
+            label=config.label,
+            label_type=config.label_type,  # type: ignore[arg-type]
+            **drawn,
+        )
+    task = task.limit_evaluation(config.eval_limit, seed=config.data_seed)
+    task, aside = task.hold_out(config.held_out, config.train_limit, seed=config.data_seed)
+    return task, None if aside is None else aside.sample(config.eval_limit, seed=config.data_seed)
+
+
+def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) -> LoadedModel:
+    """Load the base model with what the kind of task needs.
+
+    Raises:
+        ModelError: it is no model for this kind of task.
+    """
+    name = config.model
+    if config.init_from is not None and is_model_folder(config.init_from):
+        if name is not None:
+            raise ConfigError(
+                f"init_from {config.init_from!r} is a model folder, as is model {name!r}. Pass one of them."
+            )
+        name = config.init_from
+    if name is None and not kind.takes_packaged:
+        raise ModelError(
+            f"{kind.name} needs a model of its own, got none. Pass --model FOLDER or a hub name."
+        )
+    loaded = load_model(
+        name,
+        auto_model=kind.auto_model,
+        auto_processor=kind.auto_processor,
+        options=kind.model_options(label_names),
+        processor_options=kind.processor_options,
+        default_processor=kind.default_processor,
+        seed=config.seed,
+    )
+    if loaded.new_parameters and not kind.has_new_head:
+        raise ModelError(
+            f"model {loaded.name!r} is not pretrained for {kind.name}: its checkpoint lacks "
+            f"{loaded.new_parameters[0]!r}. Pass a model that holds it."
+        )
+    return loaded
+
+
+def prepare_run_model(config: RunConfig, methods: Combination, loaded: LoadedModel) -> Prepared:
+    """Let the methods change the loaded model, under the run's seed.
+
+    What the user names to be trained whole stands in the new head's place from here on.
+
+    Raises:
+        ModelError: a method does not apply to this model.
+        ParameterError: a pattern matches no parameter.
+    """
+    import transformers
+
+    always = loaded.new_parameters
+    if config.always is not None:
+        names = [name for name, _ in loaded.model.named_parameters()]
+        matched = match_names(config.always, names)
+        always = tuple(name for name in names if name in matched)
+    transformers.set_seed(config.seed)
+    return methods.prepare(loaded.model, always)
+
+
+_T = TypeVar("_T")
+Scores = dict[str, Tensor]
+
+_DATA = (
+    "task",
+    "task_kind",
+    "train",
+    "eval",
+    "text",
+    "text_pair",
+    "label",
+    "label_type",
+    "data_dir",
+    "train_limit",
+    "eval_limit",
+    "held_out",
+    "data_seed",
+)
+_MODEL = ("model", "init_from")
+# What scores depend on beside the data, the model, and the child that is asked for.
+_PASS = ("seed", "always", "batch_size", "max_length", "precision")
+# What of a child's configuration they do not depend on.
+_NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
+_KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # entries of each sort
+
+
+class Inputs:
+    """What a run starts from.
+
+    Args:
+        keep: keep what the next run may need as well, so that runs on the same data, or of the same seed, read,
+            tokenise, load and score once. It is never changed by a run, and makes no difference to its result.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+        self._kept: dict[str, OrderedDict[Any, Any]] = {sort: OrderedDict() for sort in _KEPT}
+
+    def task(self, config: RunConfig) -> tuple[Task, Split | None]:
+        """Return a run's examples, and those of training that it sets aside."""
+        return self._once("task", _options(config, _DATA), lambda: read_run_task(config))
+
+    def elsewhere(self, name: str, config: RunConfig, task: Task) -> TransferTask:
+        """Return examples of another task."""
+        drawn = {"limit": config.eval_limit, "seed": config.data_seed}
+        key = (name, config.data_dir, task.label_names, *drawn.values())
+        return self._once(
+            "elsewhere", key, lambda: load_transfer_task(name, task.label_names, config.data_dir, **drawn)
+        )
+
+    def encoded(
+        self, config: RunConfig, encode_fn: Callable[[Split, str], Any], split: Split, where: str
+    ) -> Any:
+        """Return examples as numbers; ``where`` says which they are."""
+        key = (_options(config, (*_DATA, *_MODEL, "max_length")), where)
+        return self._once("encoded", key, lambda: encode_fn(split, where))
+
+    def model(self, config: RunConfig, task: Task) -> LoadedModel:
+        """Return the base model with a new head, to be changed at will."""
+        key = (_options(config, (*_MODEL, "seed")), task.kind, task.label_names)
+        loaded = self._once("model", key, lambda: load_run_model(config, task.rules, task.label_names))
+        return replace(loaded, model=copy.deepcopy(loaded.model)) if self._keep else loaded
+
+    def scores(self, config: RunConfig) -> Callable[[Callable[[], Scores]], Scores]:
+        """Return what a trainer asks for scores: a function of the pass that finds them."""
+        changed = tuple(m for m in config.methods().methods if type(m).prepare is not Method.prepare)
+        child = {k: v for k, v in asdict(config.child()).items() if k not in _NOT_SCORES}
+        key = (_options(config, (*_DATA, *_MODEL, *_PASS)), changed, tuple(child.items()))
+        return lambda make_fn: self._once("scores", key, make_fn)
+
+    def _once(self, sort: str, key: Any, make_fn: Callable[[], _T]) -> _T:
+        if not self._keep:
+            return make_fn()
+        kept = self._kept[sort]
+        if key not in kept:
+            while len(kept) >= _KEPT[sort]:
+                kept.popitem(last=False)  # before the new one is made: the two may be large
+            kept[key] = make_fn()
+        kept.move_to_end(key)
+        return kept[key]
+
+
+def _options(config: RunConfig, names: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in names)
+
+
+def apply_start(config: RunConfig, loaded: LoadedModel, folder: Path | None = None) -> Delta | None:
+    """Bring a loaded model to where the run starts; the new head is left as it is.
+
+    Args:
+        config: names what to start from; a model folder was loaded as the model itself.
+        loaded: the base model with a head for the task.
+        folder: of a run that was begun: what it started from is there, whatever has become of the other run.
+    Returns:
+        what was changed in the base model, to be kept with the run; ``None`` where it starts from the base model.
+    Raises:
+        ConfigError: there is no such run, or it is not finished.
+        ModelError: its model is another one than the run's.
+    """
+    if config.init_from is None:
+        return None
+    if folder is not None and (folder / START).is_dir():
+        delta = Delta.load(folder / START)
+        delta.apply_(loaded.model)
+        return delta
+    if is_model_folder(config.init_from):
+        return None
+    other = merged_model(RunFolder(config.init_from))
+    values: dict[str, Tensor] = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    new = set(loaded.new_parameters)
+    masks: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if name in new:
+                continue
+            value = values.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise ModelError(
+                    f"the run in {config.init_from!r} has no {name!r} of shape {list(parameter.shape)}. "
+                    "Start from a run of the same base model."
+                )
+            masks[name] = (bits(parameter) != bits(value)).any(1).view(parameter.shape)
+            parameter.copy_(value)
+        for name, buffer in loaded.model.named_buffers():
+            if name in values and values[name].shape == buffer.shape:
+                buffer.copy_(values[name])
+    return Delta.capture(loaded.model, Child.from_masks(masks), base=loaded.name)
+
+
+def base_model(run: RunFolder) -> LoadedModel:
+    """Return the model that a run started from, with a random head, its base verified.
+
+    Raises:
+        BaseMismatchError: the base model's weights are not those of then.
+    """
+    loaded = load_run_model(run.config, run.kind, run.label_names)
+    if loaded.base_hash != run.about["base_hash"]:
+        raise BaseMismatchError(
+            f"the delta was made for another base model: {loaded.name!r} has other weights than when the run was "
+            "trained. Put the original model back there."
+        )
+    apply_start(run.config, loaded, run.path)
+    return loaded
+
+
+def tuned_model(run: RunFolder, base: LoadedModel | None = None) -> Any:
+    """Return a run's tuned model: the base with what the methods add and the delta applied.
+
+    Args:
+        run: a finished run.
+        base: its ``base_model``, which is changed; by default it is loaded.
+    """
+    model = prepare_run_model(run.config, run.config.methods(), base or base_model(run)).model
+    run.delta.apply_(model)
+    return model.eval()
+
+
+def merged_model(run: RunFolder) -> Any:
+    """Return a run's tuned model in the base model's own architecture.
+
+    Raises:
+        ModelError: a method added what cannot be folded into it.
+    """
+    return run.config.methods().merge(tuned_model(run)).eval()
+
+
+def is_model_folder(path: str) -> bool:
+    """Tell a model folder from a run's, or from nothing."""
+    folder = Path(path).expanduser()
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes by entry, uint8 [entries, bytes]: what bitwise equality compares."""
+    return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)

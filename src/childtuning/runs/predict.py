@@ -1,0 +1,124 @@
+"""A finished run, opened again: asked, measured and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from childtuning.errors import DataError
+from childtuning.runs.evaluate import Predictor
+from childtuning.runs.folder import RunFolder
+from childtuning.runs.inputs import base_model, bits, merged_model, tuned_model
+from childtuning.tasks import Answers, Columns, Source, Split, check_labels
+
+
+class FinishedRun(RunFolder):
+    """A finished run, opened again: asked, measured and verified.
+
+    Args:
+        path: its folder.
+        progress: draw bars on standard error.
+        tell: called with lines for the user.
+    Raises:
+        ConfigError: there is no such folder, it is no run, or the run is not finished.
+        CorruptFileError: its files are damaged.
+    """
+
+    def __init__(
+        self, path: str | Path, *, progress: bool = False, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
+        super().__init__(path)
+        self.progress, self.tell = progress, tell
+
+    def model(self) -> Any:
+        """Return the tuned model."""
+        return tuned_model(self)
+
+    def merged(self) -> Any:
+        """Return the tuned model in the base model's own architecture.
+
+        Raises:
+            ModelError: a method added what cannot be folded into it.
+        """
+        return merged_model(self)
+
+    def read_input(self, path: str | Path, *, labelled: bool) -> Split:
+        """Read examples from a file or folder with the run's own columns."""
+        columns = Columns(**self.about["columns"])
+        return self.kind.read(Source(Path(path).expanduser()), columns, part="dev", labelled=labelled)
+
+    def predict(self, examples: Split, options: Answers | None = None) -> list[dict[str, Any]]:
+        """Answer examples.
+
+        Returns:
+            by example a dict: "prediction" (the label, the number, …) and what else the kind of task gives.
+        Raises:
+            DataError: the examples are of another form than the run's.
+        """
+        predictor = self._predictor(examples)
+        return predictor.predict(tuned_model(self), examples, options or Answers())
+
+    def evaluate(self, examples: Split) -> dict[str, float]:
+        """Return the run's metrics on labelled examples.
+
+        Raises:
+            DataError: labels that training never saw, or examples of another form.
+        """
+        if self.kind.has_classes:
+            check_labels(examples, tuple(self.label_names), where="the evaluation file")
+        predictor = self._predictor(examples)
+        return predictor.measure(tuned_model(self), examples, self.about["metrics"])
+
+    def _predictor(self, examples: Split) -> Predictor:
+        wanted = self.about["form"]
+        if examples.form != wanted:
+            raise DataError(
+                f"the run was trained on {wanted}, got {examples.form}. Pass input of the same columns."
+            )
+        return Predictor(
+            self.kind,
+            self.processor(),
+            self.label_names,
+            self.config.max_length,
+            progress=self.progress,
+            tell=self.tell,
+        )
+
+    def verify(self) -> dict[str, int]:
+        """Prove against the base model what the delta changes.
+
+        Returns:
+            counts: parameters and entries in the model; entries in the delta, how many of those differ from the
+            base, and how many entries outside the delta differ from the base (0 if all is well). What the base
+            does not have, the new head and added modules, is counted on its own.
+        """
+        loaded = base_model(self)
+        new = set(loaded.new_parameters)
+        pretrained = {id(p): p.detach().clone() for n, p in loaded.model.named_parameters() if n not in new}
+        model = tuned_model(self, loaded)
+        named = dict(zip(self.delta.parts, model.parameters(), strict=True))
+        counts: dict[str, int] = dict.fromkeys(
+            (
+                "parameters",
+                "entries",
+                "entries_in_delta",
+                "changed_inside",
+                "changed_outside",
+                "new_entries",
+            ),
+            0,
+        )
+        for name, parameter in named.items():
+            part, old = self.delta.parts[name], pretrained.get(id(parameter))
+            if old is None:
+                counts["new_entries"] += parameter.numel()
+                continue
+            counts["parameters"] += 1
+            counts["entries"] += old.numel()
+            counts["entries_in_delta"] += part.num_trained
+            differs = (bits(old) != bits(parameter.detach())).any(1)
+            inside = differs[part.indices()].sum() if not part.is_empty else 0
+            counts["changed_inside"] += int(inside)
+            counts["changed_outside"] += int(differs.sum()) - int(inside)
+        return counts

@@ -1,0 +1,183 @@
+"""What is asked for, and the runs that this comes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from childtuning.compare import Comparison, num_runs, read_comparison
+from childtuning.compare.design import read_grid, read_methods, read_sizes
+from childtuning.compare.plan import needed
+from childtuning.compare.protocols import PROTOCOLS, inference_splits
+from childtuning.compare.records import Record
+from childtuning.errors import ConfigError
+
+
+def asked(**words: Any) -> Comparison:
+    settings = {"threads": 1, **words.pop("settings", {})}
+    return read_comparison(None, **{"tasks": ["rte"], **words}, settings=settings)
+
+
+def finish(run: Record, held_out: float) -> Record:
+    result = {"metric": {"name": "accuracy", "value": 0.5}, "held_out": {"accuracy": held_out}}
+    return Record.from_dict({**run.to_dict(), "state": "done", "result": result})
+
+
+@pytest.mark.parametrize(
+    ("texts", "methods"),
+    [
+        (["full,child-d"], ("full", "child-d")),
+        (["full", "child-d+r3f:0.7,eps=1e-5,lora"], ("full", "child-d+r3f:0.7,eps=1e-5", "lora")),
+        (["smart:weight=0.5,step=1e-4,full"], ("smart:weight=0.5,step=1e-4", "full")),
+    ],
+)
+def test_commas_part_methods_and_their_options(texts: list[str], methods: tuple[str, ...]) -> None:
+    assert read_methods(texts) == methods
+
+
+def test_grids_are_of_all_methods_or_of_one() -> None:
+    grid, of = read_grid(
+        ["lr=2e-5,4e-5", "density=0.1,auto", "lora:r=8:lr=1e-3", "batch-size=8"], ["lora:r=8", "full"]
+    )
+    assert grid == {"learning_rate": [2e-5, 4e-5], "density": [0.1, "auto"], "batch_size": [8]}
+    assert of == {"lora:r=8": {"learning_rate": [1e-3]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr", "the grid takes NAME=VALUE"),
+        ("lr=", "the grid takes NAME=VALUE"),
+        ("lr=fast", "learning_rate must be a number, got 'fast'"),
+        ("epochz=3", "Did you mean 'epochs'"),
+        ("batch_size=1.5", "batch_size must be a whole number"),
+        ("seed=1,2", "the grid cannot hold 'seed'. Pass --seeds"),
+        ("method=full", "Pass --methods"),
+        ("lr=1e-3,-1", "learning_rate must be above 0"),
+    ],
+)
+def test_wrong_grids_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        asked(methods=["full"], grid=[text])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"methods": ["full,full"]}, "methods has 'full' twice"),
+        ({"methods": ["child_d"]}, "Did you mean 'child-d'"),
+        ({"settings": {"num_seeds": 2, "tune_seeds": 3}}, "tune_seeds must be between 1 and the 2 seeds"),
+        ({"settings": {"baseline": "lora"}}, "baseline 'lora' is not among the methods"),
+        ({"train_sizes": "100,few"}, "train sizes are numbers above 0, or all, got 'few'"),
+        ({"protocol": "glue"}, "Did you mean 'glue-small'"),
+        ({"tasks": None}, "there is nothing to compare"),
+        ({"tasks": None, "protocol": "paper"}, "protocol 'paper' names no tasks of its own"),
+        ({"tasks": None, "protocol": "domain-transfer"}, "Pass --data-dir"),
+    ],
+)
+def test_what_makes_no_run_is_refused(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        asked(**words)
+
+
+def test_what_only_children_have_is_left_out_for_others() -> None:
+    found = asked(methods=["full,child-d,lora,child-f+r3f"], grid=["lr=1e-5,2e-5", "density=0.1,0.3"])
+    assert [len(found.points(method)) for method in found.methods] == [2, 4, 2, 4]
+    fixed = asked(methods=["full,child-d"], options={"density": 0.2, "granularity": "row"})
+    densities = [(run.group.method, run.config.get("density")) for run in fixed.first_runs]
+    assert densities == [("full", None), ("child-d", 0.2)]
+
+
+def test_examples_are_set_aside_where_there_is_something_to_choose() -> None:
+    one = asked(methods=["full,head"])
+    several = asked(methods=["full,head"], grid=["full:lr=1e-5,2e-5"])
+    paper = asked(methods=["full,head"], grid=["lr=1e-5,2e-5"], protocol="paper")
+    shares = [{run.config["held_out"] for run in found.first_runs} for found in (one, several, paper)]
+    assert shares == [{0.0}, {0.1}, {0.0}]
+    assert paper.selection == "reported"
+
+
+def test_the_best_of_those_tried_gets_the_other_seeds() -> None:
+    found = asked(methods=["full,head"], grid=["lr=1e-5,2e-5"], settings={"num_seeds": 3, "tune_seeds": 2})
+    assert num_runs(found) == 2 * (2 * 2 + 1)
+    first = list(needed(found, {}, Path))
+    assert len(first) == 8 and [run.seed for run in first] == [0] * 4 + [1] * 4
+    known = {run.id: finish(run, run.point["learning_rate"]) for run in first if run.group.method == "full"}
+    then = list(needed(found, known, Path))
+    assert [(run.group.method, run.seed, run.point) for run in then[8:]] == [
+        ("full", 2, {"learning_rate": 2e-5})
+    ]
+    known |= {run.id: finish(run, -run.point["learning_rate"]) for run in first if run.group.method == "head"}
+    last = list(needed(found, known, Path))[-1]
+    assert (last.group.method, last.seed, last.point) == ("head", 2, {"learning_rate": 1e-5})
+
+
+def test_runs_are_known_again_by_what_decides_them() -> None:
+    found = asked(methods=["full"], options={"data_dir": "/data"})
+    moved = asked(methods=["full"], options={"data_dir": "/elsewhere/data", "save_steps": 7})
+    others = [
+        asked(methods=["full"], options={"epochs": 4.0}),
+        asked(methods=["full"], settings={"threads": 2}),
+        asked(methods=["full"], options={"model": "bert-large-uncased"}),
+        asked(methods=["full"], train_sizes="100"),
+    ]
+    ids = [run.first_runs[0].id for run in (found, moved, *others)]
+    assert ids[0] == ids[1] and len(set(ids)) == 1 + len(others)
+
+
+def test_it_survives_json() -> None:
+    found = asked(
+        methods=["full,child-d"], grid=["lr=1e-5", "child-d:density=0.1,0.2"], train_sizes="100,all"
+    )
+    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    run = finish(found.first_runs[0], 0.5)
+    assert Record.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_a_stored_comparison_is_widened() -> None:
+    before = asked(methods=["full,head"], grid=["lr=1e-5,2e-5"], settings={"num_seeds": 2, "threads": 3})
+    assert read_comparison(before) is before
+    wider = read_comparison(before, settings={"num_seeds": 5}, grid=["lr=1e-5"], options={"epochs": 1.0})
+    assert (wider.num_seeds, wider.tasks, wider.threads) == (5, before.tasks, 3)
+    assert wider.grid == {"learning_rate": [1e-5]} and wider.options["epochs"] == 1.0
+
+
+def test_files_of_the_users_are_one_task() -> None:
+    found = asked(tasks=None, methods=["full"], options={"train": "a/mine.csv.gz", "eval": "a/dev.csv"})
+    assert found.tasks == ("mine",)
+    config = found.first_runs[0].config
+    assert "task" not in config and Path(config["train"]).is_absolute()
+
+
+def test_sizes() -> None:
+    assert read_sizes("100, 1_000,all") == (100, 1000, None)
+
+
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in ("paper", "domain-transfer")])
+def test_every_protocol_makes_runs(name: str) -> None:
+    found = read_comparison(None, protocol=name)
+    assert num_runs(found) >= 4 and found.protocol == name
+
+
+def test_domain_transfer_scores_on_what_is_there(tmp_path: Path) -> None:
+    for path in (
+        "mnli/dev_matched.jsonl",
+        "snli/dev.jsonl",
+        "snli/test.jsonl.gz",
+        "sick/test.jsonl",
+        "rte/dev.jsonl",
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    assert inference_splits(tmp_path) == ("mnli/dev_matched", "snli/test", "sick/test")
+    found = read_comparison(None, protocol="domain-transfer", options={"data_dir": str(tmp_path)})
+    assert all(run.config["elsewhere"] == inference_splits(tmp_path) for run in found.first_runs)
+    assert {(run.group.task, run.group.train_size) for run in found.first_runs} == {
+        ("snli", 5000),
+        ("mnli", 5000),
+    }
+    with pytest.raises(ConfigError, match="has none of mnli"):
+        inference_splits(tmp_path / "rte")

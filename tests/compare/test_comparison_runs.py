@@ -1,0 +1,244 @@
+"""Comparisons done: in this process, in several, stopped and killed; always the same runs, each once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.compare.tiny_comparisons import a_comparison, outcomes, read, write_tasks
+
+from childtuning.compare import Comparison, Recorded, compare, set_up
+from childtuning.compare import work as working
+from childtuning.errors import ConfigError
+
+NUM_KILLS = int(os.environ.get("CHILDTUNING_KILLS", "1"))  # 20 take some minutes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), "alpha", "beta")
+
+
+@pytest.fixture(scope="module")
+def twelve(tiny_bert: Path, data: Path) -> Comparison:
+    return a_comparison(tiny_bert, data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(twelve: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    path = tmp_path_factory.mktemp("undisturbed") / "runs.db"
+    set_up(path, twelve)
+    return compare(path, twelve)
+
+
+def test_every_set_is_tried_and_the_best_gets_all_seeds(undisturbed: Recorded) -> None:
+    assert len(undisturbed.records) == 12 and all(run.state == "done" for run in undisturbed.records)
+    by_method = Counter((run.group.method, run.seed) for run in undisturbed.records)
+    assert by_method == {(m, s): 2 if s == 0 else 1 for m in ("full", "child-d", "child-f") for s in range(3)}
+    for method in ("full", "child-d", "child-f"):
+        mine = [run for run in undisturbed.records if run.group.method == method]
+        tried = {run.point["learning_rate"]: run.selection for run in mine if run.seed == 0}
+        best = max(tried, key=lambda rate: tried[rate])
+        assert {run.point["learning_rate"] for run in mine if run.seed > 0} == {best}
+    for run in undisturbed.records:
+        assert run.result is not None and run.result["train_examples"] == 43  # 48 but a tenth
+        assert run.result["held_out"] and run.curve and run.parts and run.seconds
+        assert run.result["output"] is None
+    shares = {run.group.method: sum(part[0] for part in run.parts.values()) for run in undisturbed.records}
+    assert shares["child-d"] < shares["full"] == shares["child-f"]
+
+
+def test_nothing_is_left_beside_the_store(twelve: Comparison, undisturbed: Recorded, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    short = a_comparison(
+        Path(twelve.options["model"]), Path(twelve.options["data_dir"]), methods=["head"], grid=[]
+    )
+    set_up(path, short)
+    compare(path, short)
+    assert not any((tmp_path / "runs.db.files" / "runs").iterdir())
+    assert not any((tmp_path / "runs.db.files" / "locks").iterdir())
+
+
+def test_what_is_done_is_not_done_again(
+    twelve: Comparison, tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    inner = working.execute
+
+    def counted(run: Any, *args: Any, **kwargs: Any) -> Any:
+        done.append(run.id)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return inner(run, *args, **kwargs)
+
+    monkeypatch.setattr(working, "execute", counted)
+    path = tmp_path / "runs.db"
+    small = a_comparison(tiny_bert, data, methods=["full,head"], settings={"num_seeds": 2})
+    set_up(path, small)
+    with pytest.raises(KeyboardInterrupt):
+        compare(path, small)
+    states = Counter(run.state for run in read(path).records)
+    assert states == {"done": 2, "planned": 3}  # two of the head, and the other seed of the better full
+    compare(path, small)
+    assert len(done) == 3 + 4 and len(set(done)) == 6  # the one that was interrupted is begun again
+    wider = a_comparison(tiny_bert, data, methods=["full,head"], settings={"num_seeds": 3})
+    set_up(path, wider)
+    assert Counter(run.state for run in read(path).records) == {"done": 6, "planned": 2}
+    compare(path, wider)
+    assert len(done) == 9
+    set_up(path, small)  # what the narrower one does not need is set aside, not lost
+    assert len(read(path).records) == 6
+    set_up(path, wider)
+    assert Counter(run.state for run in read(path).records) == {"done": 8}
+
+
+def test_a_failed_run_is_recorded_and_the_rest_go_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    asked = a_comparison(tiny_bert, data, methods=["head,last-k:7"], grid=[], settings={"num_seeds": 1})
+    set_up(path, asked)
+    recorded = compare(path, asked)
+    assert [run.state for run in recorded.records] == ["done", "failed"]
+    assert "ModelError: " in (recorded.records[1].error or "") and "\n" not in (
+        recorded.records[1].error or ""
+    )
+    assert compare(path, asked).records[1].finished == recorded.records[1].finished
+    set_up(path, asked, retry_failed=True)
+    assert [run.state for run in read(path).records] == ["done", "planned"]
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(twelve: Comparison, undisturbed: Recorded, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    set_up(path, twelve)
+    assert outcomes(compare(path, twelve, jobs=2)) == outcomes(undisturbed)
+
+
+def _work(path: str, comparison: dict[str, Any], log: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    inner = working.execute
+
+    def logged(run: Any, *args: Any, **kwargs: Any) -> Any:
+        with Path(log).open("a") as file:
+            file.write(run.id + "\n")
+        return inner(run, *args, **kwargs)
+
+    working.execute = logged
+    compare(path, Comparison.from_dict(comparison))
+
+
+@pytest.mark.slow
+def test_two_that_work_on_one_store_never_do_a_run_twice(
+    twelve: Comparison, undisturbed: Recorded, tmp_path: Path
+) -> None:
+    path = tmp_path / "runs.db"
+    set_up(path, twelve)
+    context = multiprocessing.get_context("spawn")
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    both = [context.Process(target=_work, args=(str(path), twelve.to_dict(), str(log))) for log in logs]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    done = [line for log in logs if log.is_file() for line in log.read_text().split()]
+    assert len(done) == len(set(done)) == 12
+    assert outcomes(read(path)) == outcomes(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(twelve: Comparison, undisturbed: Recorded, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    set_up(path, twelve)
+    command = [sys.executable, "-m", "childtuning", "compare", "--store", str(path)]
+    rng = random.Random(5)
+    for _ in range(NUM_KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and all(run.state != "running" for run in read(path).records):
+            time.sleep(0.1)
+        try:
+            process.wait(timeout=rng.uniform(0.0, 3.0))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    compare(path, twelve)
+    recorded = read(path)
+    assert len(recorded.records) == 12
+    assert outcomes(recorded) == outcomes(undisturbed)
+
+
+@pytest.mark.slow
+def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    asked = a_comparison(
+        tiny_bert,
+        data,
+        methods=["full,child-d"],
+        grid=[],
+        train_sizes="24",
+        settings={"num_seeds": 2, "transfer_to": ("alpha", "beta")},
+    )
+    set_up(path, asked)
+    recorded = compare(path, asked)
+    assert len(recorded.records) == 8 and all(run.state == "done" for run in recorded.records)
+    after = [run for run in recorded.records if run.group.start is not None]
+    assert {(run.group.start, run.group.task, run.group.method, run.seed) for run in after} == {
+        ("alpha", "beta", method, seed) for method in ("full", "child-d") for seed in (0, 1)
+    }
+    for run in after:
+        assert run.config["method"] == "head" and run.config["train_limit"] == 24
+        assert all("classifier" in name for name in run.parts)
+    assert outcomes(compare(path, asked)) == outcomes(recorded)
+
+
+def test_children_of_tasks_are_compared(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    asked = a_comparison(
+        tiny_bert,
+        data,
+        tasks=["alpha,beta"],
+        methods=None,
+        grid=[],
+        protocol="overlap",
+        settings={"num_seeds": 1},
+    )
+    set_up(path, asked)
+    found = compare(path, asked).artifacts["overlap"]
+    assert found["tasks"] == ["alpha", "beta"] and found["density"] == pytest.approx(0.3, abs=1e-3)
+    (one, across), (back, other) = found["overall"]
+    assert one == other == 1.0 and across == back and 0.3 < across < 1.0
+    assert {"embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"} <= set(found["by_layer"])
+    assert "attention.self.query" in found["by_kind"]
+    from childtuning import Child
+
+    first, second = (
+        Child.load(tmp_path / "runs.db.files" / "runs" / run.id / "child.safetensors")
+        for run in read(path).records
+    )
+    assert across == pytest.approx(first.overlap(second))
+
+
+def test_another_comparison_waits_for_who_is_at_work(twelve: Comparison, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from childtuning.compare import Store
+    from childtuning.compare.files import Owner
+
+    path = tmp_path / "runs.db"
+    set_up(path, twelve)
+    with Store.open(path, create=True) as store, Owner(store.locks) as owner:
+        assert store.claim(owner) is not None
+        with pytest.raises(ConfigError, match="another process is at work on another comparison"):
+            set_up(path, replace(twelve, num_seeds=2))
+        set_up(path, replace(twelve, command="typed in another way"))
+    set_up(path, replace(twelve, num_seeds=2))  # the owner is gone
