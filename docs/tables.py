@@ -1,4 +1,4 @@
-"""Fill the tables of docs/methods from the registry, and make the report from recorded comparisons.
+"""Fill the tables of docs/methods and docs/cli.md from the code, and make the report from recorded comparisons.
 
 With --check, only say whether they are up to date.
 
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from childtuning.methods import all_methods
 from childtuning.methods.compatibility import refusal
+from childtuning.options import options_of, own_first
 from childtuning.report import html_page, joined, read_recorded
+from childtuning.runs.config import SECTIONS
 from childtuning.training import Method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +107,26 @@ def options(method: type[Method]) -> list[tuple[str, str]]:
     return [(field.name, _typed(field.default)) for field in fields(method)]  # type: ignore[arg-type]
 
 
+def run_options() -> str:
+    """The options of a run, by section."""
+    rows = [
+        [
+            panel if not position else "",
+            " ".join(f"`{flag}`" for flag in own[name].flags) or f"`--{name.replace('_', '-')}`",
+            own[name].shown_default or "—",
+            own[name].help.replace("|", "\\|"),
+        ]
+        for panel, section in SECTIONS.items()
+        for own in (options_of(section),)
+        for position, name in enumerate(own_first(section))
+    ]
+    return table(["section", "option", "default", "meaning"], rows, text=range(4))
+
+
 def faults(*, write: bool) -> list[str]:
     """Return what is wrong with the pages; what a script can put right is, if ``write``."""
     contents = {PAGES / "index.md": {"methods": listing(), "combinations": combinations()}}
+    contents[ROOT / "docs" / "cli.md"] = {"options": run_options()}
     contents |= {PAGES / f"{method.name}.md": {"facts": facts(method)} for method in methods()}
     found = []
     for path, tables in contents.items():
@@ -125,7 +144,7 @@ def faults(*, write: bool) -> list[str]:
         if wanted != text and write:
             path.write_text(wanted, encoding="utf-8")
         elif wanted != text:
-            found.append(f"{shown} differs from the registry. Run: python docs/tables.py")
+            found.append(f"{shown} differs from the code. Run: python docs/tables.py")
     return found + _faults_of_report(write=write)
 
 

@@ -1,17 +1,21 @@
 """Fine-tune pretrained networks on little data by training only a child network."""
 
-from childtuning.child import (
-    Child,
-    ChildConfig,
-    TaskFree,
-    density_for_mass,
-    magnitude_scores,
-    random_child,
-    select_child,
-)
-from childtuning.delta import Delta
-from childtuning.fisher import fisher_information
-from childtuning.optim import ChildOptimizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from childtuning.child import (
+        Child,
+        ChildConfig,
+        TaskFree,
+        density_for_mass,
+        magnitude_scores,
+        random_child,
+        select_child,
+    )
+    from childtuning.delta import Delta
+    from childtuning.fisher import fisher_information
+    from childtuning.optim import ChildOptimizer
 
 __all__ = [
     "Child",
@@ -25,3 +29,16 @@ __all__ = [
     "random_child",
     "select_child",
 ]
+_HOMES = {"ChildOptimizer": "optim", "Delta": "delta", "fisher_information": "fisher"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is asked for: the command line explains itself without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'child')}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -225,7 +225,7 @@ def test_wrong_words(childtuning, train_words, tmp_path) -> None:
     (tmp_path / "c.toml").write_text("density = = 0.3\n")
     refused(childtuning("train", "--config", tmp_path / "c.toml"), "not TOML")
     (tmp_path / "c.toml").write_text("seed = 'one'\n")
-    refused(childtuning("train", "--config", tmp_path / "c.toml"), "seed must be of type int")
+    refused(childtuning("train", "--config", tmp_path / "c.toml"), "seed must be a whole number")
 
 
 def test_predict_wants_one_kind_of_input(childtuning, finished, sentiment, tmp_path) -> None:
@@ -274,5 +274,7 @@ def test_paths_that_cannot_be_written(childtuning, train_words, finished, tmp_pa
     refused(
         childtuning("predict", finished, "--text", "a", "--output", tmp_path / "no" / "p.jsonl"), "no folder"
     )
-    refused(childtuning(*train_words, "--seed", -1, "--output", tmp_path / "o"), "seed must be in")
+    refused(
+        childtuning(*train_words, "--seed", -1, "--output", tmp_path / "o"), "seed must be a whole number in"
+    )
     assert (tmp_path / "file").read_text() == "mine"

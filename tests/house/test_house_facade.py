@@ -6,8 +6,9 @@ import importlib
 import inspect
 import subprocess
 import sys
-import types
 from pathlib import Path
+
+import pytest
 
 import childtuning
 
@@ -17,15 +18,7 @@ HEAVY = ("accelerate", "datasets", "peft", "sklearn", "transformers", "typer")
 def test_all_is_sorted_and_complete() -> None:
     listed = childtuning.__all__
     assert list(listed) == sorted(set(listed))
-    public = {
-        name
-        for name, value in vars(childtuning).items()
-        if not name.startswith("_")
-        and not isinstance(value, types.ModuleType)  # sub-packages appear as they are imported
-        and type(value).__module__ != "__future__"  # from __future__ import annotations
-    }
-    modules = {name for name in listed if isinstance(getattr(childtuning, name, None), types.ModuleType)}
-    assert public == {name for name in listed if not name.startswith("_")} - modules
+    assert dir(childtuning) == listed
 
 
 def test_every_public_name_resolves_and_is_documented() -> None:
@@ -50,10 +43,22 @@ def test_every_public_name_resolves_and_is_documented() -> None:
 
 
 def test_import_does_not_pull_in_heavy_packages() -> None:
-    code = f"import sys, childtuning; print(*[n for n in {HEAVY!r} if n in sys.modules])"
+    code = f"import sys; from childtuning import *; print(*[n for n in {HEAVY!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["--version"], ["train", "--densty", "1"]]
+)
+def test_the_command_line_explains_itself_without_torch(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom childtuning.cli import main\n"
+        "try:\n    main()\nfinally:\n    print(*[n for n in ('torch', 'numpy') if n in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == ""
 
 
 def test_all_of_every_subpackage_is_sorted_and_resolves(source: Path) -> None:

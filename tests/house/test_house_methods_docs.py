@@ -115,6 +115,8 @@ def test_faults_of_pages_are_found(
     (tmp_path / "index.md").write_text(
         "".join(f"<!-- {name}:start -->\n<!-- {name}:end -->\n" for name in ("methods", "combinations"))
     )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "cli.md").write_text("<!-- options:start -->\n<!-- options:end -->\n")
     (tmp_path / "full.md").write_text("<!-- facts:start -->\n<!-- facts:end -->\n")
     assert tables.faults(write=True) == []
     assert tables.faults(write=False) == []
@@ -132,6 +134,7 @@ def test_a_report_of_other_results_is_found(
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "glue-small.html"
     page.write_bytes((root / "docs" / "glue-small.html").read_bytes())
+    shutil.copy(root / "docs" / "cli.md", tmp_path / "docs")
     shutil.copytree(root / "docs" / "methods", tmp_path / "docs" / "methods")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "PAGES", tmp_path / "docs" / "methods")

@@ -58,10 +58,10 @@ def test_peak_memory_sees_what_came_and_went() -> None:
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_auto_precision_is_what_the_machine_has(monkeypatch, native: bool, precision: str) -> None:
-    monkeypatch.setattr("childtuning.runs.config.has_fast_bf16", lambda: native)
+    monkeypatch.setattr("childtuning.training.has_fast_bf16", lambda: native)
     assert RunConfig(task="rte", precision="auto").resolved().precision == precision
     assert RunConfig(task="rte").resolved().precision == "fp32"
-    with pytest.raises(ConfigError, match="fp32, bf16 or auto"):
+    with pytest.raises(ConfigError, match="one of fp32, bf16, auto"):
         RunConfig(task="rte", precision="fp8")
 
 

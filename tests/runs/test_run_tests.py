@@ -47,7 +47,7 @@ def test_what_is_measured_can_be_limited(tiny_bert: Path, sentiment: Path) -> No
     for drawn, everything in ((few.dev, whole.dev), (some, aside)):
         assert len(drawn) == 5 and set(drawn.text) <= set(everything.text)
     assert inputs.read_run_task(replace(config, eval_limit=10**6)) == (whole, aside)
-    with pytest.raises(ConfigError, match="eval_limit must be above 0"):
+    with pytest.raises(ConfigError, match="eval_limit must be a whole number above 0"):
         replace(config, eval_limit=0)
 
 

@@ -1,7 +1,6 @@
 """Layer 1, below the others of it: which entries of which named parameters are trained."""
 
 from childtuning.child.child import Child
-from childtuning.child.config import ChildConfig
 from childtuning.child.select import (
     density_for_mass,
     magnitude_scores,
@@ -11,6 +10,7 @@ from childtuning.child.select import (
 )
 from childtuning.child.task_free import TaskFree
 from childtuning.child.units import Granularity, Part
+from childtuning.config import ChildConfig
 
 __all__ = [
     "Child",

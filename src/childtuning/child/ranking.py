@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from childtuning.child.task_free import check_density, uniform
+from childtuning.child.task_free import uniform
 from childtuning.child.units import Granularity, Part
+from childtuning.config import SCOPES, check_density
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
 from childtuning.fast import ranking as fast_ranking
 from childtuning.fast.ranking import NotNumbersError
 
 Scope = Literal["global", "parameter"]
-SCOPES = ("global", "parameter")
 
 
 @dataclass(frozen=True)

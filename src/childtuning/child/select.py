@@ -14,8 +14,8 @@ from childtuning.child.child import Child
 from childtuning.child.eligible import as_patterns, match_names, matches, refuse_rewritten, refuse_sharded
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.child.ranking import Scope, Share, not_numbers, random_parts, top_parts
-from childtuning.child.task_free import check_density, mass_fault
 from childtuning.child.units import Granularity
+from childtuning.config import check_density, mass_fault
 from childtuning.errors import ConfigError, ParameterError
 
 

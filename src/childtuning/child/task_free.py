@@ -12,11 +12,9 @@ the lower 56 bits decide, and they are drawn at counter (i, 1).
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from childtuning.child.eligible import as_patterns
 from childtuning.child.units import Granularity
+from childtuning.config import check_density
 from childtuning.errors import ConfigError
 from childtuning.fast import library
 from childtuning.fast.library import BLOCK_ENTRIES, MaskDraw
@@ -184,34 +183,3 @@ def random_bits(*coordinates: object, numel: int, start: int = 0) -> Tensor:
     """
     drawn = _stream_bytes(_key(*coordinates), 2 * start, 2 * numel).view("<u2")
     return torch.from_numpy(drawn.astype(np.int32))
-
-
-def mass_fault(mass: object) -> str | None:
-    """Return what is wrong with a share of the scores' total in one line, or None."""
-    is_number = isinstance(mass, Real) and not isinstance(mass, bool)
-    if is_number and 0.0 < float(mass) <= 1.0:  # type: ignore[arg-type]
-        return None
-    return f"mass must be a share in (0, 1], got {mass!r}. Pass for example mass=0.9."
-
-
-def density_fault(density: object) -> str | None:
-    """Return what is wrong with a density in one line, or None."""
-    if isinstance(density, bool) or not isinstance(density, Real):
-        return f"density must be a number in (0, 1], got {density!r}. Pass a share: density=0.3."
-    value = float(density)
-    if math.isfinite(value) and 0.0 < value <= 1.0:
-        return None
-    share = value / 100 if 1.0 < value <= 100.0 else 0.3
-    return f"density must be in (0, 1], got {density:g}. Pass a share: density={share:g}."
-
-
-def check_density(density: float) -> float:
-    """Return the density as a float.
-
-    Raises:
-        ConfigError: it is not in (0, 1].
-    """
-    fault = density_fault(density)
-    if fault:
-        raise ConfigError(fault)
-    return float(density)

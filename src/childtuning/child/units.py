@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from childtuning.config import KINDS
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
 from childtuning.fast.structured import Chosen, Group
-
-KINDS = ("element", "row", "block", "parameter")
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from childtuning.cli import compare, demo, evaluate, inspect, merge, methods, predict, report, score, train
 from childtuning.errors import ChildTuningError
 
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
+
+
+def _tell_version(asked: bool) -> None:
+    """Print what a report of a fault needs: versions, and whether the kernels were compiled."""
+    if not asked:
+        return
+    print(f"childtuning {metadata.version('childtuning')}")
+    print(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    native = Path(__file__).parents[1] / "fast" / "native" / "kernels.so"
+    print(f"kernels {'compiled' if native.is_file() else 'not compiled: plain torch serves'}")
+    raise typer.Exit
+
+
 app = typer.Typer(
     name="childtuning",
-    help="""Fine-tune a pretrained network on little data by training only a child network.
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (train, compare, report, predict, evaluate, score, inspect, merge, methods, demo):
+    app.command(command.NAME)(command.run)
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_tell_version, help="Show versions and stop."),
+    ] = False,
+) -> None:
+    """Fine-tune a pretrained network on little data by training only a child network.
 
     Example:
 
         childtuning demo
 
         childtuning train --train train.csv --eval dev.csv --output runs/mine
-    """,
-    rich_markup_mode="markdown",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for command in (train, compare, report, predict, evaluate, score, inspect, merge, methods, demo):
-    app.command(command.NAME)(command.run)
+    """
 
 
 _STOPPED = "stopped. Go on with --resume if this was a training run."

@@ -15,9 +15,9 @@ NAME = "score"
 
 
 _OPTIONS = [
-    *(name for name in o.DATA if name not in ("eval_limit", "data_seed", "held_out", "elsewhere")),
-    *o.MODEL,
-    *("density", "mass", *(name for name in o.CHILD if "fisher" in name or name == "estimator")),
+    *(name for name in o.SECTION["Data"] if name not in ("eval_limit", "data_seed", "held_out", "elsewhere")),
+    *o.SECTION["Model"],
+    *("density", "mass", *(name for name in o.SECTION["Child"] if "fisher" in name or name == "estimator")),
     *("eligible", "always", "batch_size", "max_length", "seed"),
 ]
 

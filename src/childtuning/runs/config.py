@@ -1,132 +1,152 @@
-"""Everything that decides a run, as one flat set of options that a TOML file can hold."""
+"""Everything that decides a run: four sections of options, which a flat TOML file can hold.
+
+An option is a field of a section and nothing else: the command line, the check of a value and the table of the
+documentation follow from it.
+"""
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import tomli_w
-
-from childtuning.child import ChildConfig
+from childtuning.config import ChildConfig, ChildOptions, density_fault
 from childtuning.errors import ConfigError, did_you_mean
-from childtuning.methods import Combination
-from childtuning.training.precision import has_fast_bf16
+from childtuning.options import option, options_of, settle
 
-_CHILD_OPTIONS = (
-    "mass",
-    "granularity",
-    "scope",
-    "estimator",
-    "fisher_examples",
-    "fisher_device",
-    "fisher_dtype",
-    "eligible",
-    "always",
-    "rescale",
-    "release_gradients",
-    "preset",
-)
+if TYPE_CHECKING:
+    from childtuning.methods import Combination
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """One run: data, model, method, training. The defaults are the paper's protocol where it names a value.
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained on and measured on."""
 
-    Args:
-        task: a task by name, from ``data_dir`` or the hub; or leave it out and name files:
-        task_kind: a name in ``tasks.KINDS``; ``None``: what the training file looks like.
-        train, eval: files or folders of examples, of what types the kind of task reads.
-        text, text_pair, label: their columns; ``None`` takes the usual names.
-        label_type: ``auto``, ``class`` or ``number``.
-        data_dir: a folder with ``<task>/`` and in it the two splits.
-        train_limit: use this many training examples at most, drawn by ``data_seed``.
-        eval_limit: measure on this many evaluation examples at most, on as many of what is ``held_out`` and of every
-            other task of ``elsewhere``; drawn by ``data_seed``.
-        held_out: a share of the training examples that is set aside before anything is drawn from them: scored at the
-            end, apart from what is reported, so that hyperparameters can be chosen by it.
-        elsewhere: other tasks of ``data_dir`` on whose examples the model is scored as well, by a mapping of labels:
-            ``sick`` (its dev split) or ``snli/test``.
-        model: a model folder or hub name; ``None``: the packaged all-MiniLM-L6-v2.
-        init_from: a finished run's folder: start from its tuned network instead of the base model's, with a new head;
-            or a model folder, which is then the model.
-        method: one of ``childtuning methods``, with options behind a colon, or several joined by ``+``.
-        density: p, or ``auto``; ``None``: the method's own default.
-        mass: for ``density="auto"``: the share of the Fisher information that the child holds.
-        granularity, scope, estimator, fisher_labels, fisher_examples, fisher_device, fisher_dtype, eligible, always,
-            rescale, release_gradients, preset: the rest of ``ChildConfig``.
-        learning_rate: peak, after the warm-up and before a linear decay to 0.
-        epochs, batch_size, gradient_accumulation, warmup_ratio, weight_decay, max_grad_norm, max_length: as named;
-            ``max_length`` in tokens.
-        precision: ``fp32``, ``bf16`` autocast, or ``auto``: bf16 where the machine computes in it natively.
-        compile: run the model through ``torch.compile`` while training.
-        seed: of the head's start, data order, dropout, and masks.
-        data_seed: of what ``held_out``, ``train_limit`` and ``eval_limit`` draw.
-        save_steps: a checkpoint every so many optimizer steps; ``None``: every epoch.
-        report_to: where else to log while training: ``tensorboard``, or whatever transformers' Trainer reports to.
+    task: str | None = option(None, "A task by name: a GLUE name, a folder of --data-dir, or docstrings.")
+    task_kind: str | None = option(
+        None,
+        "classification, regression, token-classification, causal-lm or image-classification.",
+        unset="as the training file looks",
+    )
+    train: str | None = option(
+        None,
+        "Training examples: csv, tsv, jsonl, parquet, conll or txt, each also .gz; or images: a folder, npz or idx.",
+    )
+    eval: str | None = option(None, "Examples to measure on, in the same form.")
+    text: str | None = option(None, "Column of the text, tokens or prompt; guessed when left out.")
+    text_pair: str | None = option(None, "Column of the second text, for pairs.")
+    label: str | None = option(None, "Column of the label, tags or response.", unset="label, tags, response")
+    label_type: Literal["auto", "class", "number"] = option("auto", "class, number, or auto.")
+    data_dir: str | None = option(None, "Folder that holds TASK/ with both splits; asked before the hub.")
+    train_limit: int | None = option(None, "Use this many training examples at most.", within="(0, inf)")
+    eval_limit: int | None = option(
+        None,
+        "Measure on this many evaluation examples at most, and of those held out and each --elsewhere.",
+        within="(0, inf)",
+    )
+    data_seed: int = option(
+        0, "Of what --train-limit, --eval-limit and --held-out draw.", within="[0, 4294967296)"
+    )
+    held_out: float = option(
+        0.0, "Share of the training examples to set aside and score apart.", within="[0, 1)"
+    )
+    elsewhere: tuple[str, ...] | None = option(
+        None, "Score on another task of --data-dir as well, by label mapping: sick, snli/test; repeatable."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is tuned."""
+
+    model: str | None = option(None, "Model folder or hub name.", unset="packaged all-MiniLM-L6-v2")
+    init_from: str | None = option(
+        None, "Start from this run's tuned network with a new head, or from a model folder."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child(ChildOptions):
+    """How it is tuned."""
+
+    method: str = option("child-d", "See `childtuning methods`.")
+    density: float | Literal["auto"] | None = option(
+        None,
+        "Share of the entries in the child, in (0, 1]; auto: what --mass needs.",
+        check=density_fault,
+        unset="the method's",
+    )
+    fisher_labels: Literal["data", "sampled"] = option("data", "Labels for Fisher: data or sampled.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how fast, in what numbers. The defaults are the paper's protocol where it names a value."""
+
+    learning_rate: float = option(
+        2e-5,
+        "Peak learning rate, after the warm-up and before a linear decay to 0.",
+        flags=("--learning-rate", "--lr"),
+        within="(0, inf)",
+        argument="learning_rate",
+    )
+    epochs: float = option(
+        3.0, "Passes over the training set.", within="(0, inf)", argument="num_train_epochs"
+    )
+    batch_size: int = option(
+        16, "Examples a batch.", within="(0, inf)", argument="per_device_train_batch_size"
+    )
+    gradient_accumulation: int = option(
+        1, "Batches an optimizer step.", within="(0, inf)", argument="gradient_accumulation_steps"
+    )
+    warmup_ratio: float = option(
+        0.1, "Share of the steps to warm up.", within="[0, 1)", argument="warmup_steps"
+    )
+    weight_decay: float = option(
+        0.01, "Decay of trained weights.", within="[0, inf)", argument="weight_decay"
+    )
+    max_grad_norm: float = option(
+        1.0, "Clip gradients to this norm; 0: never.", within="[0, inf)", argument="max_grad_norm"
+    )
+    max_length: int = option(128, "Tokens an example.", within="(0, inf)")
+    precision: Literal["fp32", "bf16", "auto"] = option(
+        "fp32", "fp32, bf16 autocast, or auto: bf16 where native."
+    )
+    compile: bool = option(
+        False,
+        "Run the model through torch.compile while training.",
+        flags=("--compile/--no-compile",),
+        argument="torch_compile",
+    )
+    seed: int = option(0, "Of head, order, dropout and masks.", within="[0, 4294967296)", argument="seed")
+    save_steps: int | None = option(
+        None, "Steps between checkpoints.", within="(0, inf)", unset="every epoch"
+    )
+    report_to: tuple[str, ...] | None = option(
+        None, "Log to tensorboard, wandb, mlflow, … as well; repeatable."
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what ``TrainingArguments`` takes of these options, by its own names."""
+        declared = options_of(Train).values()
+        return {one.argument: getattr(self, one.name) for one in declared if one.argument}
+
+
+SECTIONS = {"Data": Data, "Model": Model, "Child": Child, "Training": Train}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Train, Child, Model, Data):
+    """One run: data, model, child, training.
+
     Raises:
         ConfigError: all the faults there are, in one line.
     """
 
-    task: str | None = None
-    task_kind: str | None = None
-    train: str | None = None
-    eval: str | None = None
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-    label_type: str = "auto"
-    data_dir: str | None = None
-    train_limit: int | None = None
-    eval_limit: int | None = None
-    held_out: float = 0.0
-    elsewhere: tuple[str, ...] | None = None
-    model: str | None = None
-    init_from: str | None = None
-    method: str = "child-d"
-    density: float | str | None = None
-    mass: float = 0.9
-    granularity: str = "element"
-    scope: str = "global"
-    estimator: str = "per-example"
-    fisher_labels: str = "data"
-    fisher_examples: int | None = None
-    fisher_device: str = "model"
-    fisher_dtype: str = "float32"
-    eligible: tuple[str, ...] | None = None
-    always: tuple[str, ...] | None = None
-    rescale: bool | None = None
-    release_gradients: bool | None = None
-    preset: str | None = None
-    learning_rate: float = 2e-5
-    epochs: float = 3.0
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_length: int = 128
-    precision: str = "fp32"
-    compile: bool = False
-    seed: int = 0
-    data_seed: int = 0
-    save_steps: int | None = None
-    report_to: tuple[str, ...] | None = None
-
     def __post_init__(self) -> None:
-        faults = list(self._range_faults())
-        try:
-            self.child()
-        except ConfigError as fault:
-            faults.append(str(fault))
-        if faults:
-            raise ConfigError(" ".join(faults))
-
-    def _range_faults(self) -> list[str]:
-        faults = []
+        faults = settle(self)
         if self.task is None and (self.train is None or self.eval is None):
             faults.append("there is nothing to train on. Pass --task NAME, or --train FILE and --eval FILE.")
         if self.task is not None and (self.train is not None or self.eval is not None):
@@ -138,26 +158,10 @@ class RunConfig:
                 faults.append(
                     f"a named task has its own columns, got {', '.join(given)}. Leave out, or pass files."
                 )
-        positive = ("learning_rate", "epochs", "batch_size", "gradient_accumulation", "max_length")
-        for name in (*positive, "train_limit", "eval_limit", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                faults.append(f"{name} must be above 0, got {value}.")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                faults.append(f"{name} must not be negative, got {value}. Pass 0 for none.")
-        for name in ("warmup_ratio", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}. Pass a share: 0.1.")
-        for name in ("seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                faults.append(f"{name} must be in [0, 2^32), got {getattr(self, name)}.")
-        if self.precision not in ("fp32", "bf16", "auto"):
-            faults.append(f"precision must be fp32, bf16 or auto, got {self.precision!r}.")
-        if self.label_type not in ("auto", "class", "number"):
-            faults.append(f"label_type must be auto, class or number, got {self.label_type!r}.")
-        return faults
+        if not faults:
+            self.child()
+        if faults:
+            raise ConfigError(" ".join(faults))
 
     def child(self) -> ChildConfig:
         """Return what the method trains under these options.
@@ -167,7 +171,7 @@ class RunConfig:
         """
         methods = self.methods()
         density = methods.density if self.density is None else self.density
-        options: dict[str, Any] = {name: getattr(self, name) for name in _CHILD_OPTIONS}
+        options: dict[str, Any] = {name: getattr(self, name) for name in options_of(ChildOptions)}
         options |= {"density": density, "labels": self.fisher_labels, "seed": self.seed}
         return methods.child(ChildConfig(**options))
 
@@ -177,6 +181,8 @@ class RunConfig:
         Raises:
             ConfigError: an unknown method, or methods that do not go together.
         """
+        from childtuning.methods import Combination
+
         return Combination.parse(self.method)
 
     def resolved(self) -> RunConfig:
@@ -190,6 +196,8 @@ class RunConfig:
             paths["model"] = str(Path(self.model).expanduser().resolve())
         precision = self.precision
         if precision == "auto":
+            from childtuning.training import has_fast_bf16
+
             precision = "bf16" if has_fast_bf16() else "fp32"
         return replace(self, density=self.child().density, precision=precision, **paths)
 
@@ -198,22 +206,25 @@ class RunConfig:
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
+        import tomli_w
+
         return tomli_w.dumps({key: value for key, value in values.items() if value is not None})
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Make a run from option names and values.
+        """Make a run from option names and values, those that are texts as they are typed.
 
         Raises:
             ConfigError: an unknown option, a value of the wrong type, or outside its range.
         """
-        known = {field.name: str(field.type) for field in fields(cls)}
+        known = options_of(cls)
         values: dict[str, Any] = {}
         for name, value in options.items():
             name = name.replace("-", "_")
             if name not in known:
                 raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
-            values[name] = _typed(name, value, known[name])
+            is_number = name == "density" and isinstance(value, str)
+            values[name] = known[name].parse(value) if is_number else value
         return cls(**values)
 
 
@@ -239,40 +250,7 @@ def option_of_text(name: str, text: str) -> Any:
     Raises:
         ConfigError: a run has no such option, or the text is no value of its type.
     """
-    known = {field.name: str(field.type) for field in fields(RunConfig)}
+    known = options_of(RunConfig)
     if name not in known:
         raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
-    declared = known[name]
-    if name == "density":
-        return _density(text)
-    try:
-        if "bool" in declared:
-            return {"true": True, "false": False}[text.lower()]
-        if "int" in declared:
-            return int(text)
-        return float(text) if "float" in declared else text
-    except (ValueError, KeyError):
-        kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
-        wanted = next(words for kind, words in kinds.items() if kind in declared)
-        raise ConfigError(f"{name} must be {wanted}, got {text!r}.") from None
-
-
-def _density(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise ConfigError(f"density must be a number in (0, 1], or auto, got {text!r}.") from None
-
-
-def _typed(name: str, value: Any, declared: str) -> Any:
-    if value is None:
-        return None
-    if "tuple" in declared:
-        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
-    if name == "density" and isinstance(value, str):
-        return _density(value)
-    wanted = next(kind for kind in ("bool", "int", "float", "str") if kind in declared)
-    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str}[wanted]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and wanted != "bool"):
-        raise ConfigError(f"{name} must be of type {wanted}, got {value!r}.")
-    return float(value) if wanted == "float" else value
+    return known[name].parse(text)
