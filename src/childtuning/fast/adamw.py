@@ -77,9 +77,7 @@ class ChildTable:
         increment_version([member.weight for member in present])
 
     def _on_cpu(self, members: Sequence[Member | None], step: AdamWStep) -> None:
-        rows = np.array(
-            [_NOBODY if m is None else (*_pointers(m), _is_compact(m)) for m in members], np.int64
-        )
+        rows = np.array([_NOBODY if m is None else _row(m) for m in members], np.int64)
         chosen = rows[:, 0][self._owner] != 0
         offset, tasks = self._offset[chosen], self._tasks[chosen]
         tasks["weight"], tasks["gradient"], tasks["first"], tasks["second"], compact = rows[
@@ -123,7 +121,7 @@ def _masked_cpu_(members: Sequence[tuple[Member, MaskDraw]]) -> None:
     numbers = [member.step.numbers() for member, _ in members]
     draws = [draw.native() for _, draw in members]
     rows = [
-        (*_pointers(member), start, size, ctypes.addressof(draw), number.ctypes.data)
+        (*_row(member)[:4], start, size, ctypes.addressof(draw), number.ctypes.data)
         for (member, _), draw, number in zip(members, draws, numbers, strict=True)
         for start, size in _cut(member.weight.numel(), _ENTRIES_A_TASK)
     ]
@@ -136,17 +134,15 @@ def _rows_cpu_(members: Sequence[tuple[Member, Tensor]]) -> None:
     for (member, place), number in zip(members, numbers, strict=True):
         width = member.weight[0].numel()
         for start, size in _cut(len(member.weight), max(1, _ENTRIES_A_TASK // max(width, 1))):
-            rows.append((*_pointers(member), start, size, width, place.data_ptr(), number.ctypes.data))
+            rows.append((*_row(member)[:4], start, size, width, place.data_ptr(), number.ctypes.data))
     run_tasks("ct_adamw_rows", np.array(rows, ROWS))
 
 
-def _is_compact(member: Member) -> bool:
-    return member.gradient.numel() < member.weight.numel()
-
-
-def _pointers(member: Member) -> tuple[int, ...]:
-    weight, gradient, first, second, *_ = member
-    return weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr()
+def _row(member: Member) -> tuple[int, ...]:
+    """Where a member's four tensors lie, and whether the gradient is compact."""
+    weight, gradient, first, second, _, _ = member
+    is_compact = gradient.numel() < weight.numel()
+    return weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), is_compact
 
 
 def _cut(total: int, size: int) -> list[tuple[int, int]]:

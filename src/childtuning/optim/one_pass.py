@@ -28,10 +28,11 @@ class _Kept:
     """A parameter's state as long as it is the same dict, and its step count as a number."""
 
     state: dict[str, Any]
-    step: Tensor
+    place: int  # of its step count
     first: Tensor
     second: Tensor
     count: int
+    weight_at: int = 0  # the address at which the weight was found to be served
 
 
 class OnePass:
@@ -45,7 +46,10 @@ class OnePass:
     def __init__(self, groups: Sequence[Sequence[Trained]], inner: Optimizer) -> None:
         self._known = [adamw.supports(type(inner), options) for options in inner.param_groups]
         self._partial = [t for group in groups for t in group if t.runs is not None]
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[Trained, _Kept] = {}
+        places = {t: place for place, t in enumerate(t for group in groups for t in group)}
+        self._places = places
+        self._steps = torch.zeros(len(places))  # the states' step counts are views of it, counted up at once
         self._tables: dict[torch.device, tuple[list[Trained], ChildTable]] = {}
 
     @torch.no_grad()
@@ -73,8 +77,8 @@ class OnePass:
         is_open = fast.enabled()
         done: list[Trained] = []
         rest: list[Trained] = []
-        counted: list[Tensor] = []
-        child: dict[int, Member] = {}
+        counted: list[int] = []
+        child: dict[Trained, Member] = {}
         by_entry: list[tuple[Member, MaskDraw]] = []
         by_row: list[tuple[Member, Tensor]] = []
         for group, options, known in zip(groups, inner.param_groups, self._known, strict=True):
@@ -83,14 +87,14 @@ class OnePass:
                 gradient = t.gradient()
                 if gradient is None:
                     continue
-                kept = self._keep(t, inner) if is_open and known and _fits(t, gradient, free) else None
+                kept = self._keep(t, gradient, inner, free) if is_open and known else None
                 if kept is None:
-                    self._kept.pop(id(t), None)
+                    self._kept.pop(t, None)
                     _hand_over(inner, options, t)
                     rest.append(t)
                     continue
                 done.append(t)
-                counted.append(kept.step)
+                counted.append(kept.place)
                 kept.count += 1
                 hyper = steps.get((kept.count, t.scale))
                 if hyper is None:
@@ -101,7 +105,7 @@ class OnePass:
                     master = t.value.detach()
                 member = Member(t.parameter, gradient, kept.first, kept.second, hyper, master)
                 if free is None:
-                    child[id(t)] = member
+                    child[t] = member
                 elif t.rows is not None:
                     member = member._replace(gradient=t.formed_rows(gradient))
                     by_row.append((member, _places(t, t.rows)))
@@ -113,7 +117,7 @@ class OnePass:
                     rows = free.kept_units(t.name, t.parameter.shape, step).nonzero().squeeze(1)
                     by_row.append((member, _places(t, rows, of_all=True)))
         if counted:
-            torch._foreach_add_(counted, 1.0)  # pyright: ignore[reportPrivateImportUsage]
+            self._steps[counted] += 1.0
         self._child_(child)
         if by_entry:
             adamw.masked_(by_entry)
@@ -121,26 +125,33 @@ class OnePass:
             adamw.rows_(by_row)
         return done, rest
 
-    def _keep(self, t: Trained, inner: Optimizer) -> _Kept | None:
-        """Return a parameter's state, made if need be as the inner class has it; ``None`` if it is unfit."""
-        state = inner.state[t.value]
-        kept = self._kept.get(id(t))
-        if kept is not None and kept.state is state:
+    def _keep(self, t: Trained, gradient: Tensor, inner: Optimizer, free: TaskFree | None) -> _Kept | None:
+        """Return a parameter's state, made if need be as the inner class has it; ``None`` if it is not served."""
+        kept = self._kept.get(t)
+        if kept is not None and kept.state is not inner.state.get(t.value):
+            kept = None
+        if kept is not None and kept.weight_at == t.parameter.data_ptr() and free is None:
+            return kept if adamw.fits(gradient) else None
+        if not _fits(t, gradient, free):
+            return None
+        if kept is not None:
+            kept.weight_at = t.parameter.data_ptr()
             return kept
+        state = inner.state[t.value]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros(t.value.shape, dtype=t.dtype, device=t.value.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if not adamw.fits(state["exp_avg"], state["exp_avg_sq"]):
             return None
-        state["step"] = state[
-            "step"
-        ].cpu()  # a fused optimizer keeps it on the device, where reading it waits
-        kept = _Kept(state, state["step"], state["exp_avg"], state["exp_avg_sq"], int(state["step"]))
-        self._kept[id(t)] = kept
+        place, count = self._places[t], int(state["step"])
+        self._steps[place] = count
+        state["step"] = self._steps[place]  # on the CPU: a fused optimizer has it where reading it waits
+        kept = _Kept(state, place, state["exp_avg"], state["exp_avg_sq"], count, t.parameter.data_ptr())
+        self._kept[t] = kept
         return kept
 
-    def _child_(self, members: Mapping[int, Member]) -> None:
+    def _child_(self, members: Mapping[Trained, Member]) -> None:
         """Update a fixed child's entries, one call for each device."""
         for device in dict.fromkeys(member.weight.device for member in members.values()):
             if device not in self._tables:
@@ -148,7 +159,7 @@ class OnePass:
                 runs = [(t.runs.starts, t.runs.width) for t in there if t.runs is not None]
                 self._tables[device] = (there, ChildTable(runs))
             there, table = self._tables[device]
-            table.step_([members.get(id(t)) for t in there])
+            table.step_([members.get(t) for t in there])
 
 
 def _fits(t: Trained, gradient: Tensor, free: TaskFree | None) -> bool:

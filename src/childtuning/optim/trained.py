@@ -60,8 +60,10 @@ class Trained:
 
     def check(self) -> None:
         """Raise a ParameterError if the parameter was moved, cast or resized since the optimizer was built."""
-        shape, device, dtype = self._built_as
         now = self.parameter
+        if (now.shape, now.device, now.dtype) == self._built_as:
+            return
+        shape, device, dtype = self._built_as
         if now.shape != shape:
             raise ParameterError(
                 f"{self.name!r} of shape {list(shape)} became {list(now.shape)} after its optimizer was built. "
@@ -72,11 +74,10 @@ class Trained:
                 f"{self.name!r} was moved from {device} to {now.device} after its optimizer was built. "
                 "Move the model first, then build the optimizer."
             )
-        if now.dtype != dtype:
-            raise ParameterError(
-                f"{self.name!r} was cast from {dtype} to {now.dtype} after its optimizer was built. "
-                "Cast the model first, then build the optimizer."
-            )
+        raise ParameterError(
+            f"{self.name!r} was cast from {dtype} to {now.dtype} after its optimizer was built. "
+            "Cast the model first, then build the optimizer."
+        )
 
     # Values
 
