@@ -82,15 +82,21 @@ class Granularity:
         if not entries.numel() or tile == [1, 1, 1]:
             return entries.reshape(-1)
         missing = [count * t - size for size, t, count in zip(sizes, tile, counts, strict=True)]
-        padded = F.pad(entries.reshape(sizes), [n for axis in reversed(missing) for n in (0, axis)])
+        padded = entries.reshape(sizes)
+        if any(missing):
+            padded = F.pad(padded, [n for axis in reversed(missing) for n in (0, axis)])
         split = [n for both in zip(counts, tile, strict=True) for n in both]
-        return padded.view(split).sum((1, 3, 5)).reshape(-1)
+        inside = [axis for axis in (1, 3, 5) if split[axis] > 1]
+        return padded.view(split).sum(inside).reshape(-1)
 
     def sizes(self, shape: Sequence[int]) -> Tensor:
         """Count each unit's entries: int64 [num_units]."""
+        sizes, tile, counts = self._tiling(shape)
+        if not any(size % length for size, length in zip(sizes, tile, strict=True)):
+            return torch.full((math.prod(counts),), math.prod(tile))
         outer, middle, inner = (
             (size - torch.arange(count) * length).clamp(max=length)
-            for size, length, count in zip(*self._tiling(shape), strict=True)
+            for size, length, count in zip(sizes, tile, counts, strict=True)
         )
         return (outer[:, None, None] * middle[:, None] * inner).reshape(-1)
 
