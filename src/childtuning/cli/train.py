@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from childtuning.cli import options as o
 from childtuning.cli.printing import human_bytes, is_terminal, print_facts, print_json, tell
+
+if TYPE_CHECKING:
+    from childtuning.runs.folder import RunResult
 
 NAME = "train"
 
@@ -49,7 +52,14 @@ def run(
     )
     if as_json:
         print_json(result.to_dict())
-        return
+    else:
+        _print(result)
+    if result.fault is not None:
+        tell(f"childtuning: {result.fault}")
+        raise typer.Exit(1)
+
+
+def _print(result: RunResult) -> None:
     num_beside = result.trained_parameters - result.child_parameters
     beside = f", and {num_beside:,} beside them" if num_beside else ""
     print_facts(

@@ -10,7 +10,6 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +21,7 @@ from childtuning.compare.plan import needed
 from childtuning.compare.records import Record
 from childtuning.compare.store import Store
 from childtuning.delta import Delta
-from childtuning.runs.config import RunConfig
+from childtuning.runs.config import RunConfig, json_ready
 from childtuning.runs.folder import CONFIG, TENSORBOARD
 from childtuning.runs.inputs import Inputs
 from childtuning.runs.run import train_run
@@ -112,6 +111,10 @@ def end_with_parent() -> None:
 _OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other run would fare better
 
 
+class DivergedError(Exception):
+    """A run's loss has become no number."""
+
+
 def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
     """Train, measure, and return the run with what came of it; an error becomes part of the record.
 
@@ -131,10 +134,12 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
     try:
         config = RunConfig.from_options(run.config)
         result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs)
+        if result.fault is not None:
+            raise DivergedError(result.fault)
         done = replace(
             run,
             state="done",
-            result=_plain(result.to_dict() | {"output": str(folder) if keep else None}),
+            result=json_ready(result.to_dict() | {"output": str(folder) if keep else None}),
             curve=_curve(folder / "log.jsonl"),
             parts=_parts(folder),
         )
@@ -176,7 +181,7 @@ def _curve(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         {name: line[name] for name in ("step", "loss", "grad_norm", "learning_rate") if name in line}
-        for line in map(_plain, lines)
+        for line in map(json_ready, lines)
         if "loss" in line
     ]
 
@@ -187,14 +192,3 @@ def _parts(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         name: (part.num_trained, math.prod(part.shape)) for name, part in parts.items() if part.num_trained
     }
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content with None for numbers that are not finite, which JSON does not have."""
-    return {name: _finite(value) for name, value in content.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return _plain(value) if isinstance(value, Mapping) else value

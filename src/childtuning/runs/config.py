@@ -6,6 +6,7 @@ documentation follow from it.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -226,6 +227,15 @@ class RunConfig(Train, Child, Model, Data):
             is_number = name == "density" and isinstance(value, str)
             values[name] = known[name].parse(value) if is_number else value
         return cls(**values)
+
+
+def json_ready(value: Any) -> Any:
+    """Return a value in which numbers that are not finite, which JSON does not have, are ``None``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    return [json_ready(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

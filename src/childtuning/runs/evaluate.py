@@ -11,9 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from childtuning.errors import ModelError
 from childtuning.runs.config import RunConfig
 from childtuning.runs.inputs import Inputs
 from childtuning.tasks import Answers, Kind, LengthBucketBatches, Split, Task
+from childtuning.training import num_positions
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Predictor:
         loader = DataLoader(
             encoded, batch_sampler=batches, collate_fn=self.kind.collator(self.processor, exact=True)
         )
+        check_tokens(model, encoded)
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
@@ -80,6 +83,27 @@ class Predictor:
         finally:
             model.train(was_training)
         return found
+
+
+def cut_at(config: RunConfig, kind: Kind, model: Any) -> int:
+    """Return the most tokens of an example: ``max_length``, or as many as the model has positions for."""
+    room = num_positions(model) if kind.auto_processor == "AutoTokenizer" else None
+    return config.max_length if room is None else min(config.max_length, room)
+
+
+def check_tokens(model: Any, encoded: Any) -> None:
+    """Refuse examples with tokens that the model has no embedding for.
+
+    Raises:
+        ModelError: tokenizer and model do not belong together.
+    """
+    largest, table = getattr(encoded, "largest_token", None), model.get_input_embeddings()
+    size = getattr(table, "num_embeddings", None)
+    if largest is not None and size is not None and largest >= size:
+        raise ModelError(
+            f"the tokenizer makes token {largest} of these texts, and the model has no embedding from {size} on. "
+            "Pass the model with its own tokenizer, or enlarge it first: model.resize_token_embeddings(len(tokenizer))."
+        )
 
 
 class RunTests:
@@ -112,6 +136,12 @@ class RunTests:
         ]
 
     @property
+    def encoded(self) -> list[Any]:
+        """All that a model is measured on, as numbers."""
+        aside = [] if self._aside is None else [self._aside]
+        return [self._dev, *aside, *self._elsewhere_encoded]
+
+    @property
     def num_cut(self) -> int:
         """How much of the reported examples the length limit has cut."""
         return self._dev.num_cut
@@ -136,6 +166,11 @@ class RunTests:
             },
             "eval_examples": len(self._dev),
         }
+
+    def nothing(self) -> dict[str, Any]:
+        """Return the fields that ``measure`` returns, of a model that says nothing."""
+        metrics = dict.fromkeys(self.task.metrics, float("nan"))
+        return {"metrics": metrics, "eval_examples": len(self._dev)}
 
     def _classes(self, model: Any, other: Any, encoded: Any) -> list[str]:
         answers = self.predictor.predict(model, other.questions, Answers(), encoded)

@@ -26,7 +26,7 @@ from typing import Any
 
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, CorruptFileError
-from childtuning.runs.config import RunConfig, read_toml
+from childtuning.runs.config import RunConfig, json_ready, read_toml
 from childtuning.tasks import KINDS, Kind, find_kind
 
 CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
@@ -57,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, complete or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> None:
@@ -176,6 +176,7 @@ class RunResult:
         train_examples, eval_examples, empty_texts: counts.
         cut_by_length: what ``max_length`` cut in both splits: words or rows, as the kind of task counts them.
         output: the run's folder.
+        diverged_at: the first logged step whose loss was no finite number, where training stopped; ``None``: none.
     """
 
     task: str
@@ -200,6 +201,17 @@ class RunResult:
     held_out: dict[str, float] | None = None
     constant: dict[str, float] | None = None
     elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)
+    diverged_at: int | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """What went wrong in training, in one line; ``None`` for nothing."""
+        if self.diverged_at is None:
+            return None
+        return (
+            f"training diverged and was stopped: the loss is no finite number at step {self.diverged_at}. "
+            f"Lower the learning rate (--lr), or train in fp32; the log is {self.output}/log.jsonl."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""

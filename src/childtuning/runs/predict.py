@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from childtuning.errors import DataError
-from childtuning.runs.evaluate import Predictor
+from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.folder import RunFolder
 from childtuning.runs.inputs import base_model, bits, merged_model, tuned_model
 from childtuning.tasks import Answers, Columns, Source, Split, check_labels
@@ -56,8 +56,9 @@ class FinishedRun(RunFolder):
         Raises:
             DataError: the examples are of another form than the run's.
         """
-        predictor = self._predictor(examples)
-        return predictor.predict(tuned_model(self), examples, options or Answers())
+        self._check_form(examples)
+        model = tuned_model(self)
+        return self._predictor(model).predict(model, examples, options or Answers())
 
     def evaluate(self, examples: Split) -> dict[str, float]:
         """Return the run's metrics on labelled examples.
@@ -67,23 +68,21 @@ class FinishedRun(RunFolder):
         """
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
-        predictor = self._predictor(examples)
-        return predictor.measure(tuned_model(self), examples, self.about["metrics"])
+        self._check_form(examples)
+        model = tuned_model(self)
+        return self._predictor(model).measure(model, examples, self.about["metrics"])
 
-    def _predictor(self, examples: Split) -> Predictor:
+    def _check_form(self, examples: Split) -> None:
         wanted = self.about["form"]
         if examples.form != wanted:
             raise DataError(
                 f"the run was trained on {wanted}, got {examples.form}. Pass input of the same columns."
             )
-        return Predictor(
-            self.kind,
-            self.processor(),
-            self.label_names,
-            self.config.max_length,
-            progress=self.progress,
-            tell=self.tell,
-        )
+
+    def _predictor(self, model: Any) -> Predictor:
+        most = cut_at(self.config, self.kind, model)
+        names, processor = self.label_names, self.processor()
+        return Predictor(self.kind, processor, names, most, progress=self.progress, tell=self.tell)
 
     def verify(self) -> dict[str, int]:
         """Prove against the base model what the delta changes.

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import TrainerCallback
 
 from childtuning.child import Child
 from childtuning.child.eligible import matches
+from childtuning.delta import Delta
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.optim.processes import is_main_process, wait_for_all
-from childtuning.runs.config import RunConfig
-from childtuning.runs.evaluate import Predictor, RunTests
+from childtuning.runs.config import RunConfig, json_ready
+from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -39,15 +43,14 @@ from childtuning.runs.folder import (
     write_json,
     write_text,
 )
-from childtuning.runs.inputs import Inputs, apply_start, load_run_model, prepare_run_model, read_run_task
-from childtuning.tasks import Kind, LengthBucketBatches, Task
+from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
+from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
 from childtuning.training import (
     ChildTrainer,
     LoadedModel,
     ScoreFn,
-    choose_child,
     fisher_sample,
-    fisher_scores,
+    in_model_order,
 )
 
 Tell = Callable[[str], None]
@@ -78,6 +81,7 @@ def build_trainer(
         save_steps=config.save_steps or 500,
         save_total_limit=2,
         logging_steps=max(1, min(10, num_steps // 20)),  # some twenty points also of a short run
+        logging_nan_inf_filter=False,  # it would log 0 for what is no number
         disable_tqdm=not progress,
         report_to="none",
         run_name=folder.name,
@@ -103,6 +107,37 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class _Begun(NamedTuple):
+    """What a run has before anything is chosen: examples, model, what it started from, and who reads examples."""
+
+    task: Task
+    held_out: Split | None
+    loaded: LoadedModel
+    start: Delta | None
+    predictor: Predictor
+
+
+def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -> _Begun:
+    """Read examples and model, and settle what one says about the other."""
+    task, held_out = inputs.task(config)
+    if task.num_empty:
+        tell(f"{task.num_empty} rows have empty text; they are kept")
+    loaded = inputs.model(config, task)
+    if loaded.note:
+        tell(loaded.note)
+    task = task.in_order(loaded.label_names)
+    start = apply_start(config, loaded, folder)
+    max_length = cut_at(config, task.rules, loaded.model)
+    if max_length < config.max_length:
+        tell(f"texts are cut at {max_length} tokens: {loaded.name!r} has positions for no more")
+    predictor = Predictor(task.rules, loaded.processor, task.label_names, max_length, tell=tell)
+    return _Begun(task, held_out, loaded, start, predictor)
+
+
+def _diverged_at(log: Sequence[Mapping[str, Any]]) -> int | None:
+    return next((line["step"] for line in log if not math.isfinite(line.get("loss", 0.0))), None)
 
 
 def train_run(
@@ -143,14 +178,12 @@ def train_run(
     if resume and (folder / METRICS).is_file():
         tell("the run is finished already; this is its result")
         return RunResult(**RunFolder(folder).metrics)
-    task, held_out = inputs.task(config)
-    if task.num_empty:
-        tell(f"{task.num_empty} rows have empty text; they are kept")
-    loaded = inputs.model(config, task)
-    beginning = apply_start(config, loaded, folder if resume else None)
-    predictor = Predictor(task.rules, loaded.processor, task.label_names, config.max_length, tell=tell)
-    train = inputs.encoded(config, predictor.encode, task.train, "the training examples")
-    tests = RunTests(config, task, held_out, predictor, inputs)
+    begun = _begin(config, inputs, folder if resume else None, tell)
+    task, loaded = begun.task, begun.loaded
+    train = inputs.encoded(config, begun.predictor.encode, task.train, "the training examples")
+    tests = RunTests(config, task, begun.held_out, begun.predictor, inputs)
+    for encoded in (train, *tests.encoded):
+        check_tokens(loaded.model, encoded)
     reset_peak_memory()
     labels = _labels(task, loaded)
     trainer = build_trainer(
@@ -171,8 +204,8 @@ def train_run(
         if overwrite:
             clear_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if beginning is not None and checkpoint is None:
-            beginning.save(folder / START)
+        if begun.start is not None and checkpoint is None:
+            begun.start.save(folder / START)
         write_text(folder / CONFIG, config.to_toml())
     wait_for_all()
     if checkpoint is not None:
@@ -181,6 +214,7 @@ def train_run(
     transformers.set_seed(config.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_seconds = time.perf_counter() - start
+    diverged_at = _diverged_at(trainer.state.log_history)
     facts = {
         "fisher_seconds": fisher_seconds,
         "train_seconds": train_seconds,
@@ -188,7 +222,8 @@ def train_run(
         "train_examples": len(train),
         "empty_texts": task.num_empty,
         "cut_by_length": train.num_cut + tests.num_cut,
-        **tests.measure(trainer.model),
+        "diverged_at": diverged_at,
+        **(tests.measure(trainer.model) if diverged_at is None else tests.nothing()),
     }
     if is_main:
         _save(config, task.rules, loaded, labels, trainer, folder)
@@ -293,10 +328,12 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Write one line."""
+        """Write one line; stop a training whose loss is no number any more."""
         if state.is_world_process_zero and logs:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps(json_ready({"step": state.global_step, **logs})) + "\n")
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            control.should_training_stop = True
 
 
 def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
@@ -375,34 +412,35 @@ def score_run(
     Returns:
         JSON-ready: the file, counts, and by parameter its mean score and its share in a child of the run's density.
     """
-    from torch.utils.data import DataLoader
-
     config = replace(config.resolved(), method="child-d", density=config.density)
-    child_config = config.child()
-    task, _ = read_run_task(config)
-    loaded = load_run_model(config, task.rules, task.label_names)
-    apply_start(config, loaded)
-    chosen = fisher_sample(len(task.train), child_config.fisher_examples, child_config.seed)
-    predictor = Predictor(task.rules, loaded.processor, task.label_names, config.max_length, tell=tell)
-    encoded = predictor.encode(task.train.subset(chosen), "the training examples")
-    batches = DataLoader(
-        encoded,
-        batch_sampler=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
-        collate_fn=task.rules.collator(loaded.processor),
-    )
-    always = loaded.new_parameters if child_config.always is None else child_config.always
-    scores = fisher_scores(child_config, loaded.model, batches, always=always, progress=progress)
-    child = choose_child(child_config, loaded.model, list, always=always, scores=scores)
+    found: dict[str, Tensor] = {}
+
+    def keep(make_fn: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        found.update(make_fn())
+        return found
+
+    inputs = Inputs()
+    begun = _begin(config, inputs, None, tell)
+    task, loaded = begun.task, begun.loaded
+    encoded = inputs.encoded(config, begun.predictor.encode, task.train, "the training examples")
+    check_tokens(loaded.model, encoded)
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer(
+            config, task.rules, encoded, loaded, Path(folder), progress=progress, scores=keep
+        )
+        child = trainer.select()
     assert isinstance(child, Child)
+    scores = in_model_order(trainer.bare_model, found)
+    num_scored = len(fisher_sample(len(encoded), config.fisher_examples, config.seed))
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: score.cpu().contiguous() for name, score in scores.items()}, partial)
     os.replace(partial, output)
-    tell(f"scores of {child.num_eligible:,} entries from {len(encoded)} examples in {output}")
+    tell(f"scores of {child.num_eligible:,} entries from {num_scored} examples in {output}")
     return {
         "output": str(output),
         "task": task.name,
-        "examples": len(encoded),
+        "examples": num_scored,
         "density": child.density,
         "eligible_parameters": child.num_eligible,
         "parameters": {

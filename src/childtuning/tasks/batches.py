@@ -52,6 +52,11 @@ class EncodedExamples(Dataset[dict[str, Any]]):
         return row
 
     @property
+    def largest_token(self) -> int:
+        """The largest token number that occurs; −1 for none."""
+        return max((max(tokens, default=-1) for tokens in self._columns["input_ids"]), default=-1)
+
+    @property
     def lengths(self) -> list[int]:
         """The number of tokens of each row."""
         return [len(tokens) for tokens in self._columns["input_ids"]]

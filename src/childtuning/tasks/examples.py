@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from childtuning.errors import DataError
+from childtuning.errors import ConfigError, DataError
 from childtuning.tasks.kind import Columns, Kind, find_kind
 from childtuning.tasks.split import Split
 
@@ -154,6 +154,21 @@ class Task:
         """
         train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
         return replace(self, train=train.sample(limit, seed=seed)), aside
+
+    def in_order(self, label_names: tuple[str, ...]) -> Task:
+        """Return the task with its classes in the order of a model's outputs.
+
+        Raises:
+            ConfigError: the metric counts one class, the second of two, and would count the other.
+        """
+        if label_names == self.label_names or not self.label_names:
+            return self
+        if "f1" in self.metrics and len(label_names) == 2:
+            raise ConfigError(
+                f"f1 of {self.name!r} counts {self.label_names[1]!r}, got a model whose labels are "
+                f"{', '.join(label_names)}. Save it with its labels in the order {', '.join(self.label_names)}."
+            )
+        return replace(self, label_names=label_names)
 
     @property
     def rules(self) -> Kind:

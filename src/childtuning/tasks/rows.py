@@ -7,10 +7,11 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from childtuning.errors import DataError, did_you_mean
 
@@ -56,6 +57,12 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path} has no rows. Pass a file with at least one example.")
     return rows
+
+
+class Unreadable(NamedTuple):
+    """A cell that Python cannot hold: a date after the year 9999, bytes that are no text."""
+
+    fault: str
 
 
 class Source:
@@ -104,6 +111,8 @@ class Source:
         for name in names:
             if name is not None and name not in self.columns:
                 raise DataError(f"{self.path} has no column {name!r}. {did_you_mean(name, self.columns)}")
+            if name is not None and isinstance(first := self.rows[0].get(name), Unreadable):
+                raise DataError(first.fault)
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
@@ -224,7 +233,7 @@ def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv
 
 
 def _check_header(header: list[str], path: Path) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(header).items() if count > 1)
     if repeated:
         raise DataError(f"{path} has more than one column {repeated[0]!r}. Rename or drop the repeated ones.")
 
@@ -239,4 +248,16 @@ def _parquet_rows(content: bytes, path: Path) -> list[Row]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} is damaged or not parquet ({reason[:120]}). Write it again.") from None
     _check_header(table.column_names, path)
-    return table.to_pylist()
+    columns = {name: _values(table[name], path, name) for name in table.column_names}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _values(column: Any, path: Path, name: str) -> list[Any]:
+    """A column as Python has it; what Python cannot hold is told where it is used."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0][:100]
+        return [Unreadable(f"{path} column {name!r} cannot be read ({reason}). Write it anew.")] * len(column)

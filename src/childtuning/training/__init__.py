@@ -5,6 +5,7 @@ from childtuning.training.child_choice import (
     choose_child,
     fisher_sample,
     fisher_scores,
+    in_model_order,
     output_axes,
     task_head,
 )
@@ -12,7 +13,13 @@ from childtuning.training.label_positions import IGNORED, predicted_labels
 from childtuning.training.layers import Layers, find_layers
 from childtuning.training.method import PARTS, LossStep, Method, Prepared, logits_of
 from childtuning.training.method_state import MethodCallback
-from childtuning.training.models import LoadedModel, load_classifier, load_model, packaged_model
+from childtuning.training.models import (
+    LoadedModel,
+    load_classifier,
+    load_model,
+    num_positions,
+    packaged_model,
+)
 from childtuning.training.precision import has_fast_bf16
 from childtuning.training.trainer import ChildTrainer
 
@@ -32,9 +39,11 @@ __all__ = [
     "fisher_sample",
     "fisher_scores",
     "has_fast_bf16",
+    "in_model_order",
     "load_classifier",
     "load_model",
     "logits_of",
+    "num_positions",
     "output_axes",
     "packaged_model",
     "predicted_labels",

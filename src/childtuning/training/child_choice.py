@@ -27,6 +27,7 @@ from childtuning.fisher.losses import LossFn
 Progress = Callable[[int, int | None], None]
 Scores = dict[str, Tensor]
 ScoreFn = Callable[[Callable[[], Scores]], Scores]
+_LOADED = "_is_hf_initialized"  # what transformers notes on a parameter that a checkpoint held
 OFFICIAL_ELIGIBLE = ("*layer*",)
 
 
@@ -55,6 +56,15 @@ def task_head(model: nn.Module) -> tuple[str, ...]:
     if not any(is_inside.values()):
         return ()
     return tuple(name for name, p in named(model).items() if not is_inside[id(p)])
+
+
+def new_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that ``from_pretrained`` found no values for, as transformers marks them.
+
+    A pooler is one where the checkpoint was trained without it. () for a model that was not loaded.
+    """
+    marked = {name: getattr(p, _LOADED, False) for name, p in named(model).items()}
+    return tuple(name for name, is_loaded in marked.items() if not is_loaded) if any(marked.values()) else ()
 
 
 def _base_names(model: PreTrainedModel) -> set[str] | None:

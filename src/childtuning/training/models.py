@@ -11,6 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from childtuning.delta import model_hash
 from childtuning.errors import ModelError
 from childtuning.training.child_choice import task_head
@@ -31,6 +34,8 @@ class LoadedModel:
         processor: what turns examples into numbers: its tokenizer, or its image processor.
         new_parameters: names of the parameters that the checkpoint does not hold: the new head.
         base_hash: sha256 over the pretrained parameters.
+        label_names: of the classes in the order of the outputs: the checkpoint's where its head is for these classes.
+        note: what a user should know of how it was loaded, in one line; empty for nothing.
     """
 
     name: str
@@ -38,6 +43,8 @@ class LoadedModel:
     processor: Any
     new_parameters: tuple[str, ...]
     base_hash: str
+    label_names: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def tokenizer(self) -> Any:
@@ -91,7 +98,7 @@ def load_classifier(
     """
     labels = {
         "id2label": dict(enumerate(label_names)),
-        "label2id": {label: i for i, label in enumerate(label_names)},
+        "label2id": _ids(label_names),
     }
     return load_model(
         name,
@@ -134,6 +141,11 @@ def load_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        labels = tuple(options.get("id2label", {}).values())
+        own = _own_labels(transformers.AutoConfig.from_pretrained(source))
+        if len(own) == len(labels) and set(own) == set(labels):
+            labels = own  # the head is for these classes, perhaps in another order
+            options = {**options, "id2label": dict(enumerate(own)), "label2id": _ids(own)}
         config = transformers.AutoConfig.from_pretrained(source, **options)
         transformers.set_seed(seed)
         model, info = getattr(transformers, auto_model).from_pretrained(
@@ -146,15 +158,67 @@ def load_model(
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
     if hasattr(processor, "pad_token"):
-        if processor.pad_token is None and processor.eos_token:
-            processor.pad_token = processor.eos_token
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = processor.pad_token_id
+        _settle_tokenizer(processor, model)
     names = {name for name, _ in model.named_parameters()}
     mismatched = {key for key, *_ in info.get("mismatched_keys", ())}
     _check_mismatched(shown, model, mismatched)
-    new = tuple(name for name in sorted({*info["missing_keys"], *mismatched}) if name in names)
-    return LoadedModel(shown, model, processor, new, model_hash(model, without=new))
+    new = {name for name in {*info["missing_keys"], *mismatched} if name in names}
+    note = ""
+    head = {name for name in task_head(model) if name not in new}
+    if head and labels and own and set(own) != set(labels):
+        _restart(model, head, seed)
+        new |= head
+        note = f"the head of {shown!r} is for other classes ({', '.join(own[:5])}); a new one takes its place"
+    elif head and len(labels) > 1 and not own:
+        note = f"the head of {shown!r} names no classes; its outputs are taken to be {', '.join(labels[:5])}"
+    ordered = tuple(sorted(new))
+    return LoadedModel(shown, model, processor, ordered, model_hash(model, without=ordered), labels, note)
+
+
+def _own_labels(config: Any) -> tuple[str, ...]:
+    """The names of a checkpoint's classes in the order of its outputs; () where it has none of its own."""
+    names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    is_numbered = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return () if is_numbered else tuple(names)
+
+
+def _ids(labels: Sequence[str]) -> dict[str, int]:
+    return {label: index for index, label in enumerate(labels)}
+
+
+def _settle_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Let tokenizer and model agree: on what is padding, and on how many tokens there is room for."""
+    if tokenizer.pad_token is None and tokenizer.eos_token:
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id  # by it decoders find a text's last token
+    room = num_positions(model)
+    if room is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, room)
+
+
+def num_positions(model: Any) -> int | None:
+    """Return how many tokens a model has learnt positions for; ``None`` where no table of positions bounds them."""
+    found = []
+    for path, module in model.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Embedding) and ("position" in name or name == "wpe"):
+            skipped = getattr(module, "offset", 0)
+            skipped += 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - skipped)
+    return min(found, default=None)
+
+
+def _restart(model: Any, names: set[str], seed: int) -> None:
+    """Give parameters of a head the values that a new one starts from."""
+    import transformers
+
+    transformers.set_seed(seed)
+    fresh = dict(type(model)(model.config).named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.copy_(fresh[name])
 
 
 def _processor(

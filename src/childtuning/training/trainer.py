@@ -29,6 +29,7 @@ from childtuning.training.child_choice import (
     Scores,
     choose_child,
     fisher_sample,
+    new_parameters,
     saves_computation,
     task_head,
 )
@@ -84,7 +85,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
     Args:
         child: a ``ChildConfig``, or a ready ``Child`` or ``TaskFree``.
         always: parameter names or patterns trained whole beside the child where the configuration names none;
-            ``None``: the model's task head (``task_head``).
+            ``None``: the model's task head (``task_head``), and what its checkpoint did not hold.
         scores: ready scores by parameter name, in place of a Fisher pass; or a function that is given the pass and
             returns its scores, or those that it has kept of an equal one.
         methods: what else is done beside training a child: terms of the loss, changes of the update. What they
@@ -161,7 +162,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
         if self.child_config is not None and self.child_config.always is not None:
             return self.child_config.always
         if self._always is None:
-            self._always = task_head(self.bare_model)
+            new = {*task_head(self.bare_model), *new_parameters(self.bare_model)}
+            self._always = tuple(name for name in named(self.bare_model) if name in new)
         return self._always
 
     def select(self) -> Child | TaskFree:
