@@ -278,3 +278,19 @@ def test_paths_that_cannot_be_written(childtuning, train_words, finished, tmp_pa
         childtuning(*train_words, "--seed", -1, "--output", tmp_path / "o"), "seed must be a whole number in"
     )
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_diverged_run_says_so(tiny_bert, sentiment, tmp_path, childtuning) -> None:
+    files = ["--train", sentiment / "train.jsonl", "--eval", sentiment / "dev.jsonl", "--model", tiny_bert]
+    words = ["train", *files, "--lr", "1e30", "--method", "full", "--output", tmp_path / "run", "--json"]
+    done = childtuning(*words)
+    assert done.code == 1
+    assert done.json["metric"] == {"name": "accuracy", "value": None} and done.json["diverged_at"] is not None
+    (line,) = [line for line in done.err.splitlines() if line.startswith("childtuning: ")]
+    assert "diverged" in line and "--lr" in line
+    log = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert 0.0 not in [entry.get("loss") for entry in log]
+    json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=pytest.fail)

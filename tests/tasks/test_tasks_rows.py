@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from childtuning.errors import DataError
-from childtuning.tasks.rows import FORMATS, read_rows
+from childtuning.tasks.rows import FORMATS, Source, read_rows
 
 ROWS: list[dict[str, Any]] = [
     {"text": 'a "quoted", line\nand another', "label": "x"},
@@ -79,7 +79,6 @@ def test_types_are_kept_where_the_file_has_them(tmp_path):
 
 BROKEN = {
     "latin.csv": ("text\nok\ncaf\xe9\n".encode("latin-1"), "not UTF-8: byte 0xe9 in line 3"),
-    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "Save it as UTF-8"),
     "empty.csv": (b"", "is empty"),
     "empty.csv.gz": (gzip.compress(b""), "is empty"),
     "nothing.jsonl.gz": (b"", "is empty"),
@@ -120,3 +119,47 @@ def test_missing_file_and_folder(tmp_path):
     (tmp_path / "file.csv").write_text("a\n1\n")
     with pytest.raises(DataError, match="cannot be read"):
         read_rows(tmp_path / "file.csv" / "inner.csv")
+
+
+def test_what_nobody_needs_need_not_be_readable(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    unreadable = {
+        "timestamp": pa.array([10**15, 2], pa.timestamp("s")),
+        "date": pa.array([10**7, 2], pa.date32()),
+        "duration": pa.array([10**18, 2], pa.duration("s")),
+        "bytes": pa.array([b"\xff\xfe", b"ok"], pa.binary()).view(pa.utf8()),
+    }
+    pyarrow.parquet.write_table(pa.table({"text": ["a", "b"], **unreadable}), tmp_path / "a.parquet")
+    source = Source(tmp_path / "a.parquet")
+    assert [row["text"] for row in source.rows] == ["a", "b"]
+    for name in unreadable:
+        with pytest.raises(DataError, match=f"column '{name}' cannot be read"):
+            source.check_columns("text", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"text;label\na;b\n", "parted by semicolons, where its name says commas"),
+        ("a.tsv", b"text,label\na,b\n", "parted by commas, where its name says tabs"),
+        (
+            "a.csv",
+            "text,label\ncafé,b\n".encode("latin-1"),
+            "not UTF-8: byte 0xe9 in line 2, perhaps Windows-1252",
+        ),
+        ("a.csv", "text,label\na,b\n".encode("utf-16-le"), "zero bytes, as UTF-16 does without its mark"),
+        ("a.csv", b"PK\x03\x04" + bytes(40), "is a zip archive, such as Excel makes"),
+        ("a.csv", b"text,text,label\na,b,c\n", "more than one column 'text'"),
+    ],
+)
+def test_encodings_and_separators_are_told(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_rows(tmp_path / name)
+
+
+def test_utf_16_with_its_mark_and_spaces_around_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(" text , label\nä,b\n".encode("utf-16"))
+    assert read_rows(tmp_path / "a.csv") == [{"text": "ä", "label": "b"}]

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.ranks import WORLD, on_ranks
 from torch import Tensor
 
-from childtuning import ChildConfig
+from childtuning import ChildConfig, Delta
 from childtuning.errors import ConfigError
+from childtuning.methods import Combination
 from childtuning.training import ChildTrainer, task_head
+from childtuning.training.child_choice import new_parameters
 
 HEADS = {
     "CLIPForImageClassification": "classifier.",
@@ -168,3 +170,62 @@ def test_the_first_step_under_accumulation_is_as_long_as_the_others(smoothing: f
         moves.append(dict(model.named_parameters()))
     for name, parameter in moves[0].items():
         torch.testing.assert_close(parameter, moves[1][name], rtol=1e-4, atol=1e-6)
+
+
+def a_classifier() -> Any:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    return tf.BertForSequenceClassification(
+        tf.BertConfig(vocab_size=40, max_position_embeddings=16, **config)
+    )
+
+
+class Labelled(Tokens):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(index), "labels": self.x[index, 0] % 2}
+
+
+@pytest.mark.parametrize("method", ["child-d", "child-f", "mixout", "child-dynamic", "child-pruned"])
+def test_every_training_starts_from_model_init(tmp_path: Path, method: str) -> None:
+    """As hyperparameter_search trains: a new model for each trial, with a child and methods of its own."""
+    parsed = Combination.parse(method)
+    trainer = ChildTrainer(
+        None,
+        arguments(tmp_path, num_train_epochs=2, learning_rate=1e-2),
+        model_init=a_classifier,
+        train_dataset=Labelled(),
+        child=parsed.child(ChildConfig(density=parsed.density)),
+        methods=parsed.methods,
+    )
+    trained = []
+    for _ in range(2):
+        trainer.train()
+        trained.append({name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()})
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    start = dict(a_classifier().named_parameters())
+    assert not torch.equal(start["classifier.weight"], trained[0]["classifier.weight"])
+
+
+def test_what_the_checkpoint_does_not_hold_is_new(tmp_path: Path) -> None:
+    """A pooler is, where a masked language model was saved: it is trained whole, and stands in the delta."""
+    a_masked_bert().save_pretrained(tmp_path / "base")
+
+    def fresh(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return tf.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    trainer = ChildTrainer(
+        fresh(1),
+        arguments(tmp_path / "out", num_train_epochs=1),
+        train_dataset=Labelled(),
+        child=ChildConfig(density=0.1),
+    )
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert set(trainer.always) == pooler | {"classifier.weight", "classifier.bias"}
+    trainer.train()
+    trainer.save_model(str(tmp_path / "delta"))
+    other = fresh(2)
+    Delta.load(tmp_path / "delta").apply_(other)
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, trainer.bare_model.get_parameter(name)), name
+    assert new_parameters(a_classifier()) == ()  # nothing is known of a model that was not loaded

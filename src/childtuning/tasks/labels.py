@@ -13,6 +13,7 @@ LabelKind = Literal["class", "number"]
 
 _MAX_NUMERIC_CLASSES = 20  # more distinct integers than this are a scale, not classes
 _WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
@@ -51,7 +52,8 @@ def class_name(value: Any) -> str:
         >>> [class_name(value) for value in (1, 1.0, "1", "1.0", True, " spam ", 1.5)]
         ['1', '1', '1', '1', 'true', 'spam', '1.5']
     """
-    text = str(value).strip()
+    # JSON can spell half of a surrogate pair, which no file takes: it becomes "?".
+    text = str(value).encode("utf-8", "replace").decode("utf-8").strip()
     if text.lower() in ("true", "false"):
         return text.lower()
     whole = _WHOLE_FLOAT.fullmatch(text)
@@ -67,8 +69,8 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a cell holds no label: absent, null, blank or not-a-number."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """Tell whether a cell holds no label: absent, null, blank or not-a-number, also as pandas writes that."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan", "<na>")):
         return True
     return isinstance(value, float) and math.isnan(value)
 
@@ -84,7 +86,7 @@ def convert_labels(
     for row, value in enumerate(values, start=1):
         if is_missing(value):
             raise DataError(
-                f"{where} row {row} has no label in column {column!r}. Fill it in or drop the row."
+                f"{where} row {row} has no label in column {column!r}, got {value!r}. Fill it in or drop the row."
             )
         if isinstance(value, (dict, list, bytes)):
             raise DataError(
@@ -92,7 +94,14 @@ def convert_labels(
                 f"Write labels as text or numbers."
             )
     if kind == "class":
-        return [class_name(value) for value in values]
+        names = [class_name(value) for value in values]
+        spelled = {name for name in names if _DECIMAL_COMMA.fullmatch(name)}
+        if len(spelled) > 2 and all(name in spelled or _INTEGER.fullmatch(name) for name in names):
+            raise DataError(
+                f"{where} has numbers with a decimal comma in column {column!r}, such as {min(spelled)!r}. "
+                f"Write them with a point."
+            )
+        return names
     numbers: list[float] = []
     for row, value in enumerate(values, start=1):
         number = number_of(value)

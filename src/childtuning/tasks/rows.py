@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -24,9 +25,9 @@ _LONGEST_FIELD = 2**31 - 1  # the largest limit the csv module takes where a C l
 def read_rows(path: str | Path) -> list[Row]:
     """Read every row of a table file.
 
-    csv and tsv values are strings; jsonl and parquet values keep their types. Text is UTF-8, with or
-    without a byte order mark. Blank lines are skipped. A tsv file whose quotes do not balance is read
-    with quotes as plain characters, as GLUE's own files must be.
+    csv and tsv values are strings; jsonl and parquet values keep their types. Text is UTF-8, with or without a byte
+    order mark, or UTF-16 with one. Blank lines are skipped. A tsv file whose quotes do not balance is read with quotes
+    as plain characters, as GLUE's own files must be.
 
     Args:
         path: a file that ends in .csv, .tsv, .jsonl or .parquet, or one of these and .gz.
@@ -164,12 +165,22 @@ def content_of(path: Path) -> bytes:
 
 
 def _decode(content: bytes, path: Path) -> str:
+    """Read UTF-8, or UTF-16 by its byte order mark; whatever else is told, since it could only be guessed."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
+    if content.startswith(b"PK"):
+        raise DataError(
+            f"{path} is a zip archive, such as Excel makes, and no text. Export it as CSV (UTF-8)."
+        )
+    if b"\0" in content:
+        raise DataError(f"{path} holds zero bytes, as UTF-16 does without its mark. Save it as UTF-8.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}. Save it as UTF-8."
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}, perhaps Windows-1252 (Latin-1). "
+            "Save it as UTF-8."
         ) from None
 
 
@@ -209,7 +220,8 @@ def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     previous_limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        header = next((fields for fields in reader if fields), [])
+        header = [name.strip() for name in next((fields for fields in reader if fields), [])]
+        _check_separator(header, path, delimiter)
         _check_header(header, path)
         rows: list[Row] = []
         start = reader.line_num + 1
@@ -230,6 +242,17 @@ def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv
         ) from None
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _check_separator(header: list[str], path: Path, delimiter: str) -> None:
+    """Refuse a table of one column whose name holds what separates columns elsewhere."""
+    others = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+    found = next((name for mark, name in others.items() if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and found:
+        raise DataError(
+            f"{path} has one column, {header[0][:60]!r}: its columns are parted by {found}, where its name says "
+            f"{others[delimiter]}. Save a .csv with commas, or a .tsv with tabs."
+        )
 
 
 def _check_header(header: list[str], path: Path) -> None:

@@ -110,6 +110,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         progress: bool | Progress | None = None,
         **trainer_options: Any,
     ) -> None:
+        self._is_built = False
         super().__init__(*args, **trainer_options)
         if self.optimizer is not None:
             raise ConfigError(
@@ -142,10 +143,12 @@ class ChildTrainer(CheckpointFiles, Trainer):
         ]:
             self.add_callback(callback)
         self.train_batches = train_batches
-        self._always = tuple(always) if always is not None else None
+        self._always = self._given_always = tuple(always) if always is not None else None
+        self._begun: list[tuple[Method, nn.Module]] = []
         self._scores = scores
         self._base_name = base_name
         self._progress = progress
+        self._is_built = True
 
     # What is trained
 
@@ -287,21 +290,38 @@ class ChildTrainer(CheckpointFiles, Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as ``transformers.Trainer`` does; afterwards the model's layers are its own again."""
-        if self.methods and not resume_from_checkpoint:
-            self.select()
-        if self.optimizer is not None:
-            self.child_optimizer.attach()
-        begun: list[Method] = []
+        if self.model_init is None:
+            if self.methods and not resume_from_checkpoint:
+                self.select()
+            if self.optimizer is not None:
+                self.child_optimizer.attach()
+            self._begin()
         try:
-            for method in self.methods:
-                begun.append(method)
-                method.begin(self.bare_model, self.always)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            for method in reversed(begun):
-                method.end(self.bare_model)
+            self._end()
             if self.optimizer is not None:
                 self.child_optimizer.remove()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new model of ``model_init``; what was chosen and begun belonged to the one before."""
+        model = super().call_model_init(trial)
+        if self._is_built:
+            self._end()
+            self.model, self._always = model, self._given_always
+            self.child = None if self.child_config is not None else self.child
+            self._begin()
+        return model
+
+    def _begin(self) -> None:
+        for method in self.methods:
+            self._begun.append((method, self.bare_model))
+            method.begin(self.bare_model, self.always)
+
+    def _end(self) -> None:
+        while self._begun:
+            method, model = self._begun.pop()
+            method.end(model)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
