@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from childtuning.methods import all_methods
-from childtuning.methods.compatibility import refusal
+from childtuning.methods.combination import refusal
 from childtuning.options import options_of, own_first
 from childtuning.report import html_page, joined, read_recorded
 from childtuning.runs.config import SECTIONS

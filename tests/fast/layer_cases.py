@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from childtuning.child import Granularity, Part
-from childtuning.fast.structured import Installed, Leaf, install
+from childtuning.fast.layers import Leaf
+from childtuning.fast.structured import Installed, install
 
 V = 11
 

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from childtuning.child import Granularity, Part
-from childtuning.fast.structured import Leaf, install, set_aside
+from childtuning.fast.layers import Leaf
+from childtuning.fast.structured import install, set_aside
 from childtuning.fisher import fisher_information
 
 LAYERS = {

@@ -16,7 +16,8 @@ from tests.fast.layer_cases import (
 )
 from torch import nn
 
-from childtuning.fast.structured import Leaf, install
+from childtuning.fast.layers import Leaf
+from childtuning.fast.structured import install
 
 KINDS = ("rows", "run", "columns", "last", "blocks", "tile")
 # Tiles of an embedding and columns of a kernel are left dense.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from childtuning.child import Granularity, Part
-from childtuning.fast.structured import Chosen
+from childtuning.fast.layers import Chosen
 
 
 def _take(matrix: Tensor, chosen: Chosen) -> Tensor:

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from childtuning.errors import ParameterError
-from childtuning.fast.structured import StructuredLayer, install, register_structured
+from childtuning.fast.layers import StructuredLayer, register_structured
+from childtuning.fast.structured import install
 
 
 class OwnLinear(nn.Linear):

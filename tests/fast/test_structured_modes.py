@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from childtuning.child import Part
-from childtuning.fast.structured import Leaf, install
+from childtuning.fast.layers import Leaf
+from childtuning.fast.structured import install
 
 # Dynamo makes an instance of autograd.Function, of which torch then complains.
 IGNORE_DYNAMO = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -127,6 +127,35 @@ def test_imports_point_to_lower_layers(source: Path) -> None:
     assert not faults, "\n" + "\n".join(faults)
 
 
+def circles(source: Path) -> list[list[str]]:
+    """Groups of modules that import each other, wherever the imports stand."""
+    files = {}
+    for path in source.rglob("*.py"):
+        name = ".".join(path.relative_to(source.parent).with_suffix("").parts).removesuffix(".__init__")
+        files[name] = path
+    needs: dict[str, set[str]] = {}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {one.module for one in _imports(tree, name, path.name == "__init__.py")}
+        needs[name] = {m if m in files else m.rpartition(".")[0] for m in found} & files.keys() - {name}
+    reached = {name: set(there) for name, there in needs.items()}
+    for middle in files:
+        for name in files:
+            if middle in reached[name]:
+                reached[name] |= reached[middle]
+    together = {tuple(sorted(n for n in reached[m] if m in reached[n])) for m in files}
+    return [list(group) for group in sorted(together) if group]
+
+
+def test_no_files_import_in_a_circle(source: Path, tmp_path: Path) -> None:
+    assert not circles(source)
+    house = tmp_path / PACKAGE
+    house.mkdir()
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")):
+        (house / f"{name}.py").write_text(f"def f():\n    from childtuning.{other} import f\n")
+    assert circles(house) == [[f"{PACKAGE}.a", f"{PACKAGE}.b", f"{PACKAGE}.c"]]
+
+
 def test_there_is_something_to_check(source: Path) -> None:
     assert {"child", "errors", "fast"} <= rooms_of(source)
 

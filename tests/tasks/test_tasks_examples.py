@@ -10,7 +10,8 @@ import pytest
 
 import childtuning.tasks as tasks
 from childtuning.errors import ConfigError, DataError
-from childtuning.tasks.examples import Examples, Task
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.kind import Task
 
 
 def make_task(train_labels: list, dev_labels: list, **changes) -> Task:

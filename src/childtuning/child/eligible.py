@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from childtuning.errors import ParameterError, did_you_mean
-from childtuning.fast.structured import CONV1D
+from childtuning.fast.layers import CONV1D
 
 
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:

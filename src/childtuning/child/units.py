@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from childtuning.config import KINDS
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
-from childtuning.fast.structured import Chosen, Group
+from childtuning.fast.layers import Chosen, Group
 
 
 @dataclass(frozen=True)

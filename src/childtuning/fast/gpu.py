@@ -18,16 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from childtuning.fast.library import NUMBERS, MaskDraw, Member
+from childtuning.fast.library import POINTERS, RECORD, MaskDraw, Member
 
 ENTRIES = 1024  # a program's; a multiple of the 32 that one Philox block serves
-POINTERS = ["weight", "gradient", "first", "second", "master", "places"]
-# Every column is 8 bytes wide, so that kernels find them by number; ``program`` is the record's first one.
-RECORD = np.dtype(
-    [(name, np.int64) for name in [*POINTERS, "program", "count", "width", "compact_gradient", "start"]]
-    + [(name, np.uint64) for name in ["key0", "key1", "threshold"]]
-    + [("numbers", NUMBERS), ("padding", np.float32)]
-)
 COMPILED = {"enable_fp_fusion": True}  # said, as Triton warns where it is not and will change its default
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes that one thread can load at once

@@ -87,6 +87,13 @@ NUMBERS = np.dtype(
 STRETCH = _record("weight gradient first second index", "count width compact_gradient")  # ct_stretch
 MASKED = _record("weight gradient first second", "start count", "draw numbers")  # ct_masked
 ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
+POINTERS = ["weight", "gradient", "first", "second", "master", "places"]
+# Every column is 8 bytes wide, so that kernels find them by number; ``program`` is the record's first one.
+RECORD = np.dtype(
+    [(name, np.int64) for name in [*POINTERS, "program", "count", "width", "compact_gradient", "start"]]
+    + [(name, np.uint64) for name in ["key0", "key1", "threshold"]]
+    + [("numbers", NUMBERS), ("padding", np.float32)]
+)  # of a GPU kernel
 
 
 class AdamWStep(NamedTuple):

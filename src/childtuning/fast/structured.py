@@ -6,110 +6,16 @@ layers themselves stand in ``fast/layers.py``. A part's ``groups()`` say what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from childtuning import fast
 from childtuning.errors import ParameterError, did_you_mean
-
-# What of one axis is trained: sorted indices, a run, or ``None`` for all of it; a group is rows and columns.
-Chosen = Tensor | slice | None
-Group = tuple[Chosen, Chosen]
-
-CONV1D = "transformers.pytorch_utils.Conv1D"  # a linear layer whose weight is [in, out]
-_BY_CLASS: dict[type[nn.Module] | str, type[StructuredLayer]] = {}
-
-
-@dataclass(eq=False)
-class Leaf:
-    """The trained entries of one weight, and the tensor that collects their gradient.
-
-    A structured layer reads both at every forward pass, so either may be replaced between steps.
-
-    Args:
-        groups: where rows meet columns; tensors on the weight's device.
-        tensor: flat [n], requires grad. Only its ``.grad`` matters: the gradients of the n trained entries, group by
-            group and row-major; empty, but there, where nothing is trained and the loss reached the weight. Its data
-            is never read, so it may be one number expanded: ``Leaf.of``.
-        weight: the weight that it is of, once installed.
-    """
-
-    groups: Sequence[Group]
-    tensor: Tensor
-    weight: Tensor | None = field(default=None, repr=False)
-
-    def __reduce__(self) -> tuple[type[Leaf], tuple[list[Group], Tensor]]:
-        """Copy without the weight: nobody waits for the gradient of a copied layer's leaf."""
-        return type(self), ([], torch.empty(0))
-
-    @classmethod
-    def of(cls, groups: Sequence[Group], size: int, weight: Tensor, dtype: torch.dtype | None = None) -> Leaf:
-        """Return a leaf of ``size`` entries that takes no memory, for gradients of a dtype (default the weight's)."""
-        one = torch.empty(1, dtype=dtype or weight.dtype, device=weight.device)
-        return cls(groups, one.expand(size).requires_grad_())
-
-
-class StructuredLayer(nn.Module):
-    """A layer that computes of its ``weight``'s gradient only what its ``leaf`` asks for.
-
-    A subclass says in ``compute`` what it does while it is ``in_use``; else the class that it stands in for goes on. It
-    lets only ``weight.detach()`` into the graph, and gives the leaf its gradient. It has the state of the class that it
-    stands in for and nothing more.
-    """
-
-    leaf: Leaf
-
-    compute: Callable[..., Tensor]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the layer."""
-        return self.compute(*args, **kwargs) if self.in_use else super().forward(*args, **kwargs)
-
-    @property
-    def in_use(self) -> bool:
-        """Whether the module's weight is the one that this was installed for.
-
-        It is not where the weight was frozen, parametrized or replaced since, in a copy of the model, or under
-        ``torch.func``'s transforms: then the gradient belongs to another tensor, as ever, or to none.
-        """
-        weight = self.leaf.weight
-        return (
-            weight is not None
-            and weight is self._parameters.get("weight")
-            and weight.requires_grad
-            and not torch._C._are_functorch_transforms_active()  # the one form that torch.compile can trace
-        )
-
-    @staticmethod
-    def fits(module: nn.Module, leaf: Leaf) -> bool:
-        """Return whether this module's options are supported; if not, it keeps its class and its dense gradient."""
-        return True
-
-
-T = TypeVar("T", bound=type[StructuredLayer])
-
-
-def register_structured(module_class: type[nn.Module] | str) -> Callable[[T], T]:
-    """Let the decorated class stand in for modules of exactly this class, in place of an earlier one.
-
-    Subclasses do not match: they, or the modules that own them, may use the weight in a way of their own.
-
-    Args:
-        module_class: the class, of which the decorated one is best a subclass; or, for a class that shall not be
-            imported, its "module.qualified name".
-    """
-
-    def register(structured: T) -> T:
-        _BY_CLASS[module_class] = structured
-        return structured
-
-    return register
+from childtuning.fast.layers import BY_CLASS, Leaf, StructuredLayer
 
 
 @dataclass(eq=False)
@@ -148,8 +54,6 @@ def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
     Raises:
         ParameterError: the model has no such parameter, or structured layers already.
     """
-    from childtuning.fast import layers  # noqa: F401  (importing it registers the layers)
-
     parameters = dict(model.named_parameters())
     for name in leaves:
         if name not in parameters:
@@ -211,7 +115,7 @@ def _structured(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
 def _find(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
     """Return the subclass of the module's class that computes these gradients only, if there is one."""
     cls = type(module)
-    structured = _BY_CLASS.get(cls) or _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
+    structured = BY_CLASS.get(cls) or BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
     if structured is None or not structured.fits(module, leaf):
         return None
     return _subclass(structured, cls)
@@ -221,16 +125,3 @@ def _find(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
 def _subclass(structured: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     """Return the structured class itself, or its mix with a class that it could not import."""
     return structured if issubclass(structured, cls) else type(structured.__name__, (structured, cls), {})
-
-
-def take(tensor: Tensor, chosen: Chosen) -> Tensor:
-    """Return the chosen coordinates of axis 1, as a view where possible."""
-    if chosen is None:
-        return tensor
-    return tensor[:, chosen] if isinstance(chosen, slice) else tensor.index_select(1, chosen)
-
-
-def join(gradients: Iterable[Tensor]) -> Tensor:
-    """Lay the groups' gradients out as the leaf is: flat, one after another."""
-    flat = [gradient.reshape(-1) for gradient in gradients]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from childtuning.fast.gpu import RECORD
+from childtuning.fast.library import RECORD
 
 _names = list(RECORD.names or ())
 

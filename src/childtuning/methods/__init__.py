@@ -2,12 +2,9 @@
 
 from childtuning.methods.adapter import Adapter
 from childtuning.methods.bitfit import BitFit
-from childtuning.methods.child_d import ChildD
+from childtuning.methods.child import ChildD, ChildF, ChildLowest, ChildRandom
 from childtuning.methods.child_dynamic import ChildDynamic
-from childtuning.methods.child_f import ChildF
-from childtuning.methods.child_lowest import ChildLowest
 from childtuning.methods.child_pruned import ChildPruned
-from childtuning.methods.child_random import ChildRandom
 from childtuning.methods.combination import Combination
 from childtuning.methods.freeze import Freeze
 from childtuning.methods.full import Full

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from childtuning.child.eligible import named
 from childtuning.errors import ModelError
@@ -20,6 +22,9 @@ class BitFit(WholeParameters):
     summary = "train the biases and the head"
     source = "Ben Zaken et al. 2022, arXiv 2106.10199"
     trains = "the biases and the head"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "mixout": "only biases are trained, and mixout mixes weights",
+    }
     chooses = True
     acts_on_pretrained = True
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from childtuning.child import Child, ChildConfig, Part
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError
 from childtuning.methods.registry import register
-from childtuning.training import ChildTrainer, Method, MethodCallback, choose_child
+from childtuning.training import ChildTraining, Method, MethodCallback, choose_child
 
 
 @register
@@ -38,6 +39,11 @@ class ChildDynamic(Method):
     trains = "the top share p, chosen anew"
     memory = "3n with AdamW, and a statistic of every gradient"
     part = "child"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "l2-sp": "entries that join the child late have no pretrained value on record",
+        "recadam": "entries that join the child late have no pretrained value on record",
+        "sam": "gradients at the displaced weights are no statistics of the task",
+    }
     density = 0.3
     whole_gradients = True
 
@@ -51,7 +57,7 @@ class ChildDynamic(Method):
             raise ConfigError("child-dynamic has no official preset. Leave out preset.")
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
 
-    def callback(self, trainer: ChildTrainer) -> MethodCallback:
+    def callback(self, trainer: ChildTraining) -> MethodCallback:
         """Return what keeps the statistics and chooses."""
         return _Reselection(trainer, self.interval)
 
@@ -59,7 +65,7 @@ class ChildDynamic(Method):
 class _Reselection(MethodCallback):
     """Squared gradients since the last choice, and every entry that was ever chosen."""
 
-    def __init__(self, trainer: ChildTrainer, interval: int) -> None:
+    def __init__(self, trainer: ChildTraining, interval: int) -> None:
         self.trainer = trainer
         self.interval = interval
         self.squares: dict[str, Tensor] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +12,7 @@ from childtuning.child import Child, ChildConfig
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError
 from childtuning.methods.registry import register
-from childtuning.training import ChildTrainer, Method, MethodCallback
+from childtuning.training import ChildTraining, Method, MethodCallback
 
 
 @register
@@ -31,6 +32,9 @@ class ChildPruned(Method):
     trains = "the top share p by Fisher information, fixed; the rest is zero"
     memory = "3n with AdamW: state and places"
     part = "child"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "mixout": "mixout brings back the weights that were pruned",
+    }
     density = 0.3
     acts_on_pretrained = True
 
@@ -44,7 +48,7 @@ class ChildPruned(Method):
             raise ConfigError("child-pruned has no official preset. Leave out preset.")
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
 
-    def callback(self, trainer: ChildTrainer) -> MethodCallback:
+    def callback(self, trainer: ChildTraining) -> MethodCallback:
         """Return what prunes when training begins."""
         return _Pruning(trainer)
 
@@ -52,7 +56,7 @@ class ChildPruned(Method):
 class _Pruning(MethodCallback):
     """Zeros outside the child, and a delta that holds them."""
 
-    def __init__(self, trainer: ChildTrainer) -> None:
+    def __init__(self, trainer: ChildTraining) -> None:
         self.trainer = trainer
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from torch import nn
 
 from childtuning.child import ChildConfig
 from childtuning.errors import ConfigError, did_you_mean
-from childtuning.methods.compatibility import refusal
 from childtuning.methods.full import Full
 from childtuning.methods.registry import find_method
 from childtuning.training import PARTS, Method, Prepared
@@ -153,3 +152,21 @@ def _typed(method: str, key: str, value: str, kind: str) -> Any:
         words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
         raise ConfigError(f"{key} of method {method!r} must be {words[kind]}, got {value!r}.") from None
     return value
+
+
+def refusal(first: type[Method], second: type[Method]) -> str | None:
+    """Return why two methods cannot be used together, or ``None`` if they can.
+
+    Whatever is not refused composes: terms of the loss add up, and what starts, chooses and updates is independent.
+    """
+    if first.name == second.name:
+        return "it stands twice"
+    if first.part == second.part and first.part in ("child", "modules"):
+        what = (
+            "which parameters are trained" if first.part == "child" else "what is added to a frozen network"
+        )
+        return f"each says {what}"
+    for one, other in ((first, second), (second, first)):
+        if one.part == "modules" and other.acts_on_pretrained:
+            return f"{other.name!r} acts on the pretrained weights, which {one.name!r} freezes"
+    return first.excludes.get(second.name) or second.excludes.get(first.name)

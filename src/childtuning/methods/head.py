@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from childtuning.methods.registry import register
 from childtuning.methods.whole import WholeParameters, output_names, train_only
@@ -18,6 +20,10 @@ class Head(WholeParameters):
     summary = "train the last layer only, on frozen features"
     source = "—"
     trains = "the new head"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "mixout": "only the head is trained, and mixout mixes pretrained weights",
+        "llrd": "there is one layer to train, so that no rate decays over layers",
+    }
     chooses = True
     acts_on_pretrained = True
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class L2SP(Method):
     trains = "what the child says, pulled to its start"
     memory = "n more: the start"
     part = "update"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "recadam": "both pull the weights towards the pretrained ones",
+        "mixout": "both pull the weights towards the pretrained ones",
+    }
     acts_on_pretrained = True
 
     weight: float = 10.0

@@ -12,7 +12,7 @@ from childtuning.methods.peft_modules import to_save
 from childtuning.methods.refusal import not_for
 from childtuning.methods.registry import register
 from childtuning.methods.virtual_tokens import VirtualTokens
-from childtuning.training import ChildTrainer
+from childtuning.training import ChildTraining
 
 
 @register
@@ -47,7 +47,7 @@ class Prefix(VirtualTokens):
             modules_to_save=to_save(task_type, head),
         )
 
-    def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:
+    def training_step(self, trainer: ChildTraining, step: Callable[[], Tensor]) -> Tensor:
         """Run the pass, unless layers recompute their activations: these leave the prefix out, silently.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ class RecallAdam(Method):
     trains = "what the child says, pulled to its start at first"
     memory = "n more: the start"
     part = "update"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "mixout": "both pull the weights towards the pretrained ones",
+    }
     acts_on_pretrained = True
 
     k: float = 0.1

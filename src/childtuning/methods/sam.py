@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from childtuning.child.units import Runs
 from childtuning.methods.positive import check_positive
 from childtuning.methods.registry import register
-from childtuning.training import ChildTrainer, Method
+from childtuning.training import ChildTraining, Method
 
 _Displaced = list[tuple[nn.Parameter, Runs | None, Tensor]]
 
@@ -42,7 +42,7 @@ class Sam(Method):
     def __post_init__(self) -> None:
         check_positive(self)
 
-    def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:
+    def training_step(self, trainer: ChildTraining, step: Callable[[], Tensor]) -> Tensor:
         """Run the batch twice; what was accumulated before it stays out of the displacement."""
         trained = trainer.child_optimizer.trained()
         accumulated = [parameter.grad for parameter, _ in trained]

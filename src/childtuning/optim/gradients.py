@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from childtuning.child.task_free import TaskFree
 from childtuning.errors import ConfigError, ParameterError
-from childtuning.fast.structured import Installed, Leaf, install
+from childtuning.fast.layers import Leaf
+from childtuning.fast.structured import Installed, install
 from childtuning.optim.processes import num_processes
 from childtuning.optim.trained import Trained
 

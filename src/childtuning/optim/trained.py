@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from childtuning.child.units import Granularity, Part, Runs
 from childtuning.errors import ParameterError
-from childtuning.fast.structured import Leaf
+from childtuning.fast.layers import Leaf
 
 
 class Trained:

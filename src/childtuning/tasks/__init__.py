@@ -6,12 +6,12 @@ from childtuning.tasks.batches import EncodedExamples, LengthBucketBatches, Padd
 from childtuning.tasks.causal_lm import CausalLM
 from childtuning.tasks.classification import Classification
 from childtuning.tasks.docstrings import load_docstring_task
-from childtuning.tasks.examples import Examples, Task, check_labels
+from childtuning.tasks.examples import Examples
 from childtuning.tasks.files import guess_columns, read_examples, task_from_files
 from childtuning.tasks.glue import GLUE, GlueTask, load_task
 from childtuning.tasks.image_classification import ImageClassification
-from childtuning.tasks.kind import KINDS, Answers, Columns, Kind, find_kind, infer_kind
-from childtuning.tasks.labels import LabelKind
+from childtuning.tasks.kind import KINDS, Answers, Columns, Kind, Task, find_kind, infer_kind
+from childtuning.tasks.labels import LabelKind, check_labels
 from childtuning.tasks.metrics import METRICS, Metric, compute_metrics, default_metrics
 from childtuning.tasks.regression import Regression
 from childtuning.tasks.rows import Source, read_rows

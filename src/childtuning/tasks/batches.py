@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from childtuning.errors import ConfigError, DataError
-from childtuning.tasks.examples import Examples, check_labels
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.labels import check_labels
 from childtuning.tasks.token_cache import Tokens, cached_tokens
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from childtuning.errors import ConfigError, DataError
-from childtuning.tasks.examples import Examples, Task
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.kind import Task
 
 DEFAULT_TRAIN_LIMIT = 400
 _DEV_LIMIT_AN_AREA = 22

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.tasks.examples import Examples, Task
-from childtuning.tasks.kind import Columns, check_metrics, find_kind, infer_kind
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.kind import Columns, Task, check_metrics, find_kind, infer_kind
 from childtuning.tasks.labels import LabelKind, convert_labels, infer_label_kind
 from childtuning.tasks.rows import Row, Source
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.tasks.examples import Examples, Task
+from childtuning.tasks.examples import Examples
 from childtuning.tasks.files import read_examples, task_from_files
-from childtuning.tasks.kind import find_kind
+from childtuning.tasks.kind import Task, find_kind
 from childtuning.tasks.labels import LabelKind
 from childtuning.tasks.task_folders import is_task_folder, splits_of
 

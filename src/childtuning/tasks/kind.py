@@ -1,20 +1,18 @@
-"""`Kind`: everything that differs from one kind of task to another, behind one interface; and their registry."""
+"""`Kind`: all that differs from one kind of task to another, behind one interface; their registry; and `Task`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
+from childtuning.tasks.labels import check_labels, name_labels, sort_labels
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
-
-if TYPE_CHECKING:
-    from childtuning.tasks.examples import Task
 
 Part = Literal["train", "dev"]
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
@@ -130,8 +128,6 @@ class Kind(ABC):
 
     def label_names(self, train: Split) -> tuple[str, ...]:
         """Return the class names that occur in training, in the order of their ids; () without classes."""
-        from childtuning.tasks.labels import sort_labels
-
         return sort_labels(train.classes()) if self.has_classes else ()
 
     @abstractmethod
@@ -263,3 +259,124 @@ def check_metrics(kind: Kind, names: Iterable[str]) -> None:
         if name not in kind.metric_names:
             fitting = ", ".join(kind.metric_names)
             raise ConfigError(f"Metric {name!r} does not fit {kind.name}. Pass one of {fitting}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled train and dev split, what their labels mean, and how runs on them are measured.
+
+    Args:
+        name: what reports call it.
+        kind: the name of its kind: "classification", "regression", …; see `KINDS`.
+        label_names: class names in the order of their ids; () without classes.
+        metrics: metric names; the first is the metric of the run.
+        train: labelled examples to train on.
+        dev: labelled examples to measure on.
+        columns: where its files keep what.
+    Raises:
+        DataError: when a split is empty or unlabelled, training has a single class, dev has a class that
+            training never saw, or for what the kind itself refuses.
+    """
+
+    name: str
+    kind: str
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    train: Split
+    dev: Split
+    columns: Columns = field(default_factory=Columns)
+
+    def __post_init__(self) -> None:
+        kind = find_kind(self.kind)
+        if not self.metrics:
+            raise DataError(f"Task {self.name!r} must name at least one metric, got none. Pass one.")
+        for split, rows in (("train", self.train), ("dev", self.dev)):
+            if not len(rows):
+                raise DataError(f"The {split} split of {self.name!r} has no rows. Pass at least one example.")
+            if not rows.is_labelled:
+                raise DataError(f"The {split} split of {self.name!r} has no labels. Name its label column.")
+        kind.check(self)
+        if kind.has_classes:
+            self._check_classes()
+        elif self.label_names:
+            raise DataError(
+                f"A task of kind {self.kind} has no label names, got {self.label_names}. Pass label_names=()."
+            )
+
+    def _check_classes(self) -> None:
+        """Refuse label columns from which nothing can be learnt or measured."""
+        if len(set(self.label_names)) != len(self.label_names):
+            raise DataError(f"label_names must be distinct, got {self.label_names}. Drop the repeated.")
+        seen = check_labels(self.train, self.label_names, where=f"the train split of {self.name!r}")
+        if len(seen) < 2:
+            raise DataError(
+                f"Training needs at least two classes, got only {min(seen)!r} "
+                f"in the train split of {self.name!r}. Add examples of another class."
+            )
+        check_labels(self.dev, sorted(seen), where=f"the dev split of {self.name!r}")
+
+    def limit_evaluation(self, limit: int | None, *, seed: int = 0) -> Task:
+        """Return the task with at most ``limit`` evaluation examples, as ``Split.sample`` draws them."""
+        return replace(self, dev=self.dev.sample(limit, seed=seed))
+
+    def hold_out(self, share: float, limit: int | None, *, seed: int = 0) -> tuple[Task, Split | None]:
+        """Set a share of the training examples aside, and draw at most ``limit`` from the others.
+
+        Args:
+            share: in [0, 1); 0 sets nothing aside.
+            limit: the most training examples; None keeps all.
+            seed: of both draws.
+        Returns:
+            the task without them, and what was set aside; None for nothing.
+        Raises:
+            ConfigError, DataError: too few examples are left.
+        """
+        train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
+        return replace(self, train=train.sample(limit, seed=seed)), aside
+
+    def in_order(self, label_names: tuple[str, ...]) -> Task:
+        """Return the task with its classes in the order of a model's outputs.
+
+        Raises:
+            ConfigError: the metric counts one class, the second of two, and would count the other.
+        """
+        if label_names == self.label_names or not self.label_names:
+            return self
+        if "f1" in self.metrics and len(label_names) == 2:
+            raise ConfigError(
+                f"f1 of {self.name!r} counts {self.label_names[1]!r}, got a model whose labels are "
+                f"{', '.join(label_names)}. Save it with its labels in the order {', '.join(self.label_names)}."
+            )
+        return replace(self, label_names=label_names)
+
+    @property
+    def rules(self) -> Kind:
+        """What the task's kind does."""
+        return find_kind(self.kind)
+
+    @property
+    def num_labels(self) -> int:
+        """The width of the model's head: the number of classes, 1 for regression."""
+        return self.rules.num_outputs(self.label_names)
+
+    @property
+    def num_empty(self) -> int:
+        """The number of rows of both splits that are empty."""
+        return self.train.num_empty + self.dev.num_empty
+
+    @property
+    def label_ids(self) -> dict[str, int] | None:
+        """Class name -> id, what `encode` takes; None without classes."""
+        if not self.rules.has_classes:
+            return None
+        return {name: index for index, name in enumerate(self.label_names)}
+
+    def label_id(self, name: str) -> int:
+        """Return the id of a class name.
+
+        Raises:
+            DataError: when there is no such class.
+        """
+        if name not in self.label_names:
+            raise DataError(f"Task {self.name!r} has no label {name!r}. {name_labels(self.label_names)}")
+        return self.label_names.index(name)

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from childtuning.errors import DataError
+from childtuning.tasks.split import Split
 
 LabelKind = Literal["class", "number"]
 
+_MAX_NAMED = 5  # labels a message lists before it only counts
 _MAX_NUMERIC_CLASSES = 20  # more distinct integers than this are a scale, not classes
 _WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
@@ -112,3 +114,33 @@ def convert_labels(
             )
         numbers.append(number)
     return numbers
+
+
+def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> set[str]:
+    """Return the classes that occur in `examples`, after checking that each of them is known.
+
+    Args:
+        examples: labelled with class names.
+        label_names: the classes that training saw.
+        where: the noun for the message, such as a file's name.
+    Raises:
+        DataError: naming up to five unknown labels, and the known ones.
+    """
+    known = list(label_names)
+    found = examples.classes()
+    unknown = sorted(found.difference(known))
+    if unknown:
+        rest = len(unknown) - _MAX_NAMED
+        listing = ", ".join(repr(name) for name in unknown[:_MAX_NAMED]) + (
+            f" and {rest} more" if rest > 0 else ""
+        )
+        raise DataError(f"Labels that training never saw in {where}: {listing}. {name_labels(known)}")
+    return found
+
+
+def name_labels(known: Iterable[str]) -> str:
+    """Return the remedy half of a message about labels: the known ones, cut short when there are many."""
+    names = list(known)
+    rest = len(names) - 4 * _MAX_NAMED
+    listing = ", ".join(repr(name) for name in names[: 4 * _MAX_NAMED])
+    return f"Known: {listing}{f' and {rest} more' if rest > 0 else ''}. Correct or drop those rows."

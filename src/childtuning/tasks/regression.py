@@ -17,7 +17,7 @@ from childtuning.tasks.rows import Source
 from childtuning.tasks.text import TextKind
 
 if TYPE_CHECKING:
-    from childtuning.tasks.examples import Task
+    from childtuning.tasks.kind import Task
 
 
 @register

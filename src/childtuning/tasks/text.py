@@ -15,7 +15,7 @@ from childtuning.tasks.kind import Columns, Kind, Part
 from childtuning.tasks.rows import Source
 
 if TYPE_CHECKING:
-    from childtuning.tasks.examples import Task
+    from childtuning.tasks.kind import Task
 
 
 class TextKind(Kind):

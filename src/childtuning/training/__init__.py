@@ -11,7 +11,7 @@ from childtuning.training.child_choice import (
 )
 from childtuning.training.label_positions import IGNORED, predicted_labels
 from childtuning.training.layers import Layers, find_layers
-from childtuning.training.method import PARTS, LossStep, Method, Prepared, logits_of
+from childtuning.training.method import PARTS, ChildTraining, LossStep, Method, Prepared, logits_of
 from childtuning.training.method_state import MethodCallback
 from childtuning.training.models import (
     LoadedModel,
@@ -25,6 +25,7 @@ from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
     "ChildTrainer",
+    "ChildTraining",
     "IGNORED",
     "Layers",
     "LoadedModel",

@@ -5,20 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from childtuning.child import ChildConfig
+from childtuning.child import Child, ChildConfig, TaskFree
+from childtuning.optim import ChildOptimizer
 from childtuning.training.further_pass import statistics_kept, unwrapped
 
 if TYPE_CHECKING:
     from childtuning.training.method_state import MethodCallback
-    from childtuning.training.trainer import ChildTrainer
 
 Part = Literal["start", "modules", "child", "loss", "update"]
 PARTS: tuple[Part, ...] = ("start", "modules", "child", "loss", "update")
+
+
+class ChildTraining(Protocol):
+    """What a method may ask a ``ChildTrainer`` for.
+
+    Attributes:
+        child: which entries are trained, once it is chosen.
+        child_config: what it is chosen by.
+        touched: every entry that was ever trained, where that is more than the child.
+    """
+
+    child: Child | TaskFree | None
+    child_config: ChildConfig | None
+    touched: Child | None
+
+    @property
+    def bare_model(self) -> nn.Module: ...
+
+    @property
+    def always(self) -> tuple[str, ...]: ...
+
+    @property
+    def child_optimizer(self) -> ChildOptimizer: ...
+
+    def select(self) -> Child | TaskFree: ...
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ class Method:
         chooses: it says itself what a child is chosen from, so that ``eligible`` patterns have no place.
         acts_on_pretrained: it chooses among the pretrained weights or changes what they do, so that it has no place
             beside added modules, which freeze them.
+        excludes: methods that have no place beside it, and why, by their names; one of two says it.
         whole_gradients: it reads every trained parameter's gradient after the backward pass, so that gradients are
             neither released nor formed for rows alone.
     """
@@ -135,6 +161,7 @@ class Method:
     chooses: ClassVar[bool] = False
     acts_on_pretrained: ClassVar[bool] = False
     whole_gradients: ClassVar[bool] = False
+    excludes: ClassVar[Mapping[str, str]] = {}
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return what is trained, given the user's options.
@@ -179,11 +206,11 @@ class Method:
         """
         return {}
 
-    def training_step(self, trainer: ChildTrainer, step: Callable[[], Tensor]) -> Tensor:
+    def training_step(self, trainer: ChildTraining, step: Callable[[], Tensor]) -> Tensor:
         """Run forward and backward pass of one batch, by calling ``step`` once or more; return the loss."""
         return step()
 
-    def callback(self, trainer: ChildTrainer) -> MethodCallback | None:
+    def callback(self, trainer: ChildTraining) -> MethodCallback | None:
         """Return what is told of the training's events, and has a state that checkpoints keep."""
         return None
 
