@@ -19,7 +19,6 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"
 _ARENAS = {"MALLOC_ARENA_MAX": "2"}
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 _QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-_ANEW = {"CHILDTUNING_CACHE_BYTES": "0"}  # no process reads the tokens of one before it
 
 PACKAGES = (
     "torch",
@@ -38,7 +37,7 @@ PACKAGES = (
 
 def settings(threads: int, malloc: dict[str, str] = KEPT) -> dict[str, str]:
     """Return the environment variables of a measured process; what the caller's environment sets wins for timing."""
-    return {**_WAITING, **_QUIET, **_ANEW, **_ARENAS, **malloc, "OMP_NUM_THREADS": str(threads)}
+    return {**_WAITING, **_QUIET, **_ARENAS, **malloc, "OMP_NUM_THREADS": str(threads)}
 
 
 def restart_with_settings(threads: int) -> None:

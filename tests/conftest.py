@@ -13,7 +13,6 @@ import torch
 from tests.tiny import WORDS, save_tiny_bert
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["CHILDTUNING_CACHE_BYTES"] = "0"  # no test reads what another run has kept
 torch.set_num_threads(1)
 
 

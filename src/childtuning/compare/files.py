@@ -102,17 +102,19 @@ def check_place(path: Path) -> None:
 
 def file_system(path: Path) -> str | None:
     """Return the type of the file system that a path is or would be on; ``None`` where it cannot be told."""
-    import psutil
-
     resolved = path.expanduser().absolute()
     while not resolved.exists():
         resolved = resolved.parent
     resolved = resolved.resolve()
     try:
-        mounts = psutil.disk_partitions(all=True)
-    except OSError:
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system than Linux
         return None
-    holding = [mount for mount in mounts if resolved.is_relative_to(mount.mountpoint)]
+    mounts = [(line.split()[1].replace("\\040", " "), line.split()[2]) for line in lines]
+    holding = [
+        (len(point), place, kind)
+        for place, (point, kind) in enumerate(mounts)
+        if resolved.is_relative_to(point)
+    ]
     # Of several on one point the last was mounted over the others.
-    best = max(enumerate(holding), key=lambda item: (len(item[1].mountpoint), item[0]), default=None)
-    return None if best is None else best[1].fstype
+    return max(holding)[2] if holding else None

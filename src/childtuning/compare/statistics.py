@@ -178,13 +178,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Returns:
         in the same order; rejecting those below α errs anywhere in the family with a probability of at most α.
     """
-    known = [p for p in p_values if p is not None]
-    if not known:
-        return [None] * len(p_values)
-    from statsmodels.stats.multitest import multipletests
-
-    corrected = iter(np.asarray(multipletests(known, method="holm")[1]))
-    return [None if p is None else float(next(corrected)) for p in p_values]
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0  # the k-th smallest of m is multiplied by m − k + 1, and never falls below one before it
+    for rank, (p, place) in enumerate(known):
+        corrected[place] = largest = min(1.0, max(largest, (len(known) - rank) * p))
+    return corrected
 
 
 def expected_best(scores: Sequence[float], *, lower_is_better: bool = False) -> list[float]:

@@ -97,8 +97,8 @@ def check_tokens(model: Any, encoded: Any) -> None:
     Raises:
         ModelError: tokenizer and model do not belong together.
     """
-    largest, table = getattr(encoded, "largest_token", None), model.get_input_embeddings()
-    size = getattr(table, "num_embeddings", None)
+    largest = getattr(encoded, "largest_token", None)
+    size = None if largest is None else getattr(model.get_input_embeddings(), "num_embeddings", None)
     if largest is not None and size is not None and largest >= size:
         raise ModelError(
             f"the tokenizer makes token {largest} of these texts, and the model has no embedding from {size} on. "

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset, Sampler
 from childtuning.errors import ConfigError, DataError
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.labels import check_labels
-from childtuning.tasks.token_cache import Tokens, cached_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +69,7 @@ def encode(
     max_length: int,
     label_ids: Mapping[str, int] | None = None,
 ) -> EncodedExamples:
-    """Tokenise examples without padding, or read their tokens from the cache.
+    """Tokenise examples without padding.
 
     Of a pair that is too long, tokens are taken from the longer text first. A text of no tokens, which
     some tokenizers make of "", becomes one end-of-text token, since models take no empty sequence.
@@ -89,25 +88,19 @@ def encode(
     if not len(examples):
         return EncodedExamples({"input_ids": []}, labels)
 
-    def tokenise() -> Tokens:
-        encoded = tokenizer(
-            examples.text,
-            examples.text_pair,
-            truncation=True,
-            max_length=max_length,
-            padding=False,
-            verbose=False,
-        )
-        columns: dict[str, list[list[int]]] = {
-            name: list(encoded[name]) for name in _INPUTS if name in encoded
-        }
-        if not all(columns["input_ids"]):
-            _fill_empty(columns, tokenizer)
-        return Tokens(columns, sum(bool(row.overflowing) for row in encoded.encodings or ()))
-
-    texts = (examples.text, examples.text_pair)
-    tokens = cached_tokens(tokenizer, ("texts", max_length), texts, tokenise)
-    return EncodedExamples(tokens.columns, labels, num_cut=tokens.num_cut)
+    encoded = tokenizer(
+        examples.text,
+        examples.text_pair,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        verbose=False,
+    )
+    columns: dict[str, list[list[int]]] = {name: list(encoded[name]) for name in _INPUTS if name in encoded}
+    if not all(columns["input_ids"]):
+        _fill_empty(columns, tokenizer)
+    num_cut = sum(bool(row.overflowing) for row in encoded.encodings or ())
+    return EncodedExamples(columns, labels, num_cut=num_cut)
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, pair: bool = False) -> None:

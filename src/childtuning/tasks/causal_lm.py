@@ -22,7 +22,6 @@ from childtuning.tasks.instructions import (
 from childtuning.tasks.kind import Answers, Columns, Kind, Part, register
 from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import looks_like_conll
-from childtuning.tasks.token_cache import Tokens, cached_tokens
 
 
 @register
@@ -243,13 +242,8 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _tokens(processor: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text by itself, or from the cache. Templates, which may tell the date, are not cached."""
-
-    def tokenise() -> Tokens:
-        rows = [list(processor(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
-        return Tokens({"input_ids": rows})
-
-    return cached_tokens(processor, ("texts alone",), (texts,), tokenise).columns["input_ids"]
+    """The tokens of each text by itself."""
+    return [list(processor(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
 
 
 def _start(processor: Any) -> list[int]:

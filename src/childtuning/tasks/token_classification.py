@@ -15,7 +15,6 @@ from childtuning.tasks.kind import Columns, Kind, Part, register
 from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import Sentences, is_bio, looks_like_conll, read_conll, read_sentences
 from childtuning.tasks.spans import span_scores
-from childtuning.tasks.token_cache import Tokens, cached_tokens
 
 _NO_WORD = -1  # of a special token
 
@@ -87,23 +86,16 @@ class TokenClassification(Kind):
             )
         check_max_length(processor, max_length)
 
-        def tokenise() -> Tokens:
-            encoded = processor(
-                split.words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False
-            )
-            columns = {name: list(encoded[name]) for name in encoded if name in PaddingCollator.inputs}
-            of_tokens = [encoded.word_ids(row) for row in range(len(split.words))]
-            columns["words"] = [
-                [_NO_WORD if word is None else word for word in of_token] for of_token in of_tokens
-            ]
-            return Tokens(columns)
-
-        columns = dict(cached_tokens(processor, ("words", max_length), (split.words,), tokenise).columns)
+        encoded = processor(
+            split.words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False
+        )
+        columns = {name: list(encoded[name]) for name in encoded if name in PaddingCollator.inputs}
         ids = {name: index for index, name in enumerate(label_names)}
         labels: list[list[int]] = []
         places: list[list[int]] = []
         num_cut = 0
-        for row, (words, of_token) in enumerate(zip(split.words, columns.pop("words"), strict=True)):
+        for row, words in enumerate(split.words):
+            of_token = [_NO_WORD if word is None else word for word in encoded.word_ids(row)]
             previous = (_NO_WORD, *of_token[:-1])
             first = [
                 word != _NO_WORD and word != before for word, before in zip(of_token, previous, strict=True)
