@@ -12,7 +12,7 @@ import pytest
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError, DataError
 from childtuning.methods import registry
-from childtuning.methods.child_d import ChildD
+from childtuning.methods.child import ChildD
 from childtuning.methods.r_drop import RDrop
 from childtuning.runs import FinishedRun, RunConfig, inputs, train_run
 from childtuning.runs.inputs import Inputs

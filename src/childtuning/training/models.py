@@ -143,7 +143,7 @@ def load_model(
     try:
         labels = tuple(options.get("id2label", {}).values())
         own = _own_labels(transformers.AutoConfig.from_pretrained(source))
-        if len(own) == len(labels) and set(own) == set(labels):
+        if labels and len(own) == len(labels) and set(own) == set(labels):
             labels = own  # the head is for these classes, perhaps in another order
             options = {**options, "id2label": dict(enumerate(own)), "label2id": _ids(own)}
         config = transformers.AutoConfig.from_pretrained(source, **options)
