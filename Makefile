@@ -29,10 +29,10 @@ TEST_ENV := OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLI
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format docs bench clean
+.PHONY: help demo test test-slow check format docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's docstrings (ARGS="..." is passed on)
 	$(BIN)/childtuning demo $(ARGS)
@@ -40,6 +40,9 @@ demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's do
 test: $(STAMP_DEV) ## run all tests, and the core's once more without its fast paths (ARGS="-k name" to choose)
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(if $(ARGS),,CHILDTUNING_FAST=0 $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile $(CORE_TESTS))
+
+test-slow: $(STAMP_DEV) ## run what test leaves out as well: more variants of kinds that it covers
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile -m "nightly or not nightly" $(ARGS)
 
 check: $(STAMP_DEV) ## lint, format, types and the rules of the house
 	$(BIN)/ruff check .

@@ -163,7 +163,7 @@ def same_delta(left: Path, right: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["child-d", "child-f"])
+@pytest.mark.parametrize("method", ["child-d", pytest.param("child-f", marks=pytest.mark.nightly)])
 def test_a_killed_run_resumes_bitwise(childtuning, train_words, tmp_path, method) -> None:
     words = [*train_words, "--method", method, "--save-steps", 4, "--epochs", 3]
     straight = childtuning(*words, "--output", tmp_path / "straight")

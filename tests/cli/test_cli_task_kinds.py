@@ -116,6 +116,7 @@ def test_image_classification(childtuning, tmp_path, family) -> None:
     assert refused.code == 2 and "--input FILE" in refused.err
 
 
+@pytest.mark.nightly
 def test_a_killed_language_model_resumes_bitwise(childtuning, tmp_path) -> None:
     model = save_tiny_lm(tmp_path / "model")
     files = write_instructions(tmp_path)

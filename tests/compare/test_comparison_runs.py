@@ -138,6 +138,7 @@ def _work(path: str, comparison: dict[str, Any], log: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_that_work_on_one_store_never_do_a_run_twice(
     twelve: Comparison, undisturbed: Recorded, tmp_path: Path
 ) -> None:

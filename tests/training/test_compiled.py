@@ -13,8 +13,12 @@ from tests.methods.trainers import method_trainer, weights
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own
 @pytest.mark.parametrize(
     ("method", "child"),
-    [("child-d", {}), ("child-d", {"granularity": "row"}), ("child-f", {}), ("child-d+r3f", {})],
-    ids=str,
+    [
+        pytest.param("child-d", {"granularity": "row"}, id="child-d rows"),
+        pytest.param("child-d", {}, id="child-d", marks=pytest.mark.nightly),
+        pytest.param("child-f", {}, id="child-f", marks=pytest.mark.nightly),
+        pytest.param("child-d+r3f", {}, id="child-d+r3f", marks=pytest.mark.nightly),
+    ],
 )
 def test_it_trains_as_the_plain_model_does(
     tiny_bert: Path, tmp_path: Path, method: str, child: dict[str, str]
