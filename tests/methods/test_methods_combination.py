@@ -14,7 +14,7 @@ from torch import Tensor
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError
 from childtuning.methods import Combination, all_methods, find_method, register, registry
-from childtuning.methods.last_k import LastK
+from childtuning.methods.whole import LastK
 from childtuning.training import LossStep, Method
 
 

@@ -121,7 +121,7 @@ def test_running_statistics_are_kept_bitwise(momentum: float | None) -> None:
 
 def test_where_labels_are_predicted() -> None:
     class TinyForCausalLM(nn.Module):
-        pass
+        loss_type = "ForCausalLM"
 
     class TinyForTokenClassification(nn.Module):
         pass

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from childtuning.errors import CorruptFileError
-from childtuning.training.random_streams import random_state, set_random_state
-from childtuning.training.state_files import load_state, save_state
+from childtuning.training.state_files import load_state, random_state, save_state, set_random_state
 
 
 def test_nested_states_round_trip(tmp_path) -> None:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from childtuning.cli import options as o
 from childtuning.cli.printing import human_bytes, is_terminal, print_json, print_table, tell
+from childtuning.runs.config import RunConfig
+
+if TYPE_CHECKING:
+    from childtuning.runs.folder import RunResult
 
 NAME = "demo"
+METHODS = ("full", "child-f", "child-d")
+SENTENCE = "Return a dictionary that counts how often each word occurs in the message's subject line."
+_OPTIONS: dict[str, Any] = {
+    "task": "docstrings",
+    "train_limit": 400,
+    "epochs": 3.0,
+    "learning_rate": 3e-4,
+    "max_length": 64,
+    "save_steps": 100_000,
+}
 
 
 @o.takes(["model"])
@@ -37,8 +54,6 @@ def run(
         childtuning demo --text "Open a socket and wait for a reply."
     """
     tell("Loading a pretrained encoder and a few hundred docstrings of Python's standard library …")
-    from childtuning.runs.demo import SENTENCE, demo_runs, label_sentence, summarize
-
     options = {"train_limit": train_limit, **o.explicit(given)}
     results = list(demo_runs(output, num_seeds=seeds, progress=is_terminal(), tell=tell, **options))
     rows = summarize(results)
@@ -79,3 +94,75 @@ def run(
     )
     print(f"\n“{sentence}”\n→ {label} ({confidence:.0%}), says {best.output}")
     print(f"\nNext: childtuning predict {best.output} --text '…'   or   childtuning train --help")
+
+
+def demo_runs(
+    folder: Path,
+    *,
+    num_seeds: int = 2,
+    methods: Sequence[str] = METHODS,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> Iterator[RunResult]:
+    """Train each method over several seeds on the standard library's docstrings; yield results as they come.
+
+    Args:
+        folder: holds a run folder for each; earlier demo runs there are replaced.
+        num_seeds: seeds 0 … num_seeds − 1.
+        methods: names of methods.
+        options: of ``RunConfig``, in place of the demo's.
+    """
+    from childtuning.runs.folder import CONFIG
+    from childtuning.runs.run import train_run
+
+    for seed in range(num_seeds):
+        for method in methods:
+            output = folder / f"{method}-{seed}"
+            config = RunConfig(**{**_OPTIONS, "method": method, "seed": seed, **options})
+            start = time.perf_counter()
+            result = train_run(
+                config,
+                output,
+                overwrite=(output / CONFIG).is_file(),
+                progress=progress,
+                tell=lambda line: None,
+            )
+            took = time.perf_counter() - start
+            tell(f"{method} seed {seed}: {result.metric['name']} {result.metric['value']:.3f}, {took:.0f} s")
+            yield result
+
+
+def summarize(results: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Put the seeds of each method together, in order of appearance.
+
+    Returns:
+        per method: mean and sample standard deviation of the metric, every seed's value, and means of the costs.
+    """
+    rows = []
+    for method in dict.fromkeys(result.method for result in results):
+        runs = [result for result in results if result.method == method]
+        values = [run.metric["value"] for run in runs]
+        rows.append(
+            {
+                "method": method,
+                "metric": runs[0].metric["name"],
+                "values": values,
+                "mean": mean(values),
+                "sd": stdev(values) if len(values) > 1 else 0.0,
+                "trained_parameters": runs[0].trained_parameters,
+                "state_bytes": runs[0].state_bytes,
+                "delta_bytes": runs[0].delta_bytes,
+                "seconds": mean(run.fisher_seconds + run.train_seconds for run in runs),
+            }
+        )
+    return rows
+
+
+def label_sentence(run: str | Path, sentence: str) -> tuple[str, float]:
+    """Return what a run's model calls a sentence, and how sure it is."""
+    from childtuning.runs import FinishedRun
+    from childtuning.tasks import Examples
+
+    predicted = FinishedRun(run).predict(Examples([sentence], None, None))[0]
+    return predicted["prediction"], predicted["confidence"]

@@ -1,16 +1,11 @@
 """Layer 3: ways to fine-tune, one a file, by name, and their combinations."""
 
 from childtuning.methods.adapter import Adapter
-from childtuning.methods.bitfit import BitFit
 from childtuning.methods.child import ChildD, ChildF, ChildLowest, ChildRandom
 from childtuning.methods.child_dynamic import ChildDynamic
 from childtuning.methods.child_pruned import ChildPruned
 from childtuning.methods.combination import Combination
-from childtuning.methods.freeze import Freeze
-from childtuning.methods.full import Full
-from childtuning.methods.head import Head
 from childtuning.methods.l2_sp import L2SP
-from childtuning.methods.last_k import LastK
 from childtuning.methods.llrd import LayerwiseDecay
 from childtuning.methods.lora import Lora
 from childtuning.methods.mixout import Mixout
@@ -23,6 +18,7 @@ from childtuning.methods.registry import ENTRY_POINTS, all_methods, find_method,
 from childtuning.methods.reinit import Reinit
 from childtuning.methods.sam import Sam
 from childtuning.methods.smart import Smart
+from childtuning.methods.whole import BitFit, Freeze, Full, Head, LastK
 
 __all__ = [
     "Adapter",

@@ -8,7 +8,7 @@ from torch import nn
 
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.refusal import not_for
+from childtuning.methods.checks import not_for
 from childtuning.methods.registry import register
 from childtuning.training import Method, Prepared, find_layers
 from childtuning.training.bottleneck import (

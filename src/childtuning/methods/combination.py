@@ -11,8 +11,8 @@ from torch import nn
 
 from childtuning.child import ChildConfig
 from childtuning.errors import ConfigError, did_you_mean
-from childtuning.methods.full import Full
 from childtuning.methods.registry import find_method
+from childtuning.methods.whole import Full
 from childtuning.training import PARTS, Method, Prepared
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from childtuning.child.eligible import is_conv1d
 from childtuning.errors import ConfigError
+from childtuning.methods.checks import not_for
 from childtuning.methods.peft_modules import PeftMethod, to_save
-from childtuning.methods.refusal import not_for
 from childtuning.methods.registry import register
 from childtuning.training.bottleneck import is_linear
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from childtuning.child.eligible import canonical_name, matches
 from childtuning.errors import ConfigError
-from childtuning.methods.refusal import not_for
+from childtuning.methods.checks import not_for
 from childtuning.methods.registry import register
 from childtuning.training import Method, Prepared
 from childtuning.training.mixed_linear import MixedLayers, mix, mixable

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.refusal import not_for
+from childtuning.methods.checks import not_for
 from childtuning.training import Method, Prepared
 from childtuning.training.method import Part
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from childtuning.methods.checks import not_for
 from childtuning.methods.peft_modules import to_save
-from childtuning.methods.refusal import not_for
 from childtuning.methods.registry import register
 from childtuning.methods.virtual_tokens import VirtualTokens
 from childtuning.training import ChildTraining

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from childtuning.errors import ConfigError
+from childtuning.methods.checks import check_positive
 from childtuning.methods.divergence import divergence
 from childtuning.methods.perturbation import noise_like, perturbed_logits
-from childtuning.methods.positive import check_positive
 from childtuning.methods.registry import register
 from childtuning.training import LossStep, Method
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from childtuning.methods.checks import check_positive
 from childtuning.methods.divergence import divergence
-from childtuning.methods.positive import check_positive
 from childtuning.methods.registry import register
 from childtuning.training import LossStep, Method
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.refusal import check_layers, not_for
+from childtuning.methods.checks import check_layers, not_for
 from childtuning.methods.registry import register
 from childtuning.methods.whole import output_names
 from childtuning.training import Layers, Method, Prepared, find_layers, task_head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.child.units import Runs
-from childtuning.methods.positive import check_positive
+from childtuning.methods.checks import check_positive
 from childtuning.methods.registry import register
 from childtuning.training import ChildTraining, Method
 

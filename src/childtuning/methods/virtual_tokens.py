@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.errors import ConfigError, ModelError
+from childtuning.methods.checks import not_for
 from childtuning.methods.peft_modules import PeftMethod, task_type
-from childtuning.methods.refusal import not_for
 from childtuning.training import Prepared
 
 

@@ -9,18 +9,25 @@ from childtuning.training.child_choice import (
     output_axes,
     task_head,
 )
-from childtuning.training.label_positions import IGNORED, predicted_labels
+from childtuning.training.further_pass import IGNORED, predicted_labels
 from childtuning.training.layers import Layers, find_layers
-from childtuning.training.method import PARTS, ChildTraining, LossStep, Method, Prepared, logits_of
-from childtuning.training.method_state import MethodCallback
+from childtuning.training.method import (
+    PARTS,
+    ChildTraining,
+    LossStep,
+    Method,
+    MethodCallback,
+    Prepared,
+    logits_of,
+)
 from childtuning.training.models import (
     LoadedModel,
+    has_fast_bf16,
     load_classifier,
     load_model,
     num_positions,
     packaged_model,
 )
-from childtuning.training.precision import has_fast_bf16
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [

@@ -13,9 +13,8 @@ from torch import nn
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
-from childtuning.training.method_state import MethodCallback
-from childtuning.training.random_streams import random_state, set_random_state
-from childtuning.training.state_files import load_state, save_state
+from childtuning.training.method import MethodCallback
+from childtuning.training.state_files import load_state, random_state, save_state, set_random_state
 
 CHILD_FILE, CHOICE_FILE, METHODS_FILE = "child.safetensors", "child.json", "methods.safetensors"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 
 from childtuning.child import (
@@ -251,3 +253,20 @@ def _freeze_others(model: nn.Module, eligible: Sequence[str], always: Sequence[s
     for name, parameter in plain.items():
         if name not in trained:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def fisher_bar() -> Iterator[Progress]:
+    """Yield a progress function that draws a bar on standard error once it is called."""
+    bars: list[tqdm] = []
+
+    def advance(done: int, total: int | None) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc="Fisher information", unit=" examples"))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()

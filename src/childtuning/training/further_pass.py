@@ -1,13 +1,16 @@
-"""A forward pass beside the one whose loss the trainer computed."""
+"""A forward pass beside the one whose loss the trainer computed, and which label it predicts where."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from childtuning.fisher.losses import shifts_labels
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -42,3 +45,21 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
             layer.momentum = momentum
             if count is not None and kept is not None:
                 count.copy_(kept)
+
+
+IGNORED = -100
+
+
+def predicted_labels(model: nn.Module, labels: Tensor, num_positions: int) -> Tensor:
+    """Return the label that is predicted at each position: [B, T] -> [B, P], −100 where there is none.
+
+    A causal language model predicts at each position the label of the next, as its loss has it. Positions that have no
+    label, such as those of a soft prompt, stand in front.
+
+    Args:
+        model: unwrapped; the name of its class tells causal language models from others, as in transformers.
+        labels: one a token.
+        num_positions: P, at least T.
+    """
+    labels = F.pad(labels, (num_positions - labels.shape[-1], 0), value=IGNORED)
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shifts_labels(model) else labels

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.optim import ChildOptimizer
 from childtuning.training.further_pass import statistics_kept, unwrapped
-
-if TYPE_CHECKING:
-    from childtuning.training.method_state import MethodCallback
 
 Part = Literal["start", "modules", "child", "loss", "update"]
 PARTS: tuple[Part, ...] = ("start", "modules", "child", "loss", "update")
@@ -224,3 +222,17 @@ class Method:
             ModelError: what was added cannot be folded into it.
         """
         return model
+
+
+class MethodCallback(TrainerCallback):
+    """A ``TrainerCallback`` with a state, for what a method has to remember between steps."""
+
+    def gradients_ready(self) -> None:
+        """Called once a step when its gradient is complete, unscaled, and not yet clipped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a bitwise resume needs: tensors and JSON-ready values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict``."""

@@ -275,3 +275,16 @@ def _one_line(name: str, auto_model: str, fault: BaseException) -> str:
             "Pass --model FOLDER, or leave --model out for the packaged all-MiniLM-L6-v2."
         )
     return f"model {name!r} cannot be loaded by {auto_model} ({first}). Pass another folder or hub name."
+
+
+def has_fast_bf16() -> bool:
+    """Tell whether bf16 is native here: on the GPU, or on a CPU with AMX or AVX512-BF16.
+
+    TransferTask torch emulates it, which is slower than float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )

@@ -28,15 +28,14 @@ from childtuning.training.child_choice import (
     ScoreFn,
     Scores,
     choose_child,
+    fisher_bar,
     fisher_sample,
     new_parameters,
     saves_computation,
     task_head,
 )
-from childtuning.training.further_pass import unwrapped
-from childtuning.training.label_positions import IGNORED, predicted_labels
+from childtuning.training.further_pass import IGNORED, predicted_labels, unwrapped
 from childtuning.training.method import LossStep, Method
-from childtuning.training.progress_bar import fisher_bar
 
 
 class _TellGradients(TrainerCallback):

@@ -1,10 +1,30 @@
-"""How a method says that it does not apply to a model."""
+"""What methods refuse: numbers out of range, and models that they do not apply to."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
+
 from torch import nn
 
-from childtuning.errors import ModelError
+from childtuning.errors import ConfigError, ModelError
+from childtuning.training import Method
+
+
+def check_positive(method: Method) -> None:
+    """Refuse numbers of a method that are not above 0, or not finite.
+
+    Raises:
+        ConfigError: one of its fields of type float is such a number; the message names all of them.
+    """
+    numbers = {field: getattr(method, field.name) for field in fields(method) if field.type == "float"}  # type: ignore[arg-type]
+    faults = [
+        f"{field.name} of {method.name!r} must be above 0, got {value}. Pass {field.name}={field.default}."
+        for field, value in numbers.items()
+        if not 0 < value < math.inf
+    ]
+    if faults:
+        raise ConfigError(" ".join(faults))
 
 
 def not_for(method: str, model: nn.Module, why: BaseException | str) -> ModelError:

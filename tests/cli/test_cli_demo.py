@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from childtuning.runs.demo import demo_runs, label_sentence, summarize
+from childtuning.cli.demo import demo_runs, label_sentence, summarize
 
 
 @pytest.mark.slow
