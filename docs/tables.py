@@ -7,13 +7,15 @@ python docs/tables.py [--check]
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from childtuning.methods import all_methods
+from childtuning.cli.methods import LISTED
+from childtuning.methods import all_methods, described
 from childtuning.methods.combination import refusal
 from childtuning.options import options_of, own_first
 from childtuning.report import html_page, joined, read_recorded
@@ -145,7 +147,19 @@ def faults(*, write: bool) -> list[str]:
             path.write_text(wanted, encoding="utf-8")
         elif wanted != text:
             found.append(f"{shown} differs from the code. Run: python docs/tables.py")
-    return found + _faults_of_report(write=write)
+    return found + _faults_of_list(write=write) + _faults_of_report(write=write)
+
+
+def _faults_of_list(*, write: bool) -> list[str]:
+    """The same, of the list that the command line shows without importing methods."""
+    own = {method.name for method in methods()}
+    wanted = [entry for entry in described() if entry["name"] in own]
+    if json.loads(LISTED.read_text(encoding="utf-8")) == wanted:
+        return []
+    if write:
+        LISTED.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return []
+    return [f"{LISTED.name} differs from the registry. Run: python docs/tables.py"]
 
 
 def _faults_of_report(*, write: bool) -> list[str]:

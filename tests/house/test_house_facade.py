@@ -50,7 +50,7 @@ def test_import_does_not_pull_in_heavy_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["--version"], ["train", "--densty", "1"]]
+    "words", [["--help"], ["train", "--help"], ["--version"], ["methods"], ["train", "--densty", "1"]]
 )
 def test_the_command_line_explains_itself_without_torch(words: list[str]) -> None:
     code = (

@@ -115,6 +115,8 @@ def test_faults_of_pages_are_found(
     (tmp_path / "index.md").write_text(
         "".join(f"<!-- {name}:start -->\n<!-- {name}:end -->\n" for name in ("methods", "combinations"))
     )
+    monkeypatch.setattr(tables, "LISTED", tmp_path / "methods.json")
+    (tmp_path / "methods.json").write_text("[]")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "cli.md").write_text("<!-- options:start -->\n<!-- options:end -->\n")
     (tmp_path / "full.md").write_text("<!-- facts:start -->\n<!-- facts:end -->\n")

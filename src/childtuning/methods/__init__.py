@@ -14,7 +14,7 @@ from childtuning.methods.prompt import Prompt
 from childtuning.methods.r3f import R3F
 from childtuning.methods.r_drop import RDrop
 from childtuning.methods.recadam import RecallAdam
-from childtuning.methods.registry import ENTRY_POINTS, all_methods, find_method, register
+from childtuning.methods.registry import ENTRY_POINTS, all_methods, described, find_method, register
 from childtuning.methods.reinit import Reinit
 from childtuning.methods.sam import Sam
 from childtuning.methods.smart import Smart
@@ -48,6 +48,7 @@ __all__ = [
     "Sam",
     "Smart",
     "all_methods",
+    "described",
     "find_method",
     "register",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.training import PARTS, Method
@@ -60,6 +60,16 @@ def all_methods() -> list[type[Method]]:
     """Return every registered method, by name."""
     _load_declared()
     return [_methods[name] for name in sorted(_methods)]
+
+
+def described() -> list[dict[str, Any]]:
+    """Return what every registered method says of itself, JSON-ready, by name."""
+    listed = []
+    for method in all_methods():
+        facts = {name: getattr(method, name) for name in (*_NEEDED, "density")}
+        options = {option.name: option.default for option in fields(method)}  # type: ignore[arg-type]
+        listed.append({**facts, "options": options})
+    return listed
 
 
 @cache
