@@ -16,6 +16,7 @@ EXPECTED = {
     "inspect",
     "merge",
     "methods",
+    "plan",
     "predict",
     "report",
     "score",

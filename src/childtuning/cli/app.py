@@ -11,7 +11,19 @@ from typing import Annotated
 
 import typer
 
-from childtuning.cli import compare, demo, evaluate, inspect, merge, methods, predict, report, score, train
+from childtuning.cli import (
+    compare,
+    demo,
+    evaluate,
+    inspect,
+    merge,
+    methods,
+    plan,
+    predict,
+    report,
+    score,
+    train,
+)
 from childtuning.errors import ChildTuningError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -39,7 +51,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, report, predict, evaluate, score, inspect, merge, methods, demo):
+for command in (train, compare, report, predict, evaluate, score, inspect, merge, methods, plan, demo):
     app.command(command.NAME)(command.run)
 
 

@@ -1,7 +1,7 @@
 """Compare methods over seeds: plan the runs, do them once each, record them, and say what is significant."""
 
 from childtuning.compare.compare import EXECUTORS, compare, foreseen, set_up, stored
-from childtuning.compare.design import Comparison
+from childtuning.compare.design import Comparison, read_methods
 from childtuning.compare.plan import Choice, Tried, choose, num_runs
 from childtuning.compare.protocols import PROTOCOLS, read_comparison
 from childtuning.compare.records import Group, Record, Recorded
@@ -26,6 +26,7 @@ __all__ = [
     "foreseen",
     "num_runs",
     "read_comparison",
+    "read_methods",
     "set_up",
     "stored",
     "summarize",
