@@ -1,4 +1,4 @@
-"""Layer 1, below the others of it: which entries of which named parameters are trained."""
+"""Layer 1, the room the rest of the layer builds on: which entries of each parameter are trained."""
 
 from childtuning.child.child import Child
 from childtuning.child.select import (

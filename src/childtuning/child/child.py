@@ -1,4 +1,4 @@
-"""The child network: which entries of which named parameters are trained."""
+"""The child network: the entries of each named parameter that are trained."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _VERSION = 1
 
 
 class Child:
-    """Which entries of which named parameters are trained; ``True`` in a mask always means *trained*.
+    """The set of trained entries of a model; ``True`` in a mask always means *trained*.
 
-    A child is immutable. Parameters are known by name, so it fits any model that has the same names and shapes.
+    A child is immutable. It refers to parameters by name, so it fits any model with the same names and shapes.
 
     Args:
         parts: for every *eligible* parameter, in the model's order, which of its units are trained.
-        always: patterns over parameter names that are trained whole beside the child, such as a new head. They do
-            not count as eligible. They are matched when the child meets a model.
-        recipe: JSON-ready fields from which the same parts can be made again (``random_child`` fills it), so that a
-            file needs no indices.
+        always: patterns over the names of parameters to train in full besides the child, such as a new head. These
+            parameters do not count as eligible. Patterns are matched when the child is applied to a model.
+        recipe: JSON-ready fields that reproduce the same parts (set by ``random_child``), so that a file needs no
+            indices.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class Child:
         return common / smaller
 
     def resolve(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
-        """Say for every parameter of a model which units are trained, patterns matched and shapes checked.
+        """Match the child against a model: return the trained units of every parameter, with shapes checked.
 
         Args:
-            shapes: the model's parameter names, as it uses them now (wrapped or not), and their shapes.
+            shapes: the model's parameter names, wrapped or not, and their shapes.
         Returns:
-            one part for each given name, in the given order; empty for a frozen parameter.
+            one part per name, in the given order; empty for a frozen parameter.
         Raises:
             ParameterError: a name, shape or pattern of the child does not fit the model.
         """
@@ -147,7 +147,7 @@ class Child:
         return resolved
 
     def fingerprint(self) -> str:
-        """Return a sha256 that is equal exactly for children that train the same entries."""
+        """Return a sha256 that two children share exactly if they train the same entries."""
         digest = hashlib.sha256(json.dumps(sorted(self.always)).encode())
         for name, part in self.parts.items():
             digest.update(json.dumps([name, list(part.shape), part.num_trained]).encode())
@@ -156,7 +156,7 @@ class Child:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the child to one safetensors file; indices take about their entropy."""
+        """Write the child to one safetensors file, with compressed indices."""
         is_made = self.recipe is not None and self.recipe.get("source") in RECIPES
         records, streams = write_parts(self.parts, from_recipe=self.parts if is_made else ())
         about = {

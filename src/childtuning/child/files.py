@@ -1,4 +1,4 @@
-"""Children and deltas as files: written whole or not at all, indices in about their entropy.
+"""Children and deltas as files: written completely or not at all, with compressed indices.
 
 Sorted indices are stored as Golomb-Rice coded gaps [Rice 1979]. For indices i_1 < i_2 < … the gaps
 g_j = i_j − i_{j−1} − 1 are split at bit k: the high parts in unary (all of them first, as one bitmap whose ones end
@@ -25,14 +25,14 @@ from childtuning.errors import ConfigError, CorruptFileError
 Records = dict[str, dict[str, Any]]
 Streams = dict[str, NDArray[np.uint8]]
 
-RECIPES = ("random", "random-units")  # the sources whose indices can be made again
+RECIPES = ("random", "random-units")  # sources whose indices can be reproduced
 _MAX_LOW_BITS = 40
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside the path, then put it in the path's place.
+    """Let ``write`` fill a temporary file next to the path, then move it into place.
 
-    Whoever reads the path finds the old file or the new one, whenever the process ends.
+    A reader sees either the old file or the new one, even if the process is killed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def write_parts(parts: Mapping[str, Part], from_recipe: Collection[str] = ()) ->
 
     Args:
         parts: by parameter name.
-        from_recipe: names whose indices are not written because a recipe makes them again.
+        from_recipe: names whose indices are not written because a recipe reproduces them.
     """
     records: Records = {}
     streams: Streams = {}

@@ -1,6 +1,6 @@
-"""From scores to the parts they choose, to an exact budget: the definition.
+"""Select the entries or units with the highest scores, to an exact budget: the definition.
 
-``fast/ranking.py`` does the same without putting the scores into one array.
+``fast/ranking.py`` does the same without concatenating the scores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Scope = Literal["global", "parameter"]
 
 @dataclass(frozen=True)
 class Share:
-    """What share of the eligible entries to take, and in which units.
+    """The share of the eligible entries to take, and the units to take them in.
 
     Args:
         density: p, in (0, 1].
@@ -94,11 +94,11 @@ class Share:
 
 
 def top_parts(scores: Mapping[str, Tensor], share: Share, *, lowest: bool = False) -> dict[str, Part]:
-    """Take the share of highest scores; ties go to the earlier parameter, then the lower index.
+    """Take the highest-scoring share; ties go to the earlier parameter, then the lower index.
 
     Args:
         scores: by parameter name, floating point of one dtype, without NaN, any shape and device.
-        share: how many, in which units.
+        share: how many entries to take, and in which units.
         lowest: take the lowest instead.
     Returns:
         one part a name, in the same order.
@@ -144,12 +144,12 @@ def random_parts(
 
 
 def not_numbers(name: str) -> ParameterError:
-    """Say whose scores hold NaN."""
+    """Return the error for scores that contain NaN."""
     return ParameterError(f"the scores of {name!r} hold NaN. Check the loss on the batches they come from.")
 
 
 def _groups(names: list[str], sizes: Sequence[int], share: Share) -> Iterator[tuple[list[str], int]]:
-    """What is ranked together, and how many entries to take of it."""
+    """Yield the names that are ranked together, with the number of entries to take."""
     groups = [names] if share.scope == "global" else [[name] for name in names]
     return zip(groups, share.budgets(sizes), strict=True)
 
@@ -235,8 +235,8 @@ def top_units(means: Tensor, sizes: Tensor, budget: int, *, fill: bool = True) -
         means: float64 [U], the units' scores; ties go to the lower index.
         sizes: int64 [U], entries in each unit.
         budget: how many entries may be taken in all.
-        fill: go on behind a unit that does not fit; else stop there once any was taken, so that small units are not
-            taken more often than large ones where the ranking is random.
+        fill: after a unit that does not fit, go on with smaller ones; otherwise stop there once any was taken, so that
+            a random ranking does not favour small units.
     Returns:
         bool [U]. The entries taken never exceed the budget, and fall short of it by less than the size of the
         smallest unit that was left.

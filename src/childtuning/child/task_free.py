@@ -1,8 +1,8 @@
 """The task-free child: a fresh random mask each step (Child-Tuning_F), and the random bits that masks are made of.
 
-Bits are a function of their coordinates, never of a generator's state. They are Philox4x64-10 [Salmon et al. 2011]
-under a key derived from what names the draw (seed, step, parameter name); entry i owns byte i of the stream. Whoever
-knows the coordinates can draw entry i alone: another rank, a shard, or the same run after a crash.
+Bits depend on their coordinates alone, never on the state of a generator. They come from Philox4x64-10 [Salmon et al.
+2011], keyed by (seed, step, parameter name); entry i uses byte i of the stream. Another rank, a shard, or a resumed run
+can therefore draw any entry on its own.
 
 Bernoulli(p) is exact to 64 bits although one byte is drawn for most entries: entry i is kept when u_i < p·2^64, where
 the top byte of u_i is its byte of the stream. Only where that byte equals the top byte of p·2^64 (one entry in 256) do
@@ -37,7 +37,7 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def _key(*coordinates: object) -> tuple[int, int]:
-    """Hash what names a draw to the 128-bit key of its stream."""
+    """Hash the coordinates of a draw to the 128-bit key of its stream."""
     text = "\x1f".join(str(c) for c in coordinates)
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
@@ -125,7 +125,7 @@ class TaskFree:
         return keep_mask(self.density, *self._coordinates(name, step), numel=num_units)
 
     def draw(self, name: str, step: int) -> MaskDraw | None:
-        """Name the mask over a parameter's units at a step, for the kernels; ``None`` if it keeps everything."""
+        """Return a parameter's mask at a step as the kernels take it; ``None`` if it keeps everything."""
         return mask_draw(self.density, *self._coordinates(name, step))
 
     def _coordinates(self, name: str, step: int) -> tuple[object, ...]:
@@ -137,17 +137,17 @@ class TaskFree:
 
 
 def mask_draw(density: float, *coordinates: object) -> MaskDraw | None:
-    """Name the mask of a density and coordinates; ``None`` if it keeps everything."""
+    """Return the key and threshold of a mask; ``None`` if it keeps everything."""
     threshold = int(Fraction(density) * _WORD)
     return MaskDraw(_key(*coordinates), threshold) if threshold < _WORD else None
 
 
 def keep_mask(density: float, *coordinates: object, numel: int, start: int = 0) -> Tensor:
-    """Draw Bernoulli(density) for the entries start … start+numel of the stream that the coordinates name.
+    """Draw Bernoulli(density) for entries start … start+numel of the stream identified by the coordinates.
 
     Args:
         density: the probability of ``True``, in (0, 1]; exact to 2^-64.
-        coordinates: what names the draw, e.g. seed, step, parameter name.
+        coordinates: identify the draw, e.g. seed, step, parameter name.
         numel: how many entries.
         start: index of the first entry, so that a shard draws its own part.
     Returns:
@@ -170,13 +170,13 @@ def keep_mask(density: float, *coordinates: object, numel: int, start: int = 0) 
 
 
 def uniform(*coordinates: object, numel: int) -> Tensor:
-    """Draw numbers in [0, 1), float32 [numel] on the CPU, 24 random bits each, named by the coordinates."""
+    """Draw numbers in [0, 1), float32 [numel] on the CPU, 24 random bits each, identified by the coordinates."""
     words = _stream_bytes(_key(*coordinates), 0, 4 * numel).view("<u4")
     return torch.from_numpy((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
 
 
 def random_bits(*coordinates: object, numel: int, start: int = 0) -> Tensor:
-    """Draw whole numbers in [0, 2^16) for the entries start … start+numel of the stream that the coordinates name.
+    """Draw integers in [0, 2^16) for entries start … start+numel of the stream identified by the coordinates.
 
     Returns:
         int32 [numel] on the CPU.

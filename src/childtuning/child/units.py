@@ -1,7 +1,7 @@
-"""Which entries of one parameter are trained, and in which units they were chosen.
+"""The trained entries of one parameter, and the units they were chosen in.
 
-``Granularity`` cuts a parameter into units; ``Part`` says which of them are trained. ``Part`` is the one form of this:
-whoever needs a mask, flat indices, runs of entries, or rows and columns, asks it.
+``Granularity`` cuts a parameter into units; ``Part`` stores which units are trained. It is the only representation of
+trained entries: masks, flat indices, runs of entries, and rows and columns all come from its methods.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Granularity:
         return self.axis % len(shape)
 
     def _tiling(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """View a parameter as three axes, cut into tiles: the axes' lengths, a tile's, and how many lie along each."""
+        """View a parameter as three axes cut into tiles: return the axes' lengths, a tile's, and the tiles per axis."""
         numel = math.prod(shape)
         sizes = tile = [1, numel, 1]
         if self.kind == "element" or (self.kind == "row" and len(shape) < 2):
@@ -110,11 +110,11 @@ class Granularity:
         return tiles.expand(sizes).reshape(tuple(shape))
 
     def is_run(self, shape: Sequence[int]) -> bool:
-        """Tell whether a unit's entries lie together, so that unit u starts at entry u · ``run_length``."""
+        """Return whether each unit is contiguous, so that unit u starts at entry u · ``run_length``."""
         return self.kind == "element" or (self.kind == "row" and self._axis(shape) == 0)
 
     def run_length(self, shape: Sequence[int]) -> int:
-        """Return a length into which runs of entries that lie together can be cut, aligned to it."""
+        """Return the length of the aligned contiguous runs that the trained entries consist of."""
         sizes, tile, _ = self._tiling(shape)
         return max(1, math.gcd(sizes[2], tile[2]))
 
@@ -162,7 +162,7 @@ class Part:
 
     @classmethod
     def from_sorted(cls, shape: Sequence[int], units: Tensor, granularity: Granularity) -> Part:
-        """Return the part of units that are known to be sorted, in range and without repeats; they are not checked."""
+        """Return a part without checking its units: they must be sorted, in range and without repeats."""
         part = cls(tuple(shape), None, granularity)
         if len(units) != granularity.num_units(shape) or not len(units):
             object.__setattr__(part, "units", units.detach().to(device="cpu", dtype=part._index_dtype))
@@ -170,12 +170,12 @@ class Part:
 
     @classmethod
     def none(cls, shape: Sequence[int]) -> Part:
-        """Return the part of a parameter of which nothing is trained."""
+        """Return the part of a fully frozen parameter."""
         return cls(tuple(shape), torch.zeros(0, dtype=torch.int32))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Part:
-        """Return the part whose entries are those where the bool mask is True."""
+        """Return the part that trains the entries where the bool mask is True."""
         return cls(tuple(mask.shape), mask.reshape(-1).nonzero().squeeze(1))
 
     @property
@@ -219,7 +219,7 @@ class Part:
         return mask.view(self.shape)
 
     def runs(self) -> Runs:
-        """Return the trained entries as runs that lie together, as long as their layout allows, on the CPU."""
+        """Return the trained entries as contiguous runs, as long as the layout allows, on the CPU."""
         if self.units is None:
             return Runs(torch.arange(self.numel, dtype=self._index_dtype), 1)
         starts, width = self.units, self.granularity.run_length(self.shape)
@@ -228,11 +228,11 @@ class Part:
         return Runs(starts, width)
 
     def groups(self, device: torch.device | str | None = None) -> list[Group] | None:
-        """Say where the trained rows of the matrix [shape[0], rest] meet its trained columns.
+        """Return the trained entries of the matrix [shape[0], rest] as blocks of rows and columns.
 
         Returns:
-            (rows, columns) pairs; flattened row-major one after another they list the trained entries of rows and
-            blocks. Empty if nothing is trained, ``None`` where the part has no such structure.
+            (rows, columns) pairs; flattened row-major, one after another, they list the trained entries of rows and
+            blocks. Empty if nothing is trained, ``None`` if the part has no such structure.
 
         Example:
             >>> Part((4, 3), torch.tensor([0, 2]), Granularity("row")).groups()
@@ -270,7 +270,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A part's entries where a tensor of the parameter's shape holds them: run u is entries u·width … (u+1)·width − 1.
+    """The positions of a part's entries in a tensor of the parameter's shape, as runs of equal width.
+
+    Run u covers the flat entries starts[u]·width … (starts[u]+1)·width − 1.
 
     Args:
         starts: int32 (int64 for parameters of 2^31 entries or more) [n], increasing, on the tensors' device.

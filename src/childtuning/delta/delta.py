@@ -19,11 +19,11 @@ from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError, 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What training changed: for each parameter the child's entries and their values, to overwrite the base's.
+    """The trained entries of each parameter and their values, which overwrite those of the base model.
 
-    Values, not differences, so that applying a delta is bitwise exact. What the child leaves alone is hashed for
-    every parameter, so that a delta refuses a base it was not made for; the hash of an untouched tensor is that of
-    the whole tensor. A tensor that is overwritten whole leaves nothing to verify but its shape and dtype.
+    A delta stores values, not differences, so that applying it is bitwise exact. It also stores a hash of each
+    parameter's frozen entries, so that it refuses a base it was not made for. A parameter that is overwritten
+    completely leaves nothing to verify but its shape and dtype.
 
     Args:
         parts: by parameter name, which entries; every parameter of the model is there, frozen ones with none.
@@ -32,7 +32,7 @@ class Delta:
         buffers: the model's persistent buffers (BatchNorm's running statistics), whole.
         hashes: by parameter name, sha256 of what is frozen, see ``frozen_hash``.
         base: what is known of the base model, JSON-ready: its name, its hash.
-        recipe: from what the parts can be made again instead of being stored, see ``Child``.
+        recipe: fields that reproduce the parts instead of storing them, see ``Child``.
     """
 
     parts: dict[str, Part]
@@ -96,7 +96,7 @@ class Delta:
         return sum(value.nbytes for value in (*self.values.values(), *self.buffers.values()))
 
     def check_base(self, model: nn.Module) -> None:
-        """Make sure that the delta was made for this model's weights.
+        """Check that the delta was made for this model's weights.
 
         Raises:
             BaseMismatchError: a name, shape, dtype or frozen value differs; nothing was changed.
@@ -161,10 +161,10 @@ class Delta:
         return displaced
 
     def then(self, later: Delta) -> Delta:
-        """Return the one delta that does what applying this and then ``later`` does.
+        """Return one delta equivalent to applying this one and then ``later``.
 
-        What is frozen in a parameter that both touch cannot be hashed without the base, so the result verifies its
-        base by the other parameters only.
+        The frozen entries of a parameter that both change cannot be hashed without the base, so the result verifies
+        its base by the other parameters only.
 
         Raises:
             DeltaError: they are for different models, or ``later`` was made on a base that this does not lead to.

@@ -106,9 +106,9 @@ def _absorb(digest: hashlib._Hash, tensor: Tensor) -> None:
 
 
 def frozen_hash(tensor: Tensor, trained: Tensor | None) -> str:
-    """Return the sha256 of what a child leaves alone in a tensor: dtype, shape, and the bits outside the child.
+    """Return the sha256 of a tensor's frozen content: dtype, shape, and the bits outside the child.
 
-    Training cannot change it, so it is the same before and after, with the delta applied or displaced.
+    Training does not change it, so it is the same before and after, with the delta applied or removed.
 
     Args:
         tensor: any dtype and shape.

@@ -1,7 +1,7 @@
-"""Layer 0: what only makes things faster. Whatever stands here has a definition in plain torch elsewhere.
+"""Layer 0: code that only makes things faster. Everything here has a definition in plain torch elsewhere.
 
-A path of this room says in one place what it serves (``supports``, ``fits``); everything else goes by the definition.
-``CHILDTUNING_FAST=0`` in the environment shuts the room: then nothing is served, and results are the same to rounding.
+Each fast path states in one place what it supports (``supports``, ``fits``); the definition handles the rest. With
+``CHILDTUNING_FAST=0`` in the environment the fast paths are off, and results are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -10,5 +10,5 @@ import os
 
 
 def enabled() -> bool:
-    """Tell whether the fast paths are in use."""
+    """Return whether the fast paths are in use."""
     return os.environ.get("CHILDTUNING_FAST") != "0"

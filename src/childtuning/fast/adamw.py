@@ -97,7 +97,7 @@ def masked_(members: Sequence[tuple[Member, MaskDraw]]) -> None:
 
 
 def rows_(members: Sequence[tuple[Member, Tensor]]) -> None:
-    """Update whole parameters [R, …] of which some rows have a gradient.
+    """Update whole parameters [R, …] when only some rows have a gradient.
 
     Args:
         members: a parameter, and int32 place [R]: row r has the gradient ``gradient[place[r]]``, or none if negative.
@@ -110,7 +110,7 @@ def _by_device(
     on_cpu: Callable[[Sequence[tuple[Member, _T]]], None],
     on_gpu: Callable[[Sequence[tuple[Member, _T]]], None],
 ) -> None:
-    """Run each kernel on the members of its device, and tell autograd what was written, which kernels do not."""
+    """Run each kernel on the members of its device, and bump the version counters, which kernels do not."""
     for kernel, is_cuda in ((on_gpu, True), (on_cpu, False)):
         if there := [pair for pair in members if pair[0].weight.is_cuda is is_cuda]:
             kernel(there)

@@ -1,4 +1,4 @@
-"""The backward pass of a batch: gradients arrive call by call, and each parameter is done when all of its have.
+"""The backward pass of a batch: gradients arrive call by call, and a parameter is done when all of them are in.
 
 Shapes: B examples.
 """
@@ -24,7 +24,7 @@ class EmissionError(Exception):
 
 
 class Target(NamedTuple):
-    """Whose gradients a call gives: a parameter's, or those of a shared tensor made of parameters alone."""
+    """The tensor a call gives gradients for: a parameter, or a shared tensor computed from parameters alone."""
 
     tensor: Tensor
     names: Names
@@ -72,13 +72,13 @@ class Arrivals:
         self._held: set[str] = set()  # parameters that shared tensors are made of: done at the end
 
     def fail(self, names: Iterable[str], reason: str) -> None:
-        """Give parameters up, as long as they have not been emitted."""
+        """Give up on parameters that have not been emitted yet."""
         for name in names:
             self.failed.setdefault(name, reason)
             self._parts[name] = []
 
     def expect(self, uses: Iterable[Use]) -> None:
-        """Say which gradients will arrive."""
+        """Register the gradients that will arrive."""
         for target in (target for use in uses for target in use.targets.values()):
             if target.is_parameter:
                 self._awaited[next(iter(target.names))] += 1
@@ -128,7 +128,7 @@ class Arrivals:
             raise EmissionError from error
 
     def finish(self) -> None:
-        """Take what arrived at shared tensors through the graphs that made them."""
+        """Propagate the gradients of shared tensors through the graphs that made them."""
         for name, count in self._awaited.items():
             if count:
                 self.fail((name,), "no gradient arrived at one of its calls")

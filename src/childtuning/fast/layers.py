@@ -43,7 +43,7 @@ class Leaf:
     weight: Tensor | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[type[Leaf], tuple[list[Group], Tensor]]:
-        """Copy without the weight: nobody waits for the gradient of a copied layer's leaf."""
+        """Copy without the weight: the gradient of a copied layer's leaf is not used."""
         return type(self), ([], torch.empty(0))
 
     @classmethod
@@ -54,7 +54,7 @@ class Leaf:
 
 
 class StructuredLayer(nn.Module):
-    """A layer that computes of its ``weight``'s gradient only what its ``leaf`` asks for.
+    """A layer that computes only the part of its weight's gradient that its ``leaf`` needs.
 
     A subclass says in ``compute`` what it does while it is ``in_use``; else the class that it stands in for goes on. It
     lets only ``weight.detach()`` into the graph, and gives the leaf its gradient. It has the state of the class that it
@@ -71,10 +71,10 @@ class StructuredLayer(nn.Module):
 
     @property
     def in_use(self) -> bool:
-        """Whether the module's weight is the one that this was installed for.
+        """Whether the module still has the weight that the leaf was installed for.
 
         It is not where the weight was frozen, parametrized or replaced since, in a copy of the model, or under
-        ``torch.func``'s transforms: then the gradient belongs to another tensor, as ever, or to none.
+        ``torch.func``'s transforms: then the gradient belongs to another tensor, or to none.
         """
         weight = self.leaf.weight
         return (
@@ -86,7 +86,7 @@ class StructuredLayer(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module, leaf: Leaf) -> bool:
-        """Return whether this module's options are supported; if not, it keeps its class and its dense gradient."""
+        """Return whether this module's options are supported; otherwise it keeps its class and dense gradient."""
         return True
 
 
@@ -94,13 +94,13 @@ T = TypeVar("T", bound=type[StructuredLayer])
 
 
 def register_structured(module_class: type[nn.Module] | str) -> Callable[[T], T]:
-    """Let the decorated class stand in for modules of exactly this class, in place of an earlier one.
+    """Register the decorated class as the replacement for modules of exactly this class.
 
     Subclasses do not match: they, or the modules that own them, may use the weight in a way of their own.
 
     Args:
-        module_class: the class, of which the decorated one is best a subclass; or, for a class that shall not be
-            imported, its "module.qualified name".
+        module_class: the class to replace, ideally a base class of the decorated one; or its "module.qualified name",
+            to avoid importing it.
     """
 
     def register(structured: T) -> T:
@@ -118,7 +118,7 @@ def take(tensor: Tensor, chosen: Chosen) -> Tensor:
 
 
 def join(gradients: Iterable[Tensor]) -> Tensor:
-    """Lay the groups' gradients out as the leaf is: flat, one after another."""
+    """Concatenate the groups' gradients in the layout of the leaf."""
     flat = [gradient.reshape(-1) for gradient in gradients]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 

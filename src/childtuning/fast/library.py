@@ -36,7 +36,7 @@ _ENTRIES_A_TASK = 1 << 18
 
 
 class MaskDraw(NamedTuple):
-    """A Bernoulli mask that is named, not stored.
+    """A Bernoulli mask defined by a key and a threshold; it is not stored.
 
     Args:
         key: the two words that name its stream of bits.
@@ -202,7 +202,7 @@ def parallel(work: Callable[[int], None], count: int) -> None:
 
 
 def run_tasks(name: str, tasks: NDArray, *others: int) -> None:
-    """Let every thread take tasks from a compiled kernel's table until none is left."""
+    """Run a compiled kernel: each thread takes tasks from the table until none is left."""
     assert LIBRARY is not None
     function, queue = getattr(LIBRARY, name), np.zeros(1, np.int64)
     arguments = (queue.ctypes.data, len(tasks), tasks.ctypes.data, *others)

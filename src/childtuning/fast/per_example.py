@@ -102,7 +102,7 @@ class PerExampleEngine:
     def run(
         self, size: int, batch: Inputs, example_fn: Callable[[int], Inputs], names: Iterable[str], sink: Sink
     ) -> Outcome:
-        """Give the squares of each parameter to the sink.
+        """Pass the squares of each parameter to the sink.
 
         Args:
             size: B, at least 2.
@@ -152,7 +152,7 @@ class PerExampleEngine:
 
 @contextmanager
 def _required_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let the parameters themselves require gradients, so that uses which no call shows are found in the graph."""
+    """Let the parameters require gradients, so that uses that no call shows appear in the graph."""
     parameters = list(parameters)
     try:
         for parameter in parameters:
@@ -164,7 +164,7 @@ def _required_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 class _Run(Watch):
-    """The pass of a batch. ``NotImplemented`` says that a way of making a call does not fit it."""
+    """The pass of a batch. A way of making a call returns ``NotImplemented`` if it does not apply."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class _Run(Watch):
         return out
 
     def _share(self, call: Call, out: Any, outputs: list[Tensor]) -> None:
-        """Note that what a call returned is made of parameters alone."""
+        """Mark a call's outputs as computed from parameters alone."""
         for _, seen in self.seen:
             wrong = [
                 differs(found, wanted, self.eps) for found, wanted in zip(outputs, seen.outputs, strict=True)
@@ -295,7 +295,7 @@ class _Run(Watch):
         return out
 
     def _expanded(self, call: Call, plain: Tensor) -> Any:
-        """Give each example its own copy of a shared tensor where the model expands it to the batch."""
+        """Give each example its own copy where the model expands a shared tensor to the batch."""
         known = list(self._known(call).values())
         layout = self._layout(call, plain) if call.name in _EXPANDS and len(known) == 1 else None
         if layout is None:
@@ -318,7 +318,7 @@ class _Run(Watch):
         return out
 
     def _plain(self, call: Call) -> Any:
-        """Call with shadows of the parameters, which gradients reach only where nothing better was found."""
+        """Call with copies of the parameters; they receive gradients only if no other way applied."""
         names = {id(t): self._parameters[id(t)] for t in call.tensors if id(t) in self._parameters}
         return call.make({key: self.arrivals.shadows[next(iter(name))] for key, name in names.items()})
 
@@ -339,7 +339,7 @@ class _Run(Watch):
         return Target(tensor, self.names(tensor), id(tensor) in self._parameters)
 
     def _layout(self, call: Call, out: Any) -> Layout | None:
-        """Find the axis that counts examples, and have it compared with the examples alone."""
+        """Find the axis of the examples, and schedule a comparison with the examples run alone."""
         if not isinstance(out, Tensor):
             return None
         alone = [(index, seen.outputs[0]) for index, seen in self.seen]
@@ -381,7 +381,7 @@ class _Run(Watch):
         self.uses.append(use)
 
     def release(self) -> None:
-        """Let go of the graph: what hooks hold must not hold the nodes they hang on."""
+        """Release the graph: objects held by hooks must not keep alive the nodes that hold the hooks."""
         for use in self.uses:
             use.at = None
         self.uses.clear()

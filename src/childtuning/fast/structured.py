@@ -1,7 +1,7 @@
-"""Layers that never form the dense gradient of a weight of which only some rows or tiles are trained.
+"""Layers that never form the dense gradient of a weight when only some rows or tiles are trained.
 
-``install`` gives modules of a model a class that computes of its weight's gradient only what a ``Leaf`` asks for; the
-layers themselves stand in ``fast/layers.py``. A part's ``groups()`` say what is trained: where rows meet columns.
+``install`` replaces the classes of modules by ones that compute only the part of the weight's gradient that a ``Leaf``
+describes; the layers themselves are in ``fast/layers.py``. ``Part.groups()`` gives the trained rows and columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Installed:
     Args:
         names: the parameters whose gradient now comes through their leaf. One that is also used elsewhere, as by
             ``F.linear(x, other.weight)``, has a dense ``.grad`` from there: the two add up to the gradient.
-        dense: the others; no layer of theirs is supported, and their gradient comes as ever.
+        dense: the others; none of their layers is supported, and they keep dense gradients.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Installed:
     _replaced: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def remove(self) -> None:
-        """Give every module its class back; a second call does nothing."""
+        """Restore every module's class; a second call does nothing."""
         for module, cls in self._replaced:
             module.__class__ = cls
             del module.leaf
@@ -41,7 +41,7 @@ class Installed:
 
 
 def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
-    """Let the layers that own these weights compute of their gradients only what is trained.
+    """Let the layers that own these weights compute only the trained part of their gradients.
 
     The modules stay where they are and only change their class, to a subclass, so ``isinstance``, hooks and the state
     dict are as before. The weights keep ``requires_grad``.
@@ -86,7 +86,7 @@ def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
 
 @contextmanager
 def set_aside(model: nn.Module) -> Iterator[None]:
-    """Let a model's weights have their dense gradients inside, whatever is installed."""
+    """Form dense gradients inside the context, even where structured layers are installed."""
     found = [module.leaf for module in model.modules() if isinstance(module, StructuredLayer)]
     weights = [(leaf, leaf.weight) for leaf in {id(leaf): leaf for leaf in found}.values()]
     try:
@@ -99,7 +99,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
 
 def _structured(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
-    """The class to give the module, unless its weight is a tensor subclass or hooked, or its forward was replaced."""
+    """Return the class for a module; ``None`` if its weight is a subclass or hooked, or its forward was replaced."""
     weight = module._parameters["weight"]
     if not fast.enabled():
         return None

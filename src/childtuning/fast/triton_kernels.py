@@ -171,7 +171,7 @@ def rows_kernel(
     ALIGNED: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Update whole parameters of which row r has the gradient at place[r], or none where that is negative."""
+    """Update whole parameters; row r has the gradient at place[r], or none if that is negative."""
     record = record_of(table, owners)
     start = first_entry(record, ENTRIES)
     count, width = tl.load(record + COUNT), tl.load(record + WIDTH)

@@ -1,4 +1,4 @@
-"""Squared per-example gradients by ``torch.func``: one vectorised pass for the parameters that no rule serves.
+"""Squared per-example gradients by ``torch.func``: one vectorised pass for parameters without a rule.
 
 Shapes: B examples.
 """

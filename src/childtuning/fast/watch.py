@@ -184,7 +184,7 @@ def is_in_place(function: Any) -> bool:
 
 
 class Watch(TorchFunctionMode):
-    """Sort the tensors of one forward pass into kinds, and hand over the calls that take parameters.
+    """Classify the tensors of one forward pass, and pass calls that take parameters to ``handle``.
 
     Args:
         parameters: the parameters to follow, by name.
@@ -214,7 +214,7 @@ class Watch(TorchFunctionMode):
         return mark is not None and mark[0] is self._token and not mark[1]
 
     def mark(self, tensor: Tensor, names: Names) -> None:
-        """Note that a tensor is made of these parameters alone, or, with no names, that it belongs to the examples."""
+        """Mark a tensor as computed from these parameters alone or, without names, as depending on the examples."""
         setattr(tensor, _MARK, (self._token, names))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -259,7 +259,7 @@ class Watch(TorchFunctionMode):
 
 
 class Alone(Watch):
-    """Keep what handled calls return in the pass of one example."""
+    """Record what handled calls return in the pass of one example."""
 
     def __init__(self, parameters: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> None:
         super().__init__(parameters, inputs)
@@ -281,7 +281,7 @@ class Alone(Watch):
 
 
 def forget_marks(tensors: Iterator[Tensor]) -> None:
-    """Remove what a pass noted on tensors that outlive it."""
+    """Remove the marks of a pass from tensors that outlive it."""
     for tensor in tensors:
         if hasattr(tensor, _MARK):
             delattr(tensor, _MARK)

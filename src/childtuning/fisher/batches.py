@@ -1,8 +1,8 @@
 """Take batches apart: how many examples a batch has, and one or some of them as a batch of their own.
 
 The number of examples is the first axis that all tensors agree on. Tensors without axes or of length 1 are shared, and
-so is whatever holds no tensor. A list inside the batch with one item an example, whose tensors have lengths of their
-own (ragged sequences, masks of objects), is taken apart by item.
+so is everything that is not a tensor. A list inside the batch with one item per example (ragged sequences, masks of
+objects) is split by item.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def num_examples(batch: Any) -> int:
 
 
 def _check(batch: Any, size: int, path: str, *, lists: bool) -> None:
-    """Refuse a batch in which some tensor counts something else."""
+    """Refuse a batch with a tensor whose first axis is not the examples."""
     if isinstance(batch, Tensor):
         if batch.dim() and len(batch) not in (1, size):
             raise DataError(

@@ -65,8 +65,8 @@ class PerBatch:
 class PerExample:
     """The square of each example's gradient: by the engine, by a vectorised pass, or by the loop.
 
-    ``paths`` says by parameter which way it goes: ``engine``, ``vectorised`` or ``loop``. A parameter that one way
-    could not do stays with the next. What goes through the loop is announced, once.
+    ``paths`` records the path of each parameter: ``engine``, ``vectorised`` or ``loop``. A parameter that one path
+    cannot handle moves to the next and stays there. A warning names what goes through the loop, once.
 
     Args:
         trainable: the parameters that require a gradient in the loop, scored or not.
@@ -91,7 +91,7 @@ class PerExample:
         _check_layers(model, training)
 
     def supports(self, size: int) -> bool:
-        """Tell whether a batch may go through the engine; the loss has its say when it is formed."""
+        """Return whether a batch may go through the engine; whether the loss allows it shows when it is formed."""
         return fast.enabled() and not self.training and size > 1 and self._num_misfits < _MISFITS
 
     def __call__(self, batch: Any) -> int:
@@ -109,7 +109,7 @@ class PerExample:
                 self._tell(list(self.parameters), reason)
         return size
 
-    # The ways, from the fastest
+    # The paths, fastest first
 
     def _fast(self, batch: Any, size: int) -> str | None:
         """Add the batch's terms; or return the reason, with nothing added, why that takes the loop."""
@@ -160,7 +160,7 @@ class PerExample:
         return Inputs(example_tensors(batch, size), total)
 
     def _compare(self, losses: Tensor, alone: list[tuple[int, Tensor]]) -> None:
-        """Refuse losses of examples that the rest of the batch has changed."""
+        """Refuse losses of examples that depend on the rest of the batch."""
         largest = float(losses.abs().max())
         for index, one in alone:
             found, wanted = float(losses[index]), float(one[0])
@@ -206,10 +206,10 @@ class PerExample:
     def _on(self, path: str) -> list[str]:
         return [name for name in self.parameters if self.paths[name] == path]
 
-    # What is said and refused
+    # Checks and warnings
 
     def _check_mixing(self, batch: Any, size: int) -> None:
-        """Refuse, at the first batch, a loss that a second copy of an example changes by more than its share."""
+        """Refuse, on the first batch, a loss that duplicating an example changes by more than that example's share."""
         if self._is_checked:
             return
         self._is_checked = True
@@ -259,7 +259,7 @@ class PerExample:
             )
 
     def _slack(self, loss: float) -> float:
-        """How far a loss of this size may be off by rounding."""
+        """Return how far rounding may move a loss of this size."""
         eps = max(self.engine.eps, *(torch.finfo(p.dtype).eps for p in self.parameters.values()))
         return max(1e-3, 32 * eps) * loss + 8 * eps
 
@@ -304,7 +304,7 @@ class _Alone(nn.Module):
 
 
 def not_reached() -> ParameterError:
-    """The error where no loss has a gradient."""
+    """Return the error for a loss without a gradient."""
     return ParameterError(
         "the loss does not depend on any eligible parameter. Check the eligible patterns, and that it is not detached."
     )

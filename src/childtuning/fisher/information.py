@@ -63,7 +63,7 @@ def fisher_information(
     ℓ_j = −log p(y_j | x_j; θ) is the loss of the batch that holds example j alone, as it was given: with its padding.
     All examples of a batch are differentiated in one pass where their losses are known: ``loss_fn`` returns one an
     example, or ``reduction`` says what its scalar is, or a transformers head computes the loss from its logits and the
-    labels by a formula, which is checked on every batch. TransferTask, and for parameters that no faster way serves,
+    labels by a formula, which is checked on every batch. Elsewhere, and for parameters that no faster way serves,
     examples are run one at a time, which is exact and slow, and a UserWarning says why.
 
     The pass leaves no trace: modes, gradients, flags, buffers, weights and random streams are as before. Squares are

@@ -2,8 +2,8 @@
 
     F = (1/n) Σ_j g_j²,   g_j = ∂ℓ_j/∂θ,   ℓ_j the loss of the batch that holds example j alone, as it was given
 
-Slow, and right for every differentiable model. It is what faster ways are compared with, and what runs where none of
-them applies.
+Slow, and right for every differentiable model. Tests compare the faster paths with it, and it runs where none of them
+applies.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def add_batch_squares_(
 
 @contextmanager
 def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let parameters require a gradient inside, and no longer after.
+    """Let parameters require a gradient inside the context.
 
-    Those that training would change, not only those that are scored: a reentrant checkpoint has no gradient where
-    nothing before it requires one.
+    This includes every parameter that training would change, not only the scored ones: a reentrant checkpoint passes
+    no gradient unless one of its inputs requires it.
     """
     parameters = list(parameters)
     try:
@@ -103,11 +103,11 @@ def check_finite(losses: Tensor) -> None:
 def take_gradients(
     loss: Tensor, parameters: Mapping[str, Tensor], take_fn: Callable[[str, Tensor], None]
 ) -> bool:
-    """Differentiate; each gradient is handed over as soon as it is complete and let go of before the next one is.
+    """Differentiate; pass on each gradient as soon as it is complete and free it before the next one.
 
-    Parameters that the loss does not reach are passed over. A function written in Python, such as a reentrant
-    checkpoint, may run a backward pass of its own; gradients of all leaves then add up to the end. Leaves that are not
-    among the parameters keep the ``.grad`` they had.
+    Parameters that the loss does not depend on are skipped. A function written in Python, such as a reentrant
+    checkpoint, may run a backward pass of its own; the gradients of all leaves then accumulate until the end. Leaves
+    that are not among the parameters keep their ``.grad``.
 
     Returns:
         whether there was any gradient.
@@ -141,7 +141,7 @@ def take_gradients(
 
 
 def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
-    """Return what the loss was computed from, and whether a function written in Python lies between."""
+    """Return the leaves of the loss's graph, and whether it contains a function written in Python."""
     leaves, has_own_passes = [], False
     seen, stack = set(), [loss.grad_fn]
     while stack:

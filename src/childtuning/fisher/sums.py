@@ -1,4 +1,4 @@
-"""Running sums of squares by parameter: formed in float32 where the parameter is, kept where and as what is asked."""
+"""Running sums of squares per parameter: formed in float32 on the parameter's device, stored as requested."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 class ScoreSums:
     """A running sum for each parameter.
 
-    Where it is kept as it is formed, terms are added in place. TransferTask a term is formed in a tensor of its own,
-    which lives for one parameter at a time, and then added: to bf16 by ``add_rounded_``, under the coordinates
-    (seed, name, how many terms came before).
+    Terms are added in place if the sum has the device and dtype in which squares are formed. Otherwise each term is formed
+    in a temporary tensor, one parameter at a time, and then added; to bf16 by ``add_rounded_``, under the coordinates
+    (seed, name, number of terms so far).
 
     Args:
         parameters: by name; squares are formed on their devices, in their dtypes but at least float32.

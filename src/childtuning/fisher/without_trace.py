@@ -1,4 +1,4 @@
-"""Use a model and leave no trace: modes, gradients, flags, buffers, weights and random streams are put back."""
+"""Use a model without side effects: modes, gradients, flags, buffers, weights and random states are restored."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from childtuning.fast.structured import set_aside
 
 @contextmanager
 def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put the model in one mode with no parameter requiring a gradient; put everything back after.
+    """Set the model's mode, with no parameter requiring a gradient; restore everything afterwards.
 
-    Layers that form the gradients of a child alone form whole ones inside; hooks on parameters do not run.
+    Structured layers form dense gradients inside; hooks on parameters do not run.
 
     Args:
         model: the model, whose module modes, ``requires_grad`` flags, ``.grad`` fields, buffers and weights are
@@ -57,7 +57,7 @@ def _random_streams_kept(devices: list[int]) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers: which tensors they are, and what these hold."""
+    """Restore the buffers, both the tensors and their values."""
     owners = [(module, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
@@ -73,7 +73,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """Restore modes, ``requires_grad``, ``.grad`` and hooks of parameters, all of which are off inside."""
+    """Turn off gradients, ``requires_grad`` and hooks of parameters inside; restore them and the modes after."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = list(model.parameters())
     kept = [(p, p.requires_grad, p.grad) for p in parameters]
@@ -102,7 +102,7 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _weights_kept(model: nn.Module) -> Iterator[None]:
-    """Restore embeddings that renormalise their rows in the forward pass; refuse other changes of weights."""
+    """Restore embeddings that renormalise rows in the forward pass; raise if another weight changed."""
     renormed: dict[int, tuple[str, Tensor, Tensor]] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -128,7 +128,7 @@ def _weights_kept(model: nn.Module) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Warn the caller of this room."""
+    """Warn with the stack level of the caller outside this package folder."""
     room, level, frame = str(Path(__file__).parent), 1, sys._getframe()
     while frame.f_back is not None and (
         frame.f_code.co_filename.startswith(room) or frame.f_code.co_filename.endswith("contextlib.py")

@@ -152,7 +152,7 @@ class ChildOptimizer(Optimizer):
                 check_elementwise(inner, self._options, group.options)
 
     def _lay_out(self, child: Child | TaskFree) -> list[list[Trained]]:
-        """Return what is trained of each group's parameters, and note what is frozen.
+        """Return the trained part of each group's parameters, and record what is frozen.
 
         Raises:
             ParameterError: the child does not fit, or nothing would be trained.
@@ -206,14 +206,14 @@ class ChildOptimizer(Optimizer):
         return trained
 
     def _inner_groups(self, options: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The groups that the inner optimizer is given."""
+        """Return the parameter groups of the inner optimizer."""
         return [
             {**own, "params": [t.value for t in group]}
             for own, group in zip(options, self._trained, strict=True)
         ]
 
     def _shown(self, trained: list[Trained]) -> dict[str, Any]:
-        """What a group of ours shows, by name: the tensors in whose ``.grad`` the gradients are to be found."""
+        """Return a group's visible tensors by name: those whose ``.grad`` holds the gradients."""
         shown = [(t.name, t.value if t.released else t.parameter) for t in trained]
         return {"params": shown} if shown else {"params": [], "param_names": []}
 
@@ -275,19 +275,19 @@ class ChildOptimizer(Optimizer):
         self._frozen.freeze()
 
     def observe(self) -> None:
-        """Let frozen parameters have gradients as well, for who reads them before a ``reselect``; they stay frozen."""
+        """Let frozen parameters receive gradients too, to be read before a ``reselect``; they stay frozen."""
         if self._frozen is not None:
             self._frozen.observe()
 
     def accept_weights(self) -> None:
-        """Freeze the weights as the next step finds them: call it after frozen entries were changed on purpose."""
+        """Take the current weights as the frozen ones: call it after changing frozen entries on purpose."""
         if self._frozen is not None:
             self._frozen.expect_weights(None)
 
     def remove(self) -> None:
-        """Give the model its layers, gradients and ``requires_grad`` flags back as they were.
+        """Restore the model's layers, gradients and ``requires_grad`` flags.
 
-        Call it before another optimizer takes over. What was trained stays; ``attach()`` goes on.
+        Call it before another optimizer takes over. Trained values stay; ``attach()`` resumes.
         """
         if self._changed is not None:
             self._changed.remove()
@@ -344,7 +344,7 @@ class ChildOptimizer(Optimizer):
         return loss
 
     def _check(self) -> None:
-        """Refuse what would train something else than the child, or nothing."""
+        """Raise if the step would train anything but the child, or nothing."""
         for t in chain.from_iterable(self._trained):
             t.check()
         if self._frozen is not None:
@@ -356,13 +356,13 @@ class ChildOptimizer(Optimizer):
             )
 
     def _share_options(self) -> None:
-        """Hand on what schedulers wrote into our groups."""
+        """Pass on what schedulers wrote into the outer groups."""
         for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in ours.items() if key not in ("params", "param_names")})
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip the norm of what this step will use, in place of ``torch.nn.utils.clip_grad_norm_``.
+        """Clip the norm of the gradients that this step uses; replaces ``torch.nn.utils.clip_grad_norm_``.
 
         For a fixed child that is the gradient of the child's entries alone (before the division by the density);
         for a task-free one, and under the official preset, the whole unmasked gradient, as in the paper. Where only
@@ -398,7 +398,7 @@ class ChildOptimizer(Optimizer):
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, also those that were released or formed for the child alone."""
+        """Clear all gradients, including those that were released or formed for the child alone."""
         super().zero_grad(set_to_none)
         for t in chain.from_iterable(self._trained):
             t.forget()
@@ -411,7 +411,7 @@ class ChildOptimizer(Optimizer):
 
     @property
     def structured(self) -> tuple[str, ...]:
-        """Names of the parameters whose dense gradient is not formed."""
+        """Names of the parameters without a dense gradient."""
         return tuple(t.name for t in chain.from_iterable(self._trained) if t.leaf is not None)
 
     @property
@@ -425,7 +425,7 @@ class ChildOptimizer(Optimizer):
         return sum(tensor.nbytes for tensor in held)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse groups after construction: what is trained was settled then.
+        """Refuse groups after construction.
 
         Raises:
             ParameterError: always, once the optimizer is built.
@@ -437,7 +437,7 @@ class ChildOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy all fields, gradients included, but no ``step`` that a scheduler wrapped; torch keeps three fields."""
+        """Copy all fields and gradients, but not a ``step`` wrapped by a scheduler; torch copies three fields only."""
         if self._changed is not None:
             raise ParameterError(
                 "an optimizer that takes gradients from its model's layers cannot be copied. "
@@ -448,7 +448,7 @@ class ChildOptimizer(Optimizer):
         return {**kept, "_gradients": [(t.parameter.grad, t.value.grad) for t in trained]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a copy, and the gradients, which a copied parameter has not."""
+        """Restore a copy with its gradients, which copied parameters lose."""
         gradients = state.pop("_gradients")
         super().__setstate__(state)
         for t, (dense, compact) in zip(chain.from_iterable(self._trained), gradients, strict=True):
@@ -457,7 +457,7 @@ class ChildOptimizer(Optimizer):
                 t.value.grad = compact
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return what a bitwise resume needs, by parameter name: inner state, options, master values, step, child."""
+        """Return what a bitwise resume needs, keyed by parameter name: inner state, options, masters, step, child."""
         self._share_options()
         about: dict[str, Any] = {
             "version": _STATE_VERSION,
@@ -473,7 +473,7 @@ class ChildOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """Go on from a ``state_dict``; the model's weights are loaded beside it, before or after.
+        """Resume from a ``state_dict``; load the model's weights separately, before or after.
 
         Raises:
             ParameterError: it is that of another child, or of other parameters.

@@ -1,4 +1,4 @@
-"""What a fixed child freezes: the flags, and the proof that nothing else writes into it."""
+"""The frozen entries of a fixed child: their flags, and a check that nothing writes to them."""
 
 from __future__ import annotations
 
@@ -63,25 +63,25 @@ class Frozen:
                 parameter.grad = None
 
     def observe(self) -> None:
-        """Let every parameter have a gradient; those without a trained entry stay frozen all the same."""
+        """Let every parameter receive a gradient; those without a trained entry stay frozen."""
         self._observed = True
         for parameter, _, _ in self._flags:
             parameter.requires_grad_(True)
 
     def release(self) -> None:
-        """Give the parameters the flags back that they had before."""
+        """Restore the parameters' original flags."""
         for parameter, _, flag in self._flags:
             parameter.requires_grad_(flag)
 
     def checksums(self) -> dict[str, int | None]:
-        """Return by name what the frozen entries add up to."""
+        """Return the checksum of each parameter's frozen entries."""
         return {watched.name: watched.bits for watched in self._watched}
 
     def expect_weights(self, checksums: Mapping[str, int | None] | None) -> None:
-        """Freeze the weights as the next check finds them: a resumed model gets its own loaded.
+        """Take the weights at the next check as the frozen ones, e.g. after a model is loaded.
 
         Args:
-            checksums: what they have to add up to; ``None`` where that was not saved.
+            checksums: the expected values; ``None`` if they were not saved.
         """
         for watched in self._watched:
             watched.version = -1
@@ -108,13 +108,13 @@ class Frozen:
             watched.version, watched.bits = parameter._version, bits
 
     def note(self) -> None:
-        """Count what the optimizer has written as known."""
+        """Record the optimizer's own writes as known."""
         for watched in self._watched:
             watched.version = watched.parameter._version
 
 
 def _bits(parameter: Tensor, runs: Runs | None) -> int:
-    """Add up the bits of the entries outside the child, as whole numbers weighted by their places."""
+    """Return a checksum of the entries outside the child: their bits as integers, weighted by position."""
     if not parameter.numel():
         return 0
     if parameter.is_complex():
@@ -140,5 +140,5 @@ def _bits(parameter: Tensor, runs: Runs | None) -> int:
 
 
 def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Odd numbers that differ from place to place."""
+    """Return distinct odd weights."""
     return ((torch.arange(size, device=device) * 0x9E3779B1) | 1).to(dtype)

@@ -22,7 +22,7 @@ from childtuning.optim.trained import Trained
 
 
 class Release:
-    """Takes a fixed child's gradients into ``Trained.value.grad`` and frees the dense ones.
+    """Moves a fixed child's gradients into ``Trained.value.grad`` and frees the dense ones.
 
     Args:
         trained: the partly trained parameters.
@@ -37,7 +37,7 @@ class Release:
         self.attach()
 
     def attach(self) -> None:
-        """Take gradients over from now on; a second call does nothing.
+        """Start taking gradients; a second call does nothing.
 
         Raises:
             ParameterError: another optimizer does so.
@@ -64,7 +64,7 @@ class Release:
         self.attached = True
 
     def remove(self) -> None:
-        """Let gradients be as ever; a second call does nothing."""
+        """Restore normal gradients; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -80,9 +80,9 @@ class Release:
 
 
 class DrawnRows:
-    """Draws a task-free child's rows for the coming step and lets the model's layers form their gradients alone.
+    """Draws a task-free child's rows for the next step and lets the layers form only their gradients.
 
-    The rows are drawn once a step, before its forward passes, so that accumulated batches share them.
+    Rows are drawn once per step, before its forward passes, so that accumulated batches share them.
 
     Args:
         free: the child, of rows.
@@ -114,7 +114,7 @@ class DrawnRows:
             by_name[name].leaf = leaves[name]
 
     def draw(self, step: int) -> None:
-        """Draw the rows of a step; what was formed for another is dropped."""
+        """Draw the rows of a step; gradients formed for another step are dropped."""
         for t in self._drawn:
             shape, device = t.parameter.shape, t.parameter.device
             t.rows = self._free.kept_units(t.name, shape, step).nonzero().squeeze(1).to(device)
@@ -135,27 +135,27 @@ class DrawnRows:
 
 
 def _install(owner: object, model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
-    """Install leaves that go with their owner: a model whose optimizer is deleted has its own layers back."""
+    """Install leaves that are removed when their owner is deleted."""
     installed = install(model, leaves)
     finalize(owner, installed.remove).atexit = False
     return installed
 
 
 def _in_model(model: nn.Module, trained: Sequence[Trained]) -> Mapping[str, Trained]:
-    """The trained parameters that belong to a model, by their names in it."""
+    """Return the trained parameters that belong to a model, by name."""
     by_id = {id(t.parameter): t for t in trained}
     return {name: by_id[id(p)] for name, p in model.named_parameters() if id(p) in by_id}
 
 
 class _Taker:
-    """A hook that takes a gradient over; it does not keep the optimizer's part alive."""
+    """A hook that takes a gradient; it holds only a weak reference to its optimizer."""
 
     def __init__(self, trained: Trained, *, compact: bool) -> None:
         self._trained, self._compact = ref(trained), compact
 
     @property
     def is_live(self) -> bool:
-        """Whether there still is someone to take gradients for."""
+        """Whether the optimizer still exists."""
         return self._trained() is not None
 
     def __call__(self, tensor: Tensor) -> None:
@@ -166,7 +166,7 @@ class _Taker:
 
 
 def _forget_takers(parameter: nn.Parameter) -> None:
-    """Unhook an optimizer that is gone; refuse one that is not, since the first to take a gradient leaves none."""
+    """Unhook a deleted optimizer; refuse a live one, since only one can take a gradient."""
     hooks = parameter._post_accumulate_grad_hooks or {}
     takers = {key: hook for key, hook in hooks.items() if isinstance(hook, _Taker)}
     if any(taker.is_live for taker in takers.values()):
@@ -178,7 +178,7 @@ def _forget_takers(parameter: nn.Parameter) -> None:
 
 
 def check_released(is_fixed: bool, release_gradients: bool, model: nn.Module | None) -> None:
-    """Refuse to release gradients that a step needs whole, or that several processes would have to average."""
+    """Refuse to release gradients that a step needs in full or that processes would have to average."""
     if release_gradients and not is_fixed:
         raise ConfigError(
             "release_gradients=True keeps a fixed child's entries only, but a task-free child and preset='official' "

@@ -1,4 +1,4 @@
-"""What an optimizer is given: parameters with names, in every form that torch takes, and an inner optimizer."""
+"""The arguments of an optimizer: named parameters, in every form that torch accepts, and an inner optimizer."""
 
 from __future__ import annotations
 

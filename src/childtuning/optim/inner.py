@@ -1,4 +1,4 @@
-"""What an inner optimizer is given beside torch's own: the official code's AdamW."""
+"""An inner optimizer that torch does not have: the official code's AdamW."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 def evaluated(closure: Callable[[], float] | None) -> float | None:
-    """Return the loss of a step's closure, with gradients on, or ``None`` where there is none."""
+    """Return the loss of a step's closure, with gradients enabled; ``None`` without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():

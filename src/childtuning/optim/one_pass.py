@@ -1,7 +1,7 @@
-"""Adam and AdamW through the kernels of ``fast/adamw.py``, with their state where the inner optimizer keeps it.
+"""Adam and AdamW by the kernels of ``fast/adamw.py``, with the state stored in the inner optimizer.
 
-What it serves is decided here, parameter by parameter and step by step; everything else is left to ``d_step`` and
-``f_step``, of which this is the same update to float32 rounding.
+This module decides per parameter and step whether the kernels apply; everything else goes through ``d_step`` and
+``f_step``, which compute the same update up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OnePass:
         free: TaskFree | None,
         step: int,
     ) -> tuple[list[Trained], list[Trained]]:
-        """Update what the kernels serve; return that, and what has a gradient and is not served.
+        """Update what the kernels support; return those parameters, and the other ones that have a gradient.
 
         Args:
             groups: what is trained, by parameter group.
@@ -194,7 +194,7 @@ def _places(t: Trained, rows: Tensor, *, of_all: bool = False) -> Tensor:
 
 
 def _hand_over(inner: Optimizer, options: Mapping[str, Any], t: Trained) -> None:
-    """Let the inner optimizer go on from a state of ours: its fused step reads the count on the device."""
+    """Prepare a state for the inner optimizer: its fused step needs the count on the device."""
     step = (inner.state.get(t.value) or {}).get("step")
     if options.get("fused") and isinstance(step, Tensor) and step.device != t.value.device:
         inner.state[t.value]["step"] = step.to(t.value.device)

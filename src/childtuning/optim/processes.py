@@ -1,4 +1,4 @@
-"""What the processes of a distributed training have to agree on."""
+"""Agreement between the processes of a distributed training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def num_processes() -> int:
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that writes files and prints: rank 0, or the only one."""
+    """Return whether this process writes files and prints: rank 0, or the only one."""
     if num_processes() > 1:
         return torch.distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"  # as torchrun sets it, before there is a process group
 
 
 def wait_for_all() -> None:
-    """Return when every process is here."""
+    """Wait until every process has arrived."""
     if num_processes() > 1:
         torch.distributed.barrier()
 

@@ -44,10 +44,10 @@ def state_by_name(groups: Groups, inner: Optimizer) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> None:
-    """Take over what ``state_by_name`` returned, whatever the order of parameters and groups.
+    """Load what ``state_by_name`` returned, in any order of parameters and groups.
 
     Raises:
-        ParameterError: a parameter's state is missing, is of another shape, or belongs to no parameter of ours.
+        ParameterError: a parameter's state is missing, has another shape, or belongs to an unknown parameter.
     """
     ours = {t.name: t for t in _all(groups)}
     options = {name: group for group in saved["param_groups"] for name in group["params"]}
@@ -134,7 +134,7 @@ def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) 
 def carry_over(
     old: Groups, old_inner: Optimizer, new: Groups, new_inner: Optimizer, second_moments: Mapping[str, Tensor]
 ) -> None:
-    """Give the optimizer of another fixed child the state of the entries that stay.
+    """Carry the state of entries in both children over to a new optimizer.
 
     Entries that join start as the inner optimizer's own do: at zero, as the parameter (a start, an average), at the
     learning rate (Rprop's step), or with what it sets up itself (Adagrad). Adam's second moment starts from an estimate
@@ -203,7 +203,7 @@ def _names(group: Sequence[Trained]) -> list[str]:
 
 
 def _empty(param_groups: Sequence[Mapping[str, Any]], position: int) -> Mapping[str, Any]:
-    """The options saved for a group without parameters, which has no name to be found by."""
+    """Return the options saved for a group without parameters, found by position."""
     group = param_groups[position] if position < len(param_groups) else {}
     return group if not group.get("params") else {}
 

@@ -1,4 +1,4 @@
-"""One parameter that an optimizer trains: where its entries lie, and the tensor that the inner optimizer updates."""
+"""One trained parameter: the positions of its entries, and the tensor that the inner optimizer updates."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Trained:
     # Values
 
     def empty(self) -> None:
-        """Forget master values: ``value`` is one number expanded, which equals none, until ``read`` fills it."""
+        """Drop master values: until ``read`` fills it, ``value`` is one expanded NaN."""
         if not self.is_direct:
             size = self.parameter.shape if self.runs is None else (len(self.runs),)
             one = torch.full((), float("nan"), dtype=self.dtype, device=self.parameter.device)
@@ -90,7 +90,7 @@ class Trained:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Take over what the parameter holds, keeping the precision beyond its own of what did not change."""
+        """Read the parameter's values, keeping the extra precision of unchanged entries."""
         if self.is_direct:
             return
         current = self.of(self.parameter).to(self.dtype)
@@ -118,7 +118,7 @@ class Trained:
 
     @torch.no_grad()
     def accept(self, gradient: Tensor, *, compact: bool = False) -> None:
-        """Add a gradient that the backward pass has formed, dense or compact, to what this step has so far."""
+        """Add a dense or compact gradient from the backward pass to this step's gradient."""
         taken = (gradient if compact else self.of(gradient)).to(self.dtype)
         if self.value.grad is None:
             self.value.grad = taken
@@ -126,7 +126,7 @@ class Trained:
             self.value.grad += taken
 
     def gradient(self) -> Tensor | None:
-        """Return where this step's gradient lies, unscaled and unmasked: scaling it in place scales the step's.
+        """Return this step's gradient, unscaled and unmasked; scaling it in place scales the step.
 
         It is compact where it was formed or released so (``value.grad``, or the drawn rows'), else the parameter's.
         """
@@ -148,7 +148,7 @@ class Trained:
 
     @property
     def units(self) -> Granularity:
-        """How a task-free child cuts the parameter."""
+        """The units that a task-free child draws."""
         return self.part.granularity
 
     def formed_rows(self, gradient: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Trained:
         return gradient if self.released else self.of(gradient)
 
     def forget(self) -> None:
-        """Drop gradients that lie elsewhere than in the parameter."""
+        """Drop gradients stored outside the parameter."""
         if not self.is_direct:
             self.value.grad = None
         if self.leaf is not None:

@@ -280,7 +280,7 @@ def _one_line(name: str, auto_model: str, fault: BaseException) -> str:
 def has_fast_bf16() -> bool:
     """Tell whether bf16 is native here: on the GPU, or on a CPU with AMX or AVX512-BF16.
 
-    TransferTask torch emulates it, which is slower than float32.
+    Elsewhere torch emulates it, which is slower than float32.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
