@@ -206,3 +206,29 @@ def test_real_images(name, sizes, mean):
     assert len(task.label_names) == (100 if name.startswith("cifar") else 10)
     if mean is not None:
         assert np.mean([image.mean() for image in task.train.pixels]) / 255 == pytest.approx(mean, abs=1e-4)  # type: ignore[attr-defined]
+
+
+def test_a_column_of_images(tmp_path):
+    """As the library datasets writes it."""
+    datasets = pytest.importorskip("datasets")
+    train, dev = write_image_folders(tmp_path)
+    for folder in (train, dev):
+        files = sorted(folder.rglob("*.png"))
+        columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
+        table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        table.to_parquet(tmp_path / f"{folder.name}.parquet")
+    paths = [tmp_path / f"{folder.name}.parquet" for folder in (train, dev)]
+    task = task_from_files(*paths)
+    assert (task.kind, task.label_names) == ("image-classification", ("blue", "green", "red"))
+    plain = read_images(Source(train), part="train", labelled=True)
+    table = read_images(Source(paths[0]), part="train", labelled=True)
+    assert table.labels == plain.labels
+    for index in range(len(plain)):
+        np.testing.assert_array_equal(table.array(index), plain.array(index))
+    rows = [{"image": {"bytes": b"no image", "path": None}, "label": "x"}] * 2
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match="bad.parquet row 1 is damaged or no image"):
+        task_from_files(tmp_path / "bad.parquet", paths[1])

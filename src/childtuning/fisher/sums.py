@@ -16,9 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 class ScoreSums:
     """A running sum for each parameter.
 
-    Terms are added in place if the sum has the device and dtype in which squares are formed. Otherwise each term is formed
-    in a temporary tensor, one parameter at a time, and then added; to bf16 by ``add_rounded_``, under the coordinates
-    (seed, name, number of terms so far).
+    Terms are added in place if the sum has the device and dtype in which squares are formed. Otherwise each term is
+    formed in a temporary tensor, one parameter at a time, and then added; to bf16 by ``add_rounded_``, under the
+    coordinates (seed, name, number of terms so far).
 
     Args:
         parameters: by name; squares are formed on their devices, in their dtypes but at least float32.

@@ -72,7 +72,7 @@ class ImageClassification(Kind):
 
     def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Images:
         """Read images."""
-        return read_images(source, part=part, labelled=labelled)
+        return read_images(source, part=part, labelled=labelled, label=columns.label or "label")
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return accuracy."""

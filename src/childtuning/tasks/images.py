@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from childtuning.errors import DataError
 from childtuning.tasks.examples import rows_of
-from childtuning.tasks.labels import class_name
+from childtuning.tasks.labels import class_name, convert_labels
 from childtuning.tasks.rows import Source, content_of
 from childtuning.tasks.split import Split
 
@@ -41,13 +41,13 @@ class Images(Split):
     """One split of images.
 
     Args:
-        pixels: by image its file, or a uint8 array [height, width] or [height, width, 3].
+        pixels: for each image its file, its encoded bytes, or a uint8 array [height, width] or [height, width, 3].
         labels: class names, or None for unlabelled images.
     Raises:
         DataError: not one label an image.
     """
 
-    pixels: list[Path | NDArray[np.uint8]]
+    pixels: list[Path | bytes | NDArray[np.uint8]]
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -82,22 +82,27 @@ class Images(Split):
     def array(self, index: int) -> NDArray[np.uint8]:
         """Return the pixels of one image [height, width] or [height, width, 3]."""
         image = self.pixels[index]
-        return open_image(image) if isinstance(image, Path) else image
+        return image if isinstance(image, np.ndarray) else open_image(image, self.shown(index))
 
 
-def open_image(path: Path) -> NDArray[np.uint8]:
+def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:
     """Return the pixels of an image file: grey ones as [height, width], others as [height, width, 3].
 
+    Args:
+        image: a file, or its content.
+        where: names it in errors; by default the file.
     Raises:
-        DataError: it cannot be read, naming the file.
+        DataError: it cannot be read.
     """
     pillow = _pillow()
     try:
-        with pillow.open(path) as image:
-            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as image_:
+            return np.asarray(image_.convert("L" if image_.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError) as fault:
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise DataError(f"{path} is damaged or no image ({reason[:120]}). Replace or remove it.") from None
+        raise DataError(
+            f"{where or image!s} is damaged or no image ({reason[:120]}). Replace or remove it."
+        ) from None
 
 
 def _pillow() -> Any:
@@ -117,19 +122,52 @@ def holds_images(source: Source) -> bool:
         return any(file.name.lower().endswith(_ENDINGS) for file in path.rglob("*"))
     if source.is_named(".npz"):
         return array_names(path, "train") is not None
+    if source.is_named(".parquet"):
+        return _image_column(source) is not None
     return bool(_IDX.search(path.name)) or source.is_named(*_ENDINGS)
 
 
-def read_images(source: Source, *, part: Part, labelled: bool) -> Images:
+def _image_column(source: Source) -> str | None:
+    """Return the first column with images as the library datasets stores them: {"bytes": …, "path": …}."""
+    first = source.rows[0]
+    return next(
+        (name for name, cell in first.items() if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}),
+        None,
+    )
+
+
+def _from_table(source: Source, label: str, *, labelled: bool) -> Images:
+    column = _image_column(source)
+    assert column is not None
+    source.check_columns(label if labelled else None)
+    pixels: list[Path | bytes | NDArray[np.uint8]] = []
+    for number, row in enumerate(source.rows, start=1):
+        cell = row[column]
+        content = isinstance(cell, dict) and (cell["bytes"] or cell["path"])
+        if not content:
+            raise DataError(f"{source} row {number} has no image in column {column!r}. Drop the row.")
+        image = content if isinstance(content, bytes) else Path(content)
+        open_image(image, f"{source} row {number}")  # a damaged one is found before training
+        pixels.append(image)
+    if not labelled:
+        return Images(pixels)
+    values = [row.get(label) for row in source.rows]
+    names = convert_labels(values, "class", where=str(source), column=label)
+    return Images(pixels, [str(name) for name in names])
+
+
+def read_images(source: Source, *, part: Part, labelled: bool, label: str = "label") -> Images:
     """Read one split of images.
 
     Args:
         source: a folder with a folder a class; an npz file with arrays x_train/y_train and x_test/y_test,
             or train_images/train_labels and test_images/test_labels (both splits in one file), or
-            images/labels, or x/y; or an idx file of images as MNIST's, whose labels lie beside it.
+            images/labels, or x/y; or an idx file of images as MNIST's, whose labels lie beside it; or a parquet
+            file with a column of images, as the library datasets writes it.
             Without labels also a folder of images, or one image.
         part: which split to take from a file that holds both.
         labelled: whether labels are needed.
+        label: the label column of a parquet file.
     Raises:
         DataError: what cannot be read, by name.
     """
@@ -139,6 +177,8 @@ def read_images(source: Source, *, part: Part, labelled: bool) -> Images:
         return _from_folder(path, labelled=labelled)
     if source.is_named(".npz"):
         return _from_npz(path, part, labelled=labelled)
+    if source.is_named(".parquet"):
+        return _from_table(source, label, labelled=labelled)
     if _IDX.search(path.name):
         return _from_idx(path, labelled=labelled)
     if source.is_named(*_ENDINGS) and not labelled:
@@ -212,7 +252,7 @@ def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
     return [class_name(value) for value in values.tolist()]
 
 
-def _pixels(values: NDArray[Any], where: str) -> list[Path | NDArray[np.uint8]]:
+def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.uint8]]:
     """Bring an array of images to uint8 [height, width(, 3)] each."""
     if values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3):
         values = values.transpose(0, 2, 3, 1)
