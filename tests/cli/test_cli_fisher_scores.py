@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -46,3 +47,35 @@ def test_train_takes_the_same_options_and_writes_them(childtuning, train_words, 
     assert childtuning("inspect", output, "--json", "--verify").json["verified"]["changed_outside"] == 0
     wrong = childtuning(*train_words, "--fisher-dtype", "bf16", "--output", tmp_path / "other")
     assert wrong.code == 2 and "fisher_dtype must be one of float32, bfloat16" in wrong.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--estimator", "per-example"],
+        ["--estimator", "per-batch"],
+        ["--fisher-labels", "sampled"],
+        ["--fisher-examples", 20],
+        ["--estimator", "per-batch", "--fisher-examples", 20, "--seed", 3],
+    ],
+    ids=str,
+)
+def test_score_and_train_choose_the_same_child(
+    childtuning, train_words, tiny_bert, tmp_path, options
+) -> None:
+    """Both score the same batches: padding and the order of examples decide what per-batch scores are."""
+    density = ["--density", 0.1]
+    done = childtuning(*train_words, *options, *density, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    trained = Child.load(tmp_path / "run" / "child.safetensors")
+    output = tmp_path / "scores.safetensors"
+    words = ["score", *train_words[1:9], *options, *density, "--output", output, "--json"]
+    said = childtuning(*words)
+    assert said.code == 0, said.err
+    shares = {name: part.num_trained / part.numel for name, part in trained.parts.items()}
+    assert {name: entry["share"] for name, entry in said.json["parameters"].items()} == shares
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    chosen = choose_child(
+        ChildConfig(density=0.1), model, list, always=trained.always, scores=load_file(output)
+    )
+    assert isinstance(chosen, Child) and chosen.fingerprint() == trained.fingerprint()
