@@ -210,3 +210,16 @@ def test_a_reduction_that_does_not_hold_is_refused(wrong: str) -> None:
 def test_scores_are_saved_as_a_plain_dict() -> None:
     scores = fisher_information(nn.Linear(2, 1), [(torch.ones(3, 2),)], lambda m, b: m(b[0]).squeeze(1) ** 2)
     assert type(pickle.loads(pickle.dumps(scores))) is dict
+
+
+def test_a_stated_reduction_under_dropout_is_taken_as_stated() -> None:
+    """In training mode two passes differ, so that there is nothing to compare."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    batch = (torch.randn(4, 3), torch.randn(4, 1))
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    scores = fisher_information(model, [batch], loss_fn, "mean", training=True)
+    assert all(bool(score.isfinite().all()) for score in scores.values())

@@ -87,7 +87,6 @@ class PerExample:
         self._num_misfits = 0
         self._is_told = training or not fast.enabled()
         self._is_checked = training
-        self._reduction: str | None = None  # what is stated, once the model is seen to take batches
         _check_layers(model, training)
 
     def supports(self, size: int) -> bool:
@@ -97,10 +96,9 @@ class PerExample:
     def __call__(self, batch: Any) -> int:
         """Add one term for each example."""
         size = num_examples(batch)
-        if isinstance(self.loss, UserLoss) and self.loss.reduction is not None:
+        if self.loss.reduction is not None and not self.training:
             self._check_mixing(batch, size)
-            if self._reduction is not None and size > 1:
-                self._check_reduction(batch, size, self._reduction)
+            self._check_reduction(batch, size, self.loss.reduction)
         reason = self._fast(batch, size) if self.supports(size) else ""
         if reason is not None:
             self._check_mixing(batch, size)
@@ -233,7 +231,6 @@ class PerExample:
                 f"the loss of an example is {float(one):.6g}, and that of a batch which holds it twice is "
                 f"{float(two):.6g}: the loss mixes {_MIXES}"
             )
-        self._reduction = self.loss.reduction
 
     def _check_reduction(self, batch: Any, size: int, reduction: str) -> None:
         """Compare a batch's loss with what is stated of the losses of its examples alone.
