@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.tasks.labels import check_labels, name_labels, sort_labels
+from childtuning.tasks.labels import check_labels, sort_labels
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
@@ -370,13 +370,3 @@ class Task:
         if not self.rules.has_classes:
             return None
         return {name: index for index, name in enumerate(self.label_names)}
-
-    def label_id(self, name: str) -> int:
-        """Return the id of a class name.
-
-        Raises:
-            DataError: when there is no such class.
-        """
-        if name not in self.label_names:
-            raise DataError(f"Task {self.name!r} has no label {name!r}. {name_labels(self.label_names)}")
-        return self.label_names.index(name)
