@@ -1,10 +1,10 @@
-"""Child-Tuning in a loop of Hugging Face Accelerate.
+"""Child-Tuning in a Hugging Face Accelerate training loop.
 
     python examples/accelerate_loop.py                           task-driven (D)
-    accelerate launch examples/accelerate_loop.py --task-free    task-free (F), as your accelerate is configured
+    accelerate launch examples/accelerate_loop.py --task-free    task-free (F), with your Accelerate configuration
 
-Two things differ from the plain loop: the model goes to its device before the optimizer is built, because the
-optimizer lays out its compact tensors there; and clipping asks the ChildOptimizer itself.
+Two things differ from the plain loop. The model is moved to its device before the optimizer is built, because the
+optimizer allocates its compact tensors there. And gradients are clipped by the ChildOptimizer itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from childtuning.training import load_classifier
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="model folder or hub name; left out: the packaged MiniLM")
-    parser.add_argument("--task-free", action="store_true", help="F in place of D")
+    parser.add_argument("--model", help="model folder or hub name; default: the packaged MiniLM")
+    parser.add_argument("--task-free", action="store_true", help="F instead of D")
     parser.add_argument("--density", type=float, default=0.3)
-    parser.add_argument("--max-steps", type=int, help="left out: three epochs")
+    parser.add_argument("--max-steps", type=int, help="default: three epochs")
     parser.add_argument("--output", type=Path, default=Path("runs/accelerate"))
     options = parser.parse_args()
 
@@ -40,7 +40,7 @@ def main() -> None:
     train = encode(loaded.tokenizer, task.train, max_length=64, label_ids=task.label_ids)
     dev = encode(loaded.tokenizer, task.dev, max_length=64, label_ids=task.label_ids)
 
-    # Every process scores the whole training set, before `prepare` shares it out, and so has the same child.
+    # Every process scores the whole training set before `prepare` splits it, so all have the same child.
     head = loaded.new_parameters
     if options.task_free:
         child = ct.TaskFree(options.density, seed=0, always=head)
@@ -68,7 +68,7 @@ def main() -> None:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(opt)
-                    child_opt.clip_grad_norm_(1.0)  # not accelerator.clip_grad_norm_: that sees no child
+                    child_opt.clip_grad_norm_(1.0)  # not accelerator.clip_grad_norm_, which ignores the child
                 opt.step()
                 if accelerator.sync_gradients:
                     schedule.step()

@@ -1,13 +1,13 @@
-"""A plain CNN transferred to a few images a class: ResNet-20 of CIFAR-10, and five ways to fine-tune it.
+"""Fine-tune a plain CNN, a CIFAR-10 ResNet-20, on a few images per class, in five ways.
 
     python examples/cnn.py --weights resnet20.npz --images usps.npz --per-class 10 --method child-d
 
-Child-Tuning asks for no particular library of models: any nn.Module does, with a loss function.
+Child-Tuning needs no particular model library: it works with any nn.Module and a loss function.
 
-BatchNorm keeps running statistics beside its parameters, and no optimizer knows of them. `--batch-norm updated` lets
-them follow the new images, from the first trained layer on: what lies below is frozen, statistics included.
-`--batch-norm frozen` leaves all of them as pretraining left them, so that training moves only what the child says; it
-learns more slowly where many layers are trained (docs/transfer.md). The delta holds the statistics either way.
+BatchNorm keeps running statistics besides its parameters, and optimizers do not update them. `--batch-norm updated`
+lets the statistics follow the new images, from the first trained layer on; the layers below are frozen, including
+their statistics. `--batch-norm frozen` keeps all statistics from pretraining, so that training changes only the child;
+it learns more slowly if many layers are trained (docs/transfer.md). The delta holds the statistics in both cases.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.nn import functional as F
 import childtuning as ct
 
 HEAD = ("linear.*",)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what this ResNet-20 was trained with
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the values used to pretrain this ResNet-20
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut without parameters: pixels left out, channels of zeros put in."""
+    """Two convolutions and a parameter-free shortcut that skips pixels and adds channels of zeros."""
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, num_classes)
 
     def forward(self, images: Tensor, *, start: int = 0) -> Tensor:
-        """Return the logits [B, classes] of images [B, 3, 32, 32], or of what block `start` takes."""
+        """Return the logits [B, classes] of images [B, 3, 32, 32], or of the input of block `start`."""
         x = images if start else self.stem(images)
         for block in self.blocks[start:]:
             x = block(x)
@@ -87,7 +87,7 @@ class Images(NamedTuple):
 
 
 def load_pretrained(path: Path, num_classes: int) -> ResNet20:
-    """Read the pretrained network and give it a new head, drawn from torch's random numbers."""
+    """Read the pretrained network and give it a new, randomly initialised head."""
     model = ResNet20()
     with np.load(path) as file:
         model.load_state_dict({name: torch.from_numpy(file[name]) for name in file.files})
@@ -116,7 +116,7 @@ def _network_input(x: Tensor) -> Tensor:
 
 
 def draw(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
-    """Draw the indices of so many images of each class."""
+    """Draw the indices of `per_class` images of each class."""
     order = torch.randperm(len(labels), generator=generator)
     return torch.cat([order[labels[order] == label][:per_class] for label in labels.unique()])
 
@@ -126,9 +126,9 @@ def loss_fn(model: nn.Module, batch: Images) -> Tensor:
 
 
 def to_training(model: nn.Module, batch_norm: str) -> None:
-    """Put a model into training mode; a BatchNorm layer only if its statistics are to be updated.
+    """Put a model into training mode, but a BatchNorm layer only if its statistics should be updated.
 
-    Modules are met in the order in which they run, so that the first with a trained parameter ends the frozen part.
+    Modules are visited in the order in which they run; the first one with a trained parameter ends the frozen part.
     """
     model.train()
     is_reached = False
@@ -147,7 +147,7 @@ def fit(
     batch_norm: str,
     generator: torch.Generator,
 ) -> None:
-    """Train for so many steps, with a rate that rises for a tenth of them and then falls to zero."""
+    """Train for `steps` steps, with a rate that rises for a tenth of them and then falls to zero."""
     rise = max(1, steps // 10)
     fall = max(1, steps - rise)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min((t + 1) / rise, (steps - t) / fall))
@@ -175,7 +175,7 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 
 def choose(options: argparse.Namespace, model: ResNet20, train: Images) -> ct.Child | ct.TaskFree:
-    """Say what is trained. The new head always is."""
+    """Choose what is trained. The new head always is."""
     if options.method == "child-f":
         return ct.TaskFree(options.density, options.seed, options.granularity, always=HEAD)
     if options.method == "child-d":
@@ -194,11 +194,11 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, required=True, help="npz with x_train, y_train, x_test, y_test"
     )
-    parser.add_argument("--per-class", type=int, default=10, help="training images of each class")
+    parser.add_argument("--per-class", type=int, default=10, help="training images per class")
     parser.add_argument(
         "--method", choices=["head", "last-k", "full", "child-f", "child-d"], default="child-d"
     )
-    parser.add_argument("--blocks", type=int, default=2, help="how many last blocks last-k trains, of nine")
+    parser.add_argument("--blocks", type=int, default=2, help="how many of the nine blocks last-k trains")
     parser.add_argument("--density", type=float, default=0.3, help="share of the child")
     parser.add_argument(
         "--granularity", choices=["element", "row"], default="element", help="row: output channel"
@@ -211,14 +211,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/cnn"))
     options = parser.parse_args()
 
-    # Data and model: nothing here is about Child-Tuning.
+    # Data and model: nothing here is specific to Child-Tuning.
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     pool, test = load_images(options.images)
     train = pool.of(draw(pool.y, options.per_class, generator))
     model = load_pretrained(options.weights, int(pool.y.max()) + 1)
 
-    # The child, and the optimizer. With rows, the layers form the gradients of the trained channels alone.
+    # The child and the optimizer. With rows, the layers compute only the gradients of the trained channels.
     child = choose(options, model, train)
     print(child)
     by_rows = options.method.startswith("child") and options.granularity == "row"
@@ -230,7 +230,7 @@ def main() -> None:
         model=model if by_rows else None,
     )
     fit(model, opt, train, options.steps, options.batch_size, options.batch_norm, generator)
-    opt.remove()  # the layers are torch's own again
+    opt.remove()  # restores torch's own layers
     print(f"optimizer state: {opt.num_state_bytes:,} bytes")
     print(f"accuracy {accuracy(model, test):.3f} on {len(test.y)} images")
     ct.Delta.capture(model, child, base=options.weights.stem).save(options.output)

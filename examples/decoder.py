@@ -1,10 +1,10 @@
-"""A small pretrained decoder, made a transformers model, and tuned on a text or on instructions that are made here.
+"""Convert a small pretrained decoder to transformers, and fine-tune it on a text or on generated instructions.
 
     python examples/decoder.py --weights stories260K --method child-d                      instructions
     python examples/decoder.py --weights stories260K --method lora --text input.txt.gz     a text
 
-The weights are a Llama's of 260,032 parameters that writes little stories, as llama2.c keeps them: `weights.npz`,
-`config.json` and `tokenizer.json`. `OUTPUT/model` is a model folder that everything of transformers loads. An
+The weights are those of a Llama of 260,032 parameters that writes little stories, in the layout of llama2.c:
+`weights.npz`, `config.json` and `tokenizer.json`. `OUTPUT/model` is a model folder that transformers can load. An
 instruction is a prompt and a response; only the response is learned.
 """
 
@@ -33,7 +33,7 @@ from childtuning.training import ChildTrainer
 Example = dict[str, list[int]]
 IGNORED = -100
 
-# The model: from llama2.c's names and layout to those of transformers.
+# The model: convert llama2.c's names and layout to those of transformers.
 
 
 def load_decoder(folder: Path) -> LlamaForCausalLM:
@@ -76,13 +76,14 @@ def load_decoder(folder: Path) -> LlamaForCausalLM:
 def halves(weight: Tensor, head_size: int) -> Tensor:
     """Reorder the rows of a query or key weight for rotary positions.
 
-    llama2.c turns neighbours (2i, 2i + 1) of a head by one angle, transformers the entries i and i + head_size / 2.
+    llama2.c rotates the neighbours (2i, 2i + 1) of a head by one angle, transformers the entries i and
+    i + head_size / 2.
     """
     return weight.view(-1, head_size // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Read llama2.c's byte-pair vocabulary, of which a merge's rank is that of what it makes."""
+    """Read llama2.c's byte-pair vocabulary; a merge is ranked by the score of the token that it produces."""
     about = json.loads(path.read_text(encoding="utf-8"))
     words = [word.encode("latin-1").decode("utf-8") for word in about["vocab"]]
     words[:3] = ["<unk>", "<s>", "</s>"]
@@ -116,7 +117,7 @@ OPPOSITES = {"big": "small", "happy": "sad", "hot": "cold", "fast": "slow", "old
 
 
 def make_instructions(count: int, seed: int) -> list[dict[str, str]]:
-    """Make so many different prompts with their responses, the same for a seed."""
+    """Generate `count` different prompts with their responses, determined by the seed."""
     rng = random.Random(seed)
     found: dict[str, str] = {}
     while len(found) < count:
@@ -141,7 +142,7 @@ def make_instructions(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def encode_instructions(tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, str]]) -> list[Example]:
-    """Return token ids; the prompt's labels are ignored."""
+    """Return token ids; the labels of the prompt are ignored."""
     examples = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -154,7 +155,7 @@ def encode_instructions(tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, block: int) -> list[Example]:
-    """Cut a text into blocks of so many tokens; the rest is dropped."""
+    """Cut a text into blocks of `block` tokens; the remainder is dropped."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     blocks = [ids[start : start + block] for start in range(0, len(ids) - block + 1, block)]
     return [{"input_ids": block, "labels": block} for block in blocks]
@@ -180,12 +181,12 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
-# Training and measuring.
+# Training and evaluation.
 
 
 @torch.inference_mode()
 def perplexity(model: torch.nn.Module, examples: Sequence[Example]) -> float:
-    """Return exp of the mean −log p over all labelled tokens."""
+    """Return the exponential of the mean −log p over all labelled tokens."""
     model.eval()
     total = count = 0.0
     for start in range(0, len(examples), 32):
@@ -208,7 +209,7 @@ def tune(
     output: Path,
     **child_options: Any,
 ) -> ChildTrainer:
-    """Train by a method's name, as `childtuning methods` lists them, or several joined by +."""
+    """Train with a method from `childtuning methods`, or with several combined by +."""
     set_seed(seed)
     methods = Combination.parse(method)
     prepared = methods.prepare(model, ())
@@ -246,9 +247,9 @@ def tune(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tune a small pretrained decoder.")
     parser.add_argument(
-        "--weights", type=Path, required=True, help="folder with weights.npz and its two json"
+        "--weights", type=Path, required=True, help="folder with weights.npz and its two JSON files"
     )
-    parser.add_argument("--text", type=Path, help="a text, also .gz; left out: instructions")
+    parser.add_argument("--text", type=Path, help="a text file, optionally .gz; default: instructions")
     parser.add_argument("--method", default="child-d")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=100)

@@ -1,9 +1,9 @@
-"""A method of your own: the confidence penalty, as a term of the loss that joins any other method.
+"""A custom method: the confidence penalty, a loss term that can be combined with any other method.
 
     python examples/own_method.py train --task docstrings --method child-d+confidence:0.3 --output runs/own
     python examples/own_method.py predict runs/own --text "Open a socket and wait for a reply."
 
-This is the whole command line of childtuning, which knows one method more.
+This runs the complete childtuning command line, with one additional method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ConfidencePenalty(Method):
     """Subtract β times the entropy of the predictions from the loss: L − β·H(p). [Pereyra et al. 2017]
 
     Args:
-        weight: β, above 0; the first field is what stands behind the colon in ``confidence:0.3``.
+        weight: β, above 0. As the first field, it can be given without its name: ``confidence:0.3``.
     """
 
     name = "confidence"
@@ -42,7 +42,7 @@ class ConfidencePenalty(Method):
             raise ConfigError(f"weight of 'confidence' must be above 0, got {self.weight}. Pass weight=0.1.")
 
     def loss(self, loss: Tensor, step: LossStep) -> Tensor:
-        """Add the term; ``step.weight`` is the batch's share where gradients are accumulated."""
+        """Add the term; ``step.weight`` is the batch's share of the mean when gradients are accumulated."""
         log_p = step.logits.float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1).mean()
         return loss - self.weight * step.weight * entropy

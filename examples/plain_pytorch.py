@@ -1,10 +1,10 @@
-"""Child-Tuning in a plain PyTorch loop.
+"""Child-Tuning in a plain PyTorch training loop.
 
     python examples/plain_pytorch.py               task-driven (D): a fixed child, chosen by Fisher information
     python examples/plain_pytorch.py --task-free   task-free (F): a fresh random mask at every step
 
-The task is to name the topic of a docstring of Python's standard library; the model is the packaged MiniLM, or any
-folder given with --model.
+The task is to predict the topic of a docstring from Python's standard library. The model is the packaged MiniLM, or
+any folder given with --model.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from childtuning.training import load_classifier
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="model folder or hub name; left out: the packaged MiniLM")
-    parser.add_argument("--task-free", action="store_true", help="F in place of D")
+    parser.add_argument("--model", help="model folder or hub name; default: the packaged MiniLM")
+    parser.add_argument("--task-free", action="store_true", help="F instead of D")
     parser.add_argument("--density", type=float, default=0.3)
-    parser.add_argument("--max-steps", type=int, help="left out: three epochs")
+    parser.add_argument("--max-steps", type=int, help="default: three epochs")
     parser.add_argument("--output", type=Path, default=Path("runs/plain-pytorch"))
     options = parser.parse_args()
 
-    # Data and model: nothing here is about Child-Tuning.
+    # Data and model: nothing here is specific to Child-Tuning.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = load_task("docstrings")
     loaded = load_classifier(options.model, num_labels=task.num_labels, label_names=task.label_names)
@@ -42,7 +42,7 @@ def main() -> None:
     batches = DataLoader(train, batch_sampler=sampler, collate_fn=PaddingCollator(loaded.tokenizer))
     num_steps = options.max_steps or 3 * len(batches)
 
-    # The child. The new head is always trained whole; what is chosen lies in the pretrained part.
+    # The child. The new head is always trained whole; the child is chosen from the pretrained parameters.
     head = loaded.new_parameters
     if options.task_free:
         child = ct.TaskFree(options.density, seed=0, always=head)
@@ -51,7 +51,7 @@ def main() -> None:
         child = ct.select_child(fisher, options.density, always=head)
     print(child)
 
-    # The optimizer: names, the child, and any element-wise optimizer of torch with its options.
+    # The optimizer takes named parameters, the child, and any element-wise torch optimizer with its options.
     opt = ct.ChildOptimizer(model.named_parameters(), child, torch.optim.AdamW, lr=3e-4, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(opt, int(0.1 * num_steps), num_steps)
     print(f"optimizer state: {opt.num_state_bytes:,} bytes before the first step")
@@ -63,7 +63,9 @@ def main() -> None:
         for batch in batches:
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             loss.backward()
-            opt.clip_grad_norm_(1.0)  # in place of torch.nn.utils.clip_grad_norm_: it knows what the child is
+            opt.clip_grad_norm_(
+                1.0
+            )  # instead of torch.nn.utils.clip_grad_norm_: takes the child into account
             opt.step()
             schedule.step()
             opt.zero_grad()
@@ -74,7 +76,7 @@ def main() -> None:
         if step == num_steps:
             break
 
-    # Measure.
+    # Evaluate.
     model.eval()
     num_right = 0
     with torch.inference_mode():
@@ -84,7 +86,7 @@ def main() -> None:
             num_right += int((model(**batch).logits.argmax(1) == labels).sum())
     print(f"accuracy {num_right / len(dev):.3f} on {len(dev)} examples")
 
-    # Store what was trained, apart from the model; `ct.Delta.load(folder).apply_(model)` puts it back.
+    # Save only what was trained; `ct.Delta.load(folder).apply_(model)` applies it to a base model.
     ct.Delta.capture(model, child, base=loaded.name).save(options.output)
     print(f"delta in {options.output}")
 

@@ -1,4 +1,4 @@
-"""Child-Tuning with the Hugging Face Trainer: `ChildTrainer` and one argument more.
+"""Child-Tuning with the Hugging Face Trainer: `ChildTrainer` takes one extra argument.
 
 python examples/trainer.py               task-driven (D)
 python examples/trainer.py --task-free   task-free (F)
@@ -22,10 +22,10 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="model folder or hub name; left out: the packaged MiniLM")
-    parser.add_argument("--task-free", action="store_true", help="F in place of D")
+    parser.add_argument("--model", help="model folder or hub name; default: the packaged MiniLM")
+    parser.add_argument("--task-free", action="store_true", help="F instead of D")
     parser.add_argument("--density", type=float, default=0.3)
-    parser.add_argument("--max-steps", type=int, default=-1, help="left out: three epochs")
+    parser.add_argument("--max-steps", type=int, default=-1, help="default: three epochs")
     parser.add_argument("--output", type=Path, default=Path("runs/trainer"))
     options = parser.parse_args()
 
@@ -41,7 +41,7 @@ def main() -> None:
             learning_rate=3e-4,
             weight_decay=0.01,
             warmup_steps=0.1,  # below 1: a share of the steps
-            save_strategy="epoch",  # `trainer.train(resume_from_checkpoint=True)` goes on from the last
+            save_strategy="epoch",  # `trainer.train(resume_from_checkpoint=True)` continues from it
             save_total_limit=1,
             logging_steps=10,
             report_to="none",

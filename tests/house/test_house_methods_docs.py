@@ -14,7 +14,7 @@ import pytest
 from childtuning.errors import ConfigError
 from childtuning.methods import Combination
 
-SECTIONS = ("Beside the reference code", "Options", "Saved and merged", "Cost", "When to use it")
+SECTIONS = ("Differences from the reference code", "Options", "Saved and merged", "Cost", "When to use it")
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_every_command_is_shown() -> None:
     assert "command" not in both.comparison
     for text in (html_page(both), markdown_tables(both), latex_tables(both)):
         assert all(command in text for command in typed)
-    assert "Each command goes on" in html_page(both)
+    assert "Each command continues" in html_page(both)
 
 
 def test_settings_in_which_they_differ_are_left_out() -> None:

@@ -116,13 +116,16 @@ def test_the_headline_claims_no_more_than_the_runs_show() -> None:
     (few,) = findings({"full": 0.6, "child-d": 0.7}, 3)
     assert few.endswith("0.100 above full: no clear difference, p = 0.250.")
     (single,) = findings({"full": 0.6, "child-d": 0.7}, 1)
-    assert single.endswith("0.100 above full: one common seed is no test.")
+    assert single.endswith("0.100 above full: one common seed is not enough for a test.")
     (best,) = findings({"full": 0.7, "child-d": 0.6}, 8)
     assert best.endswith(", the baseline; every other method is significantly worse.")
     (near,) = findings({"full": 0.7, "child-d": 0.6}, 3)
     assert near.endswith(", the baseline; none is significantly better.")
     (collapsed,) = findings({"full": 0.5, "child-d": 0.4}, 3)
-    assert collapsed == "rte every run collapsed: none is better than always giving the most frequent answer."
+    assert (
+        collapsed
+        == "rte every run collapsed: none is better than always predicting the most frequent answer."
+    )
 
 
 def test_a_choice_at_the_end_of_what_was_tried_is_marked() -> None:

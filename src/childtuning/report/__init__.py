@@ -1,4 +1,4 @@
-"""Layer 5: what a comparison found: a page to read, tables for a paper, and JSON."""
+"""Layer 6: report a comparison as a page, as tables for a paper, and as JSON."""
 
 from childtuning.report.joining import joined
 from childtuning.report.page import html_page

@@ -1,4 +1,4 @@
-"""`Evidence`: a comparison's records in the order and grouping in which every part of a report shows them."""
+"""`Evidence`: a comparison's records, ordered and grouped as every part of a report shows them."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Result:
-    """A method in a setting: the row of the table, and the runs behind it."""
+    """A method in a setting: its table row, and the runs behind it."""
 
     row: Row
     choice: Choice
 
     @property
     def method(self) -> str:
-        """As typed."""
+        """The method as the user wrote it."""
         return self.row.group.method
 
     @property
     def sign(self) -> int:
-        """+1 or -1: significantly better or worse than the baseline; else 0."""
+        """+1 or -1 if significantly better or worse than the baseline, else 0."""
         return significance(self.row.paired, self.row.p_corrected, self.row.metric)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where methods are compared: one task, at one size, from one start.
+    """A setting in which methods are compared: one task, one training size, one starting model.
 
     Attributes:
         task, train_size, start: as in ``Group``.
-        results: the best first; those without a mean last.
+        results: best first; those without a mean last.
         label: the setting in words.
     """
 
@@ -59,13 +59,13 @@ class Setting:
 
     @property
     def scores(self) -> list[float]:
-        """Every number that a chart of its scores has to hold: of the runs, and the ends of intervals."""
+        """All numbers that a chart of the scores must include: the runs' scores and the ends of intervals."""
         scores = [score for result in self.results for score in result.row.scores.values()]
         return scores + [end for result in self.results for end in result.row.description.interval or ()]
 
     @property
     def examples(self) -> int:
-        """How many training examples its runs had."""
+        """The number of training examples of its runs."""
         if self.train_size is not None:
             return self.train_size
         return max(record.result["train_examples"] for one in self.results for record in one.choice.records)  # type: ignore[index]
@@ -76,8 +76,8 @@ class Across:
     """Methods over several tasks.
 
     Attributes:
-        averages: the best first; methods without a mean are left out.
-        settings: the tasks that are averaged.
+        averages: best first; methods without a mean are left out.
+        settings: the averaged tasks.
         label: what is averaged, in words.
     """
 
@@ -94,7 +94,7 @@ class Evidence:
     """What a report shows.
 
     Args:
-        recorded: all that a store holds.
+        recorded: the contents of a store.
     """
 
     def __init__(self, recorded: Recorded) -> None:
@@ -108,19 +108,19 @@ class Evidence:
 
     @cached_property
     def methods(self) -> list[str]:
-        """All methods: the baseline first, then as they were asked for."""
+        """All methods: the baseline first, then in the order requested."""
         asked = [*filter(None, [self.baseline]), *(self.comparison.get("methods") or [])]
         present = dict.fromkeys(record.group.method for record in self.records)
         return [*(m for m in dict.fromkeys(asked) if m in present), *(m for m in present if m not in asked)]
 
     @cached_property
     def tasks(self) -> list[str]:
-        """All tasks that were trained on, in order of appearance."""
+        """All training tasks, in order of appearance."""
         return list(dict.fromkeys(record.group.task for record in self.records))
 
     @cached_property
     def count(self) -> Counter[str]:
-        """How many runs are in each state, and how many have ``collapsed``."""
+        """The number of runs in each state, and of those that ``collapsed``."""
         states = Counter[str](record.state for record in self.records)
         states["collapsed"] = sum(record.collapsed for record in self.records)
         return states
@@ -132,17 +132,17 @@ class Evidence:
 
     @cached_property
     def choices(self) -> list[Choice]:
-        """The hyperparameters and runs that each method is reported with."""
+        """The hyperparameters and runs reported for each method."""
         return choose(self.records, range(self.comparison.get("tune_seeds") or 1))
 
     @cached_property
     def rows(self) -> list[Row]:
-        """A row of statistics for every choice, in the same order."""
+        """One row of statistics per choice, in the same order."""
         return summarize(self.choices, self.baseline)
 
     @cached_property
     def across(self) -> list[Across]:
-        """The methods over several tasks, for every size and start at which there is something to compare."""
+        """The methods across tasks, for every size and start with at least two methods to compare."""
         found: dict[tuple[int | None, str | None], list[Average]] = {}
         for average in across_tasks(self.rows, self.baseline):
             if len(average.tasks) > 1 and average.mean is not None:
@@ -164,7 +164,7 @@ class Evidence:
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """All settings: by task, the largest training set first, the base model before other starts."""
+        """All settings: by task, with the largest training set first and the base model before other starts."""
         found: dict[tuple[str, int | None, str | None], list[Result]] = {}
         for row, choice in zip(self.rows, self.choices, strict=True):
             place = (row.group.task, row.group.train_size, row.group.start)
@@ -185,21 +185,21 @@ class Evidence:
 
     @cached_property
     def ranked(self) -> list[Setting]:
-        """The settings in which there is something to rank; transfers of one method alone are in a matrix."""
+        """The settings with something to rank; transfers of a single method appear in a matrix instead."""
         return [setting for setting in self.settings if setting.start is None or len(setting.results) > 1]
 
     @cached_property
     def main(self) -> list[Setting]:
-        """The first of ``ranked`` for every task: all examples, or the most that there were."""
+        """The first of ``ranked`` for every task: the one with the most training examples."""
         return list({setting.task: setting for setting in reversed(self.ranked)}.values())[::-1]
 
     def group_label(self, group: Group) -> str:
-        """Return where a run belongs, the method left out."""
+        """Return a label for a run's group, without the method."""
         return _label(group.task, group.train_size, group.start, self._several_sizes)
 
 
 def significance(paired: Paired | None, p_corrected: float | None, metric: str | None) -> int:
-    """Return +1 or -1 where a method is better or worse than the baseline at 5 % after Holm's correction, else 0."""
+    """Return +1 or -1 if a method is better or worse than the baseline at 5 % after Holm's correction, else 0."""
     if paired is None or p_corrected is None or p_corrected >= SIGNIFICANT or not paired.difference:
         return 0
     return 1 if (paired.difference > 0) != lower_is_better(metric) else -1

@@ -1,4 +1,4 @@
-"""Several comparisons as one: tasks that were compared apart, or on several machines."""
+"""Join several comparisons into one: tasks that were compared separately, or on several machines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _UNITED = ("tasks", "methods", "train_sizes", "transfer_to")
 
 
 def joined(parts: Mapping[str, Recorded]) -> Recorded:
-    """Return everything that several stores hold, each method on a task from one of them.
+    """Return the contents of several stores as one; each method on a task comes from a single store.
 
-    Settings and facts of the environment in which they differ are left out, their commands kept.
+    Settings and environment facts that differ are left out; all commands are kept.
 
     Args:
-        parts: the stores' contents, by a name for messages; at least one.
+        parts: the stores' contents, keyed by a name for error messages; at least one.
     Raises:
-        ConfigError: they compare in different ways, or two of them hold the same.
+        ConfigError: the comparisons follow different rules, or two of them contain the same results.
     """
     for (first, one), (second, other) in combinations(parts.items(), 2):
         _check(first, one, second, other)
@@ -42,7 +42,7 @@ def joined(parts: Mapping[str, Recorded]) -> Recorded:
 
 
 def commands(comparison: Mapping[str, Any]) -> list[str]:
-    """Return what was typed to ask for a comparison, or for those that were joined."""
+    """Return the command of a comparison, or of each joined comparison."""
     return [*filter(None, comparison.get("commands") or [comparison.get("command")])]
 
 
@@ -67,7 +67,7 @@ def _check(first: str, one: Recorded, second: str, other: Recorded) -> None:
 
 
 def _rules(recorded: Recorded) -> dict[str, Any]:
-    """What has to be the same, for scores to be beside one another."""
+    """What must be the same for scores to be comparable."""
     asked = recorded.comparison
     return {
         "baseline": asked.get("baseline") or next(iter(asked.get("methods") or ()), None),
@@ -86,7 +86,7 @@ def _united(name: str, contents: list[Recorded]) -> list[Any]:
 
 
 def _common(contents: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all of them say alike, by key."""
+    """The keys whose values are the same in all of them."""
     first, *others = contents
     found: dict[str, Any] = {}
     for key, value in first.items():

@@ -1,4 +1,4 @@
-"""HTML and SVG elements as text in which everything that is not an element is escaped."""
+"""HTML and SVG elements as text; everything that is not an element is escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Child = Any  # an element, text, a number, None for nothing, or any number of th
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that already is markup."""
 
     __slots__ = ()
 
@@ -22,9 +22,10 @@ def el(tag: str, /, *children: Child, **attributes: Any) -> Markup:
 
     Args:
         tag: its name.
-        children: elements as they are; anything else is text and escaped; ``None`` is left out; lists are flattened.
-        attributes: ``None`` and ``False`` are left out, ``True`` stands without a value; ``class_`` is ``class``, and
-            ``_`` in a name is ``-``.
+        children: elements are kept as they are, anything else is escaped text, ``None`` is left out, and lists are
+            flattened.
+        attributes: ``None`` and ``False`` are left out, ``True`` gives an attribute without a value; ``class_`` becomes
+            ``class``, and ``_`` in a name becomes ``-``.
     """
     words = [tag]
     for key, value in attributes.items():
@@ -39,7 +40,7 @@ def el(tag: str, /, *children: Child, **attributes: Any) -> Markup:
 
 
 def join(children: Iterable[Child]) -> Markup:
-    """Return elements and texts behind each other."""
+    """Return elements and texts, concatenated."""
     return Markup("".join(_texts(children)))
 
 

@@ -1,4 +1,4 @@
-"""How a method is told from the others: one colour and one shape, the same in every chart of a page."""
+"""The marks of methods: each has one colour and one shape, the same in every chart of a page."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class MethodMarks:
     """Colours and shapes for methods.
 
     Args:
-        methods: in order; with more than 36 beside the baseline they come again.
-        baseline: has the neutral grey; ``None`` for none.
+        methods: in order; with more than 36 besides the baseline, marks repeat.
+        baseline: gets the neutral grey; ``None`` for none.
     """
 
     def __init__(self, methods: Sequence[str], baseline: str | None) -> None:
@@ -40,7 +40,7 @@ class MethodMarks:
             self._colours[baseline], self._shapes[baseline] = 0, names[0]
 
     def place(self, method: str) -> int:
-        """Return the method's number, which its marks carry as ``data-m``."""
+        """Return the method's number, used as ``data-m`` of its marks."""
         return self._places[method]
 
     def colour(self, method: str) -> str:
@@ -52,14 +52,14 @@ class MethodMarks:
         return f"#mark-{self._shapes[method]}"
 
     def swatch(self, method: str) -> Markup:
-        """Return the mark as it stands beside a name."""
+        """Return the mark shown beside a name."""
         use = el("use", href=self.shape(method), class_="mean")
         return el(
             "svg", use, class_=f"swatch {self.colour(method)}", viewBox="-8 -8 16 16", aria_hidden="true"
         )
 
     def group(self, method: str, *drawn: Any) -> Markup:
-        """Return what a chart draws of a method."""
+        """Return the group of a method's elements in a chart."""
         return el("g", drawn, class_=self.colour(method), data_m=self.place(method))
 
     def named(self, method: str) -> Markup:
@@ -68,7 +68,7 @@ class MethodMarks:
         return el("span", self.swatch(method), el("span", method, class_=name), class_="method")
 
     def key(self, shown: Sequence[str]) -> Markup:
-        """Return the key of a chart; its entries bring their method forward."""
+        """Return the legend of a chart; its entries highlight their method."""
         entries = [
             el(
                 "li",
@@ -87,6 +87,6 @@ class MethodMarks:
 
 
 def symbols() -> Markup:
-    """Return the shapes, once for a page."""
+    """Return the definitions of the shapes, needed once per page."""
     paths = [el("path", id=f"mark-{name}", d=d) for name, d in SHAPES.items()]
     return el("svg", el("defs", paths), width=0, height=0, class_="symbols", aria_hidden="true")

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Format numbers for readers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def interval(ends: tuple[float, float] | None, write_fn: Callable[[float], str] 
 
 
 def p_value(value: float | None) -> str:
-    """Return a p value; small ones as a bound."""
+    """Return a p value; small values as a bound."""
     if missing(value):
         return NOTHING
     return "< 0.001" if value < 0.001 else f"{value:.3f}"  # type: ignore[operator]
 
 
 def si(value: float | None, unit: str = "", *, trim: bool = False) -> str:
-    """Return three digits with a prefix of the unit: ``22.7 M``, ``1.80 GB``; ``trim`` takes zeros off the end."""
+    """Return three digits with an SI prefix: ``22.7 M``, ``1.80 GB``; ``trim`` drops trailing zeros."""
     if missing(value):
         return NOTHING
     if value == 0:
@@ -49,7 +49,7 @@ def si(value: float | None, unit: str = "", *, trim: bool = False) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return a time in the unit that suits it: ``42.0 s``, ``3.50 min``, ``2.10 h``."""
+    """Return a duration in a suitable unit: ``42.0 s``, ``3.50 min``, ``2.10 h``."""
     if missing(seconds):
         return NOTHING
     step, unit = time_unit(seconds)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def duration(seconds: float | None) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Return how many seconds the unit has that suits a time, and its name."""
+    """Return the seconds per suitable unit for a duration, and the unit's name."""
     for step, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 1.5 * step:
             return step, unit
@@ -65,7 +65,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def share(value: float | None) -> str:
-    """Return a share in percent, with as many digits as tell it from none and from all."""
+    """Return a share in per cent, with enough digits to distinguish it from none and from all."""
     if missing(value):
         return NOTHING
     percent = 100 * value  # type: ignore[operator]
@@ -82,7 +82,7 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def option(value: Any) -> str:
-    """Return a hyperparameter's value as it is typed."""
+    """Return a hyperparameter's value as a user writes it."""
     if not isinstance(value, float):
         return str(value)
     text = f"{value:g}"
@@ -90,14 +90,14 @@ def option(value: Any) -> str:
 
 
 def point(values: Mapping[str, Any], marked: Collection[str] = ()) -> str:
-    """Return hyperparameters in a few words, those that are marked with a dagger."""
+    """Return hyperparameters as a short phrase; those in ``marked`` get a dagger."""
     return ", ".join(
         f"{name} {option(value)}{'†' if name in marked else ''}" for name, value in values.items()
     )
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return names as a phrase: ``a, b and c``; of more than ``most``, how many others there are."""
+    """Return names as a phrase: ``a, b and c``; beyond ``most`` names, the number of others."""
     if len(names) > most:
         return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

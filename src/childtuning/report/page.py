@@ -1,4 +1,4 @@
-"""One self-contained page: it opens from a file, asks no network, and prints."""
+"""A self-contained HTML page that can be opened from disk without a network, and printed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from childtuning.report.method_marks import MethodMarks, symbols
 from childtuning.report.sections import SECTIONS
 from childtuning.report.sections.headline import headline, title
 
-# Whatever stands in a name or an error: the page loads nothing and sends nothing.
+# The page loads nothing and sends nothing, whatever a name or an error message contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -19,7 +19,7 @@ def html_page(recorded: Recorded) -> str:
     """Return a report as one HTML file.
 
     Args:
-        recorded: all that a store holds; parts with nothing to show are left out.
+        recorded: the contents of a store; parts with nothing to show are left out.
     """
     evidence = Evidence(recorded)
     marks = MethodMarks(evidence.methods, evidence.baseline)

@@ -1,4 +1,4 @@
-"""Read a comparison from a store, or from the JSON that one exports."""
+"""Read a comparison from a store or from its JSON export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SQLITE = b"SQLite format 3\x00"
 
 
 def read_recorded(path: str | Path) -> Recorded:
-    """Return all that is recorded.
+    """Return everything that was recorded.
 
     Args:
         path: a store's file, or its export.

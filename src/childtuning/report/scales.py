@@ -1,4 +1,4 @@
-"""From numbers to places on an axis, and the numbers that are written beside it."""
+"""Map numbers to positions on an axis, and choose the ticks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Scale:
 
     Attributes:
         low, high: the numbers at its ends, ``low < high``.
-        log: equal ratios are equally far apart.
-        ticks: the numbers that are written.
-        format_fn: how.
+        log: logarithmic, so that equal ratios have equal distances.
+        ticks: the labelled numbers.
+        format_fn: formats a tick.
         title: what is measured.
     """
 
@@ -35,11 +35,11 @@ class Scale:
         return (self._bent(value) - low) / (high - low)
 
     def percent(self, value: float) -> str:
-        """Return the same as SVG takes it across a fluid width."""
+        """Return the same as a percentage, for SVG of variable width."""
         return f"{100 * self.share(value):.4g}%"
 
     def times(self, factor: float) -> Scale:
-        """Return the same axis, with the same text, for numbers that are so many times larger."""
+        """Return the same axis, with the same labels, for numbers that are ``factor`` times larger."""
         format_fn = self.format_fn
         return replace(
             self,
@@ -62,15 +62,15 @@ def fit(
     most_ticks: int = 5,
     margin: float = 0.04,
 ) -> Scale:
-    """Return an axis that holds all numbers.
+    """Return an axis that contains all numbers.
 
     Args:
-        values: what is drawn; those that are not finite are passed over.
+        values: the drawn values; those that are not finite are ignored.
         title: what is measured.
-        format_fn: writes a tick; ``None``: with as many decimals as tell neighbours apart.
-        log: logarithmic; then the numbers are above 0.
-        most_ticks: how many there is room for.
-        margin: free share of the axis at both ends.
+        format_fn: formats a tick; ``None``: use enough decimals to distinguish neighbouring ticks.
+        log: logarithmic; all numbers must then be above 0.
+        most_ticks: the maximum number of ticks.
+        margin: share of the axis left free at each end.
     """
     known = [value for value in values if math.isfinite(value)] or [1.0]
     low, high = min(known), max(known)

@@ -18,7 +18,7 @@ class Section:
     Attributes:
         id: what links point to.
         title: its heading.
-        short: what the navigation calls it.
+        short: its name in the navigation.
         lead: what it shows, in a sentence or two.
         content: figures and tables.
     """
@@ -36,5 +36,5 @@ class Section:
         return el("section", heading, lead, self.content, id=self.id, aria_label=self.title)
 
 
-# A file of sections/ has one of these; ``None`` where there is nothing to show.
+# Each file of sections/ has one of these; it returns ``None`` if there is nothing to show.
 MakeSection = Callable[[Evidence, MethodMarks], Section | None]

@@ -1,4 +1,4 @@
-"""The ranking as text: tables of Markdown and of LaTeX, and everything as JSON."""
+"""The ranking as Markdown and LaTeX tables, and the complete data as JSON."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Table:
     Attributes:
         title: what it shows.
         columns, rows: headers and cells; the first column is text, the others numbers.
-        best: the row that is set in bold; ``None`` for none.
+        best: the row in bold; ``None`` for none.
     """
 
     title: str
@@ -61,7 +61,7 @@ def markdown_tables(recorded: Recorded) -> str:
 
 
 def latex_tables(recorded: Recorded) -> str:
-    """Return the same as LaTeX, for the packages booktabs and amssymb."""
+    """Return the same as LaTeX, which needs the packages booktabs and amssymb."""
     head = "% needs \\usepackage{booktabs,amssymb}\n"
     evidence = Evidence(recorded)
     comments = "".join(f"% {' '.join(note.split())}\n" for note in [_note(evidence), *evidence.commands])
@@ -69,7 +69,7 @@ def latex_tables(recorded: Recorded) -> str:
 
 
 def json_content(recorded: Recorded) -> dict[str, Any]:
-    """Return a store's export, and in ``summary`` the statistics of the ranking."""
+    """Return a store's export, with the statistics of the ranking in ``summary``."""
     evidence = Evidence(recorded)
     averages = [average.to_dict() for across in evidence.across for average in across.averages]
     return {
@@ -168,7 +168,7 @@ def _markdown_row(cells: Sequence[str], *, plain: bool = True) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape what Markdown would take for markup."""
+    """Escape characters that Markdown would read as markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""The command that does a recorded run again."""
+"""The command that repeats a recorded run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from childtuning.runs.config import RunConfig
 
 _DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
-# Options that are on or off: the words for each; None where there are none, since it is the default.
+# On/off options: the flag for each value; None if no flag is needed because the value is the default.
 _SWITCHES: Mapping[str, Mapping[bool, str | None]] = {
     "rescale": {True: "--rescale", False: "--no-rescale"},
     "release_gradients": {True: "--release-gradients", False: "--keep-gradients"},
@@ -19,7 +19,7 @@ _SWITCHES: Mapping[str, Mapping[bool, str | None]] = {
 
 
 def train_words(config: Mapping[str, Any]) -> str:
-    """Return the options of ``childtuning train`` for a run, quoted for a shell; those at a default are left out."""
+    """Return the options of ``childtuning train`` for a run, quoted for a shell, without those at their default."""
     words: list[str] = []
     for name, value in config.items():
         if value is None or value == _DEFAULTS.get(name):

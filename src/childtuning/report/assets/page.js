@@ -2,7 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 
-// What a mark is, beside the pointer.
+// A tooltip that describes a mark, beside the pointer.
 {
   const tip = byId("tip");
   const hide = () => { tip.hidden = true; };
@@ -20,7 +20,7 @@ const byId = (id) => document.getElementById(id);
   document.addEventListener("scroll", hide, { passive: true, capture: true });
 }
 
-// One method before the others, in all charts.
+// Highlight one method in all charts.
 {
   const style = document.head.appendChild(document.createElement("style"));
   let kept = null;
@@ -40,7 +40,7 @@ const byId = (id) => document.getElementById(id);
   }
 }
 
-// The table of runs: sorting, filtering, and showing the first rows until all are asked for.
+// The table of runs: sort, filter, and show the first rows until the reader asks for all.
 const runs = byId("runs-table") && (() => {
   const table = byId("runs-table");
   const body = table.tBodies[0];
@@ -107,7 +107,7 @@ const runs = byId("runs-table") && (() => {
   return { setTask(name) { task = name; update(); } };
 })();
 
-// One task alone.
+// Show a single task.
 byId("task")?.addEventListener("change", (event) => {
   const task = event.target.value;
   for (const part of document.querySelectorAll(":is(figure, details, .findings li)[data-task]")) {
@@ -116,7 +116,7 @@ byId("task")?.addEventListener("change", (event) => {
   runs?.setTask(task);
 });
 
-// A run: its configuration and the command that does it again.
+// A run: its configuration and the command that repeats it.
 {
   const dialog = byId("run-dialog");
   const data = dialog && JSON.parse(byId("runs-data").textContent);
@@ -146,7 +146,7 @@ byId("task")?.addEventListener("change", (event) => {
     for (const [title, content] of [["Error", run.error], ["Scores", run.metrics], ["Finished", run.finished]]) {
       if (content) body.append(piece(title, content, "command-less"));
     }
-    body.append(piece("To do it again", words.join(" "), "command"), piece("Configuration", toml, "config"));
+    body.append(piece("Command to repeat it", words.join(" "), "command"), piece("Configuration", toml, "config"));
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
   };

@@ -1,1 +1,1 @@
-"""Charts as SVG with fluid widths: places across are percentages, so that text keeps its size on a phone."""
+"""SVG charts of variable width: horizontal positions are percentages, so text keeps its size on a phone."""

@@ -1,4 +1,4 @@
-"""Axes, and what is drawn between them."""
+"""Axes, and the elements drawn between them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from childtuning.report.scales import Scale
 
 HEIGHT = 220  # pixels
 _CURVE_WIDTH = 1000  # curves are drawn to this width and stretched
-_DIGIT = 6.6  # pixels of a tick's character
+_DIGIT = 6.6  # pixels per character of a tick label
 
 
 @dataclass(frozen=True)
 class Axes:
-    """A pair of scales with room for marks: ``HEIGHT`` pixels high, as wide as the page gives.
+    """A pair of scales with room for marks: ``HEIGHT`` pixels high, as wide as the page allows.
 
     Attributes:
         x, y: the scales.
@@ -28,7 +28,7 @@ class Axes:
     height: int = HEIGHT
 
     def top(self, value: float) -> str:
-        """Return the place of a number of the y axis, in pixels."""
+        """Return the position of a number on the y axis, in pixels."""
         return f"{self.height * (1 - self.y.share(value)):.5g}"
 
     def point(
@@ -42,12 +42,12 @@ class Axes:
         return el("use", class_="mean", href=shape, x=self.x.percent(x), y=self.top(y), data_tip=tip)
 
     def upright(self, x: float, low: float, high: float, class_: str = "interval") -> Markup:
-        """Return a line from one number of the y axis to another."""
+        """Return a vertical line from one number on the y axis to another."""
         at = self.x.percent(x)
         return el("line", class_=class_, x1=at, x2=at, y1=self.top(low), y2=self.top(high))
 
     def curves(self, lines: Iterable[tuple[str, Sequence[tuple[float, float]]]]) -> Markup:
-        """Return curves: for each its class and its points."""
+        """Return curves, each given by its class and its points."""
         paths = [el("path", class_=class_, d=self._path(points)) for class_, points in lines]
         return el(
             "svg",
@@ -65,7 +65,7 @@ class Axes:
 
         Args:
             marks: what is drawn between the axes.
-            label: the chart in words, for those who do not see it.
+            label: the chart in words, for screen readers.
         """
         left = 14 + _DIGIT * max((len(self.y.format_fn(tick)) for tick in self.y.ticks), default=0)
         svg = el("svg", self._grid(), marks, role="img", aria_label=label, width="100%", height=self.height)

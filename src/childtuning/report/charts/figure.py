@@ -1,4 +1,4 @@
-"""A chart with its title, its name for those who do not see it, and its numbers."""
+"""A chart with its title, its label for screen readers, and its numbers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def figure(
     Args:
         title: in a few words.
         drawing: a chart or table.
-        note: what is to be known to read it.
-        data: its numbers as a table, folded.
-        task: the task it belongs to, by which a reader may choose.
+        note: what a reader needs to know to read it.
+        data: its numbers as a table, collapsed.
+        task: the task it belongs to, for the reader's choice of a task.
         kind: a class, for its width.
     """
     caption = el("figcaption", el("b", title), el("span", note) if note else None)
@@ -56,12 +56,12 @@ def data_table(
 
 
 def scrolling(content: Markup, label: str) -> Markup:
-    """Return wide content in a box of its own that scrolls sideways, so that the page does not."""
+    """Return wide content in a box that scrolls sideways, so that the page does not have to."""
     return el("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
 def grid(figures: Sequence[Markup]) -> Markup:
-    """Return figures side by side, as many as there is room for."""
+    """Return figures side by side, as many as fit."""
     return el("div", figures, class_="figures")
 
 

@@ -13,7 +13,7 @@ from childtuning.report.method_marks import LONG, MethodMarks
 from childtuning.report.scales import Scale, fit
 
 _HEIGHT = 34
-_OFFSETS = (0, -6, 6, -3, 3, -9, 9)  # dots of equal scores do not hide each other
+_OFFSETS = (0, -6, 6, -3, 3, -9, 9)  # so that dots of equal scores do not hide each other
 _VERDICTS = {1: ("better", "better"), -1: ("worse", "worse"), 0: ("open", "no clear difference")}
 
 
@@ -22,8 +22,8 @@ def forest(setting: Setting, marks: MethodMarks, baseline: str | None) -> Markup
 
     Args:
         setting: what is ranked.
-        marks: of the methods.
-        baseline: whose mean the others are held against.
+        marks: the marks of the methods.
+        baseline: the method whose mean the others are compared with.
     """
     scale = fit(setting.scores, setting.metric, most_ticks=4)
     compared = any(result.row.paired for result in setting.results)

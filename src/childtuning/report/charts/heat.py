@@ -1,4 +1,4 @@
-"""Heat maps: tables of numbers whose cells are shaded."""
+"""Heat maps: tables of numbers with shaded cells."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from childtuning.report.charts.figure import scrolling
 from childtuning.report.markup import Markup, el
 from childtuning.report.numbers import missing
 
-# In percent. page.css has the two ends of the shades such that black text can be read up to here and white from here,
-# in the light, and the reverse in the dark.
+# In per cent. With the two end colours in page.css, black text is readable below this value and white text from it on
+# in light mode, and vice versa in dark mode.
 _DEEP_FROM = 66
 
 
@@ -32,10 +32,10 @@ def heat_table(
         label: its accessible name.
         rows, columns: their names.
         values: by row and column; ``None`` or NaN for an empty cell.
-        format_fn: writes a number.
-        low, high: the numbers of the lightest and the darkest shade, of all columns or of each.
-        corner: what rows and columns are.
-        own: frame the cells whose row and column have one name.
+        format_fn: formats a number.
+        low, high: the numbers of the lightest and the darkest shade, for all columns or for each one.
+        corner: what the rows and columns are.
+        own: frame the cells whose row and column have the same name.
     """
     lows = low if isinstance(low, Sequence) else [low] * len(columns)
     highs = high if isinstance(high, Sequence) else [high] * len(columns)
@@ -52,7 +52,7 @@ def heat_table(
 
 
 def span(values: Sequence[Sequence[float | None]]) -> tuple[float, float]:
-    """Return the smallest and the largest number of a heat map, (0, 1) where there is none."""
+    """Return the smallest and the largest number of a heat map, or (0, 1) if there is none."""
     known = [value for line in values for value in line if value is not None and math.isfinite(value)]
     return (min(known), max(known)) if known else (0.0, 1.0)
 

@@ -19,7 +19,7 @@ from childtuning.report.section import Section
 
 @dataclass(frozen=True)
 class _Cost:
-    """What is paid: its field in ``Costs``, its name, how a run's result has it, and its unit."""
+    """A cost: its field in ``Costs``, its name, a function that reads it from a run's result, and its unit."""
 
     field: str
     title: str
@@ -34,9 +34,9 @@ class _Cost:
 
     def axis(self, values: Sequence[float]) -> Scale:
         log = all(value > 0 for value in values) and max(values) > 10 * min(values)
-        values = values if log else [0.0, *values]  # small differences look small
+        values = values if log else [0.0, *values]  # so that small differences look small
         step, title, text_fn = 1.0, self.title, lambda tick: numbers.si(tick, self.unit, trim=True)
-        if self.unit == "s":  # ticks are round in the unit that a reader counts in
+        if self.unit == "s":  # ticks are round numbers in the unit shown
             step, unit = numbers.time_unit(max(values))
             title, text_fn = f"{title}, {unit}", lambda tick: f"{tick:g}"
         return fit([value / step for value in values], title, text_fn, log=log, margin=0.07).times(step)
@@ -60,7 +60,7 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
         return None
     shown = [result.method for setting in settings for result in setting.results]
     charts = [grid([_chart(setting, marks, cost) for cost in _COSTS]) for setting in settings]
-    lead = "Large marks are means over seeds with their 95 % intervals, at the median cost; small ones are seeds."
+    lead = "Large marks: means over seeds with 95 % intervals, at the median cost. Small marks: single seeds."
     return Section("costs", "Score against cost", "Cost", lead, [marks.key(shown), charts])
 
 

@@ -1,4 +1,4 @@
-"""How the training loss fell."""
+"""The training loss over the steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from childtuning.report.method_marks import MethodMarks
 from childtuning.report.scales import fit
 from childtuning.report.section import Section
 
-_MOST_POINTS = 24_000  # of all curves of a page together
+_MOST_POINTS = 24_000  # of all curves on a page
 _MOST_BUCKETS, _FEWEST_BUCKETS = 60, 12
-_MOST_SEEDS = 10  # that are drawn one by one
-_OUTLIER = 20  # times the median: the axis becomes logarithmic
+_MOST_SEEDS = 10  # drawn as single curves
+_OUTLIER = 20  # times the median: above this the axis is logarithmic
 
 Points = list[tuple[float, float]]
 
@@ -41,8 +41,8 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     shown = [result.method for setting in settings for result in setting.results]
     charts = [_chart(setting, buckets, marks) for setting in settings]
     lead = (
-        "Training loss: the mean over seeds, with single seeds in faint lines. "
-        f"Each point averages a {buckets}th of the steps."
+        "Training loss: the mean over seeds, with single seeds as faint lines. "
+        f"Each point is an average over 1/{buckets} of the steps."
     )
     return Section("curves", "Learning curves", "Curves", lead, [marks.key(shown), grid(charts)])
 
@@ -86,7 +86,7 @@ def _chart(setting: Setting, buckets: int, marks: MethodMarks) -> Markup:
 
 
 def _curves(result: Result, buckets: int) -> tuple[Points, list[Points]]:
-    """Return the mean curve, and those of the seeds."""
+    """Return the mean curve and the curves of the seeds."""
     runs = [losses for record in result.choice.records if (losses := _losses(record))]
     if not runs:
         return [], []

@@ -9,11 +9,11 @@ from childtuning.report.markup import Markup, el
 from childtuning.report.method_marks import MethodMarks
 from childtuning.report.section import Section
 
-_UNFOLDED = 12  # runs of one error that are shown at once
+_UNFOLDED = 12  # runs per error shown without unfolding
 
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
-    """Return the failed runs, by what they say."""
+    """Return the failed runs, grouped by error."""
     if not evidence.failed:
         return None
     by_error: dict[str, list[Record]] = {}
@@ -25,10 +25,8 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
         for error, records in errors
     ]
     total = numbers.counted(len(evidence.failed), "run")
-    verb = "takes" if len(evidence.failed) == 1 else "take"
-    lead = (
-        f"{total} ended with an error and {verb} no part in any figure above; --retry-failed does them again."
-    )
+    verb = "is" if len(evidence.failed) == 1 else "are"
+    lead = f"{total} ended with an error and {verb} not included in any figure above. --retry-failed tries again."
     return Section("failures", "Failed runs", "Failures", lead, entries)
 
 

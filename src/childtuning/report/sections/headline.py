@@ -1,4 +1,4 @@
-"""What was compared, and what came of it, before anything is scrolled."""
+"""The head of the page: what was compared, and the main findings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from childtuning.report.method_marks import MethodMarks
 
 _PROTOCOLS = {
     "low-resource": "with few training examples",
-    "domain-transfer": "under a change of domain",
-    "task-transfer": "as starts for other tasks",
-    "ablation": "in ablation",
+    "domain-transfer": "under domain shift",
+    "task-transfer": "as starting points for other tasks",
+    "ablation": "in an ablation",
 }
 _MOST_FINDINGS = 8
 
@@ -64,7 +64,7 @@ def headline(evidence: Evidence, marks: MethodMarks) -> Markup:
 
 def _lead(evidence: Evidence) -> str:
     if not evidence.records:
-        return "The store holds no runs yet."
+        return "The store has no runs yet."
     if not evidence.count["done"]:
         return "No run has finished, so there is nothing to compare yet."
     asked = evidence.comparison
@@ -90,7 +90,7 @@ def _facts(evidence: Evidence) -> list[tuple[str, str, str | None]]:
     if waiting:
         facts.append(("to do", f"{waiting:,}", None))
     if seconds and math.isfinite(seconds):
-        facts.append(("time of all runs", numbers.duration(seconds), None))
+        facts.append(("total run time", numbers.duration(seconds), None))
     return facts
 
 
@@ -101,7 +101,7 @@ def _finding(setting: Setting, evidence: Evidence, marks: MethodMarks) -> Markup
     if found.mean is None:
         words.append("no method has a score in every run.")
     elif all(one.row.description.num_collapsed == one.row.description.num for one in setting.results):
-        words.append("every run collapsed: none is better than always giving the most frequent answer.")
+        words.append("every run collapsed: none is better than always predicting the most frequent answer.")
     else:
         leads = "leads with" if len(setting.results) > 1 else "has"
         words += [
@@ -138,7 +138,7 @@ def _across(across: Across, baseline: str | None, marks: MethodMarks) -> Markup:
 
 
 def _as_baseline(signs: Sequence[int]) -> list[Any]:
-    """Return how the baseline stands, being the best, by the signs of the others."""
+    """Return the comparison if the baseline is the best, from the signs of the others."""
     if all(sign < 0 for sign in signs):
         return [", the baseline; every other method is significantly worse."]
     return [", the baseline; none is significantly better."]
@@ -147,7 +147,7 @@ def _as_baseline(signs: Sequence[int]) -> list[Any]:
 def _beside_baseline(
     paired: Paired | None, p_corrected: float | None, sign: int, baseline: str | None
 ) -> list[Any]:
-    """Return how the best method stands to the baseline, from the comma on."""
+    """Return the comparison of the best method with the baseline, from the comma on."""
     if paired is None:
         return ["."]
     if paired.difference is None:
@@ -157,7 +157,7 @@ def _beside_baseline(
     direction = "above" if paired.difference > 0 else "below"
     text = f", {numbers.score(abs(paired.difference))} {direction} {baseline}: "
     if p_corrected is None:
-        return [f"{text}one common seed is no test."]
+        return [f"{text}one common seed is not enough for a test."]
     p = numbers.p_value(p_corrected)
     p = f"p {p if p.startswith('<') else f'= {p}'}".replace(" ", "\N{NO-BREAK SPACE}")
     if sign:

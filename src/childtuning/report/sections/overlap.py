@@ -1,4 +1,4 @@
-"""What children of several tasks have in common."""
+"""The overlap of the children of several tasks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
         figures.append(figure(summary, table, note="mean over pairs of tasks", kind="fitted"))
         pairs = grid([_figure(label, tasks, matrix) for label, matrix in matrices.items()])
         folded.append(el("details", el("summary", f"{summary}, every pair"), pairs, class_="more"))
-    lead = "Entries that two tasks' children have in common, as a share of the smaller child."
+    lead = "Entries that the children of two tasks have in common, as a share of the smaller child."
     density = overlap.get("density")
     if density is not None:
         lead += f" Two random children of density {density:g} would share {numbers.share(density)}."

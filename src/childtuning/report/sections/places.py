@@ -1,4 +1,4 @@
-"""Where the child lives: what share of each kind of weight is trained in each layer."""
+"""Where the child lives: the trained share of each kind of weight in each layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from childtuning.report.markup import Markup, el
 from childtuning.report.method_marks import MethodMarks
 from childtuning.report.section import Section
 
-_UNFOLDED = 12  # heat maps that are shown at once
+_UNFOLDED = 12  # heat maps shown without unfolding
 
 Totals = dict[str, int]
 
@@ -33,11 +33,11 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
                 figures.append(_figure(setting, method, records, totals))
     if not figures:
         return None
-    lead = "Share of the entries that were trained, in percent, over the seeds. Blank: nothing was."
+    lead = "Share of the entries that were trained, in per cent, over all seeds. Blank: no entry was trained."
     names = list(dict.fromkeys(whole))
     if names:
         verb = "trains" if len(names) == 1 else "train"
-        lead += f" Not shown: {numbers.listed(names)}, which {verb} all entries of what they train."
+        lead += f" Not shown: {numbers.listed(names)}, which {verb} whole parameters."
     content: list[Any] = [grid(figures[:_UNFOLDED])]
     if figures[_UNFOLDED:]:
         content.append(
@@ -52,7 +52,10 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
 
 
 def _totals(records: Sequence[Record]) -> Totals:
-    """Return how many entries each parameter has, in the model's order: that of the run which trains the most."""
+    """Return the number of entries of each parameter, in the model's order.
+
+    The order is taken from the run that trains the most parameters.
+    """
     totals: Totals = {}
     for record in sorted(records, key=lambda record: -len(record.parts)):
         for name, (_, total) in record.parts.items():

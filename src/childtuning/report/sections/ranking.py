@@ -1,4 +1,4 @@
-"""Which method is best, on each task and over all of them."""
+"""The ranking of the methods, on each task and across tasks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _folded(label: str, drawn: Markup, task: str | None = None) -> Markup:
 
 
 def _lead(evidence: Evidence) -> str:
-    text = "Every dot is a run with its own seed, the upright line the mean, the bar its 95 % interval."
+    text = "Each dot is a run with its own seed, the vertical line is the mean, and the bar is its 95 % interval."
     if any(row.paired for row in evidence.rows):
         text += f" The dashed line is the mean of {evidence.baseline}."
     return text
@@ -80,7 +80,7 @@ def _across(across: Across, marks: MethodMarks, baseline: str | None) -> Markup:
         "table", el("thead", el("tr", headers)), el("tbody", body), class_="across", aria_label=across.label
     )
     tasks = numbers.listed([setting.task for setting in across.settings], 8)
-    return figure(across.label, scrolling(table, across.label), note=f"the mean of the means on {tasks}")
+    return figure(across.label, scrolling(table, across.label), note=f"mean of the means on {tasks}")
 
 
 def _difference(average: Average, sign: int) -> list[Markup]:

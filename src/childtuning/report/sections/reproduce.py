@@ -1,4 +1,4 @@
-"""How to get the same numbers again."""
+"""How to reproduce the numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     lead = None
     if evidence.commands:
         which = "The" if len(evidence.commands) == 1 else "Each"
-        lead = f"{which} command goes on where it was stopped, and does again nothing that is recorded."
+        lead = f"{which} command continues where it stopped, and does not repeat recorded runs."
     return Section("reproduce", "Reproduce", "Reproduce", lead, content)
 
 

@@ -1,4 +1,4 @@
-"""Every run: a table that sorts and filters, and what is needed to do a run again."""
+"""Every run, in a table that sorts and filters, with what is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from childtuning.report.method_marks import MethodMarks
 from childtuning.report.section import Section
 from childtuning.report.train_command import train_words
 
-_FIRST = 40  # rows that are shown before a reader asks for all
+_FIRST = 40  # rows shown until the reader asks for all
 
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
@@ -63,7 +63,7 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
         more = el("button", f"Show all {len(rows):,} runs", type="button", id="runs-more", class_="action")
     scroll = el("div", table, class_="scroll", tabindex=0, role="region", aria_label="Runs, scrolls sideways")
     content = [_filters(evidence), scroll, more, _dialog(), _details(evidence.records)]
-    lead = "A run opens with its configuration and the command that does it again."
+    lead = "Select a run to see its configuration and the command that repeats it."
     return Section("runs", "All runs", "Runs", lead, content)
 
 
@@ -140,7 +140,7 @@ def _dialog() -> Markup:
 
 
 def _details(records: Sequence[Record]) -> Markup:
-    """What the dialog shows of each run; what all have in common stands once."""
+    """The dialog's content for each run; what all runs have in common is stored once."""
     configs = [
         {key: value for key, value in record.config.items() if value is not None} for record in records
     ]

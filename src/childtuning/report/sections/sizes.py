@@ -13,7 +13,7 @@ from childtuning.report.method_marks import MethodMarks
 from childtuning.report.scales import fit
 from childtuning.report.section import Section
 
-_APART = 1.025  # factor between neighbouring methods, which would hide each other
+_APART = 1.025  # factor between neighbouring methods, so that they do not hide each other
 
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
@@ -27,7 +27,7 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
             shown += [result.method for setting in settings for result in setting.results]
     if not charts:
         return None
-    lead = "Means over seeds with their 95 % intervals. Methods at one size are drawn side by side."
+    lead = "Means over seeds with 95 % intervals. Methods with the same training size are drawn side by side."
     return Section("sizes", "Score against training size", "Size", lead, [marks.key(shown), grid(charts)])
 
 

@@ -1,4 +1,4 @@
-"""How well what was learnt on one task serves another."""
+"""How well training on one task transfers to another."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
         content.append(_figures(domains, "trained on ↓ measured on →", note, by_column=False))
     tasks = _tasks(evidence)
     if tasks:
-        note = "mean over seeds, by the task whose tuned network it starts from"
+        note = "mean over seeds, by the task of the tuned network that it starts from"
         content.append(_figures(tasks, "start ↓ new head on →", note, by_column=True))
     if not content:
         return None
-    lead = "Deeper shades are higher scores, on one scale "
-    lead += (
-        "for all matrices." if domains and not tasks else "a column." if not domains else "a kind of matrix."
+    scope = (
+        "all matrices" if domains and not tasks else "each column" if not domains else "each kind of matrix"
     )
+    lead = f"Deeper shades are higher scores, on one scale for {scope}."
     return Section("transfer", "Transfer", "Transfer", lead, content)
 
 
@@ -47,7 +47,7 @@ def _figures(matrices: dict[str, Matrix], corner: str, note: str, *, by_column: 
     figures = []
     for title, (rows, columns, values) in matrices.items():
         low, high = span(lines)
-        if by_column:  # whose metrics differ
+        if by_column:  # the metrics of columns differ
             low, high = zip(*(span([column]) for column in zip(*values, strict=True)), strict=True)
         label = f"{title}: {note}"
         table = heat_table(
@@ -58,7 +58,7 @@ def _figures(matrices: dict[str, Matrix], corner: str, note: str, *, by_column: 
 
 
 def _joined(matrices: dict[str, Matrix]) -> dict[str, Matrix]:
-    """Return matrices of one row each as one with a row for each method."""
+    """Return matrices of one row each as one matrix with a row for each method."""
     columns = list(dict.fromkeys(name for _, names, _ in matrices.values() for name in names))
     values = []
     for _, names, (line,) in matrices.values():
@@ -89,7 +89,7 @@ def _tasks(evidence: Evidence) -> dict[str, Matrix]:
     started = any(setting.start is not None for setting in evidence.settings)
     for setting in evidence.settings:
         for result in setting.results:
-            # From the base model only a head alone is like the others: it has the same body to stand on.
+            # From the base model, only `head` is comparable with the others: it too trains a head on a frozen body.
             if setting.start is not None or (started and result.method == "head"):
                 rows = found.setdefault(result.method, {})
                 rows.setdefault(setting.start or _BASE, {})[setting.task] = result.row.description.mean

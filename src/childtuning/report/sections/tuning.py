@@ -1,4 +1,4 @@
-"""Which hyperparameters were chosen, and what trying more of them is worth."""
+"""The chosen hyperparameters, and how much trying more of them helps."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     if charts:
         shown = [result.method for _, result in tuned]
         content += [marks.key(shown), grid(charts)]
-    note = "the best of what was tried, by the selection score"
+    note = "the best values tried, by the selection score"
     if any(result.row.at_end for _, result in tuned):
-        note += "; † the lowest or the highest value that was tried, so that a better one may lie beyond"
+        note += "; † the lowest or the highest value tried, so a better one may lie beyond"
     content.append(figure("Chosen", _chosen(tuned, marks), note=note))
-    content.append(el("details", el("summary", "Everything that was tried"), _tried(tuned), class_="more"))
+    content.append(el("details", el("summary", "All values tried"), _tried(tuned), class_="more"))
     where = (
         "the reported examples"
         if evidence.comparison.get("selection") == "reported"
         else "held-out training examples"
     )
     lead = (
-        f"The score that the best of k sets of hyperparameters can be expected to have on {where}, with k drawn from "
-        f"those that were tried. A method that needs more tuning rises more slowly."
+        f"The expected score on {where} of the best of k sets of hyperparameters drawn from those tried. The curve "
+        f"of a method that needs more tuning rises more slowly."
     )
     return Section("tuning", "Hyperparameters", "Tuning", lead, content)
 
@@ -139,5 +139,5 @@ def _tried(tuned: list[tuple[Setting, Result]]) -> Markup:
         ["task", "method", *names, "runs", "selection score", ""],
         rows,
         left=2,
-        label="Hyperparameters that were tried",
+        label="Hyperparameters tried",
     )
