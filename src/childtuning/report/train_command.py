@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
+from childtuning.options import options_of
 from childtuning.runs.config import RunConfig
 
-_DEFAULTS = {field.name: field.default for field in fields(RunConfig)}
-# On/off options: the flag for each value; None if no flag is needed because the value is the default.
-_SWITCHES: Mapping[str, Mapping[bool, str | None]] = {
-    "rescale": {True: "--rescale", False: "--no-rescale"},
-    "release_gradients": {True: "--release-gradients", False: "--keep-gradients"},
-    "compile": {True: "--compile", False: "--no-compile"},
-}
+_OPTIONS = options_of(RunConfig)
 
 
 def train_words(config: Mapping[str, Any]) -> str:
     """Return the options of ``childtuning train`` for a run, quoted for a shell, without those at their default."""
     words: list[str] = []
     for name, value in config.items():
-        if value is None or value == _DEFAULTS.get(name):
+        declared = _OPTIONS.get(name)
+        if value is None or (declared is not None and value == declared.default):
             continue
-        if name in _SWITCHES and isinstance(value, bool):
-            words += filter(None, [_SWITCHES[name][value]])
+        if declared is not None and isinstance(value, bool):
+            words.append(declared.flags[0].split("/")[not value])  # "--on/--off"
             continue
         option = "--" + name.replace("_", "-")
         for item in value if isinstance(value, (list, tuple)) else [value]:

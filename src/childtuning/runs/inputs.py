@@ -17,7 +17,8 @@ from childtuning.child.eligible import match_names
 from childtuning.delta import Delta
 from childtuning.errors import BaseMismatchError, ConfigError, ModelError
 from childtuning.methods import Combination
-from childtuning.runs.config import RunConfig
+from childtuning.options import options_of
+from childtuning.runs.config import Data, Model, RunConfig
 from childtuning.runs.folder import CONFIG, START, RunFolder
 from childtuning.tasks import Kind, Split, Task, TransferTask, load_task, load_transfer_task, task_from_files
 from childtuning.training import LoadedModel, Method, Prepared, load_model
@@ -107,22 +108,8 @@ def prepare_run_model(config: RunConfig, methods: Combination, loaded: LoadedMod
 _T = TypeVar("_T")
 Scores = dict[str, Tensor]
 
-_DATA = (
-    "task",
-    "task_kind",
-    "train",
-    "eval",
-    "text",
-    "text_pair",
-    "label",
-    "label_type",
-    "data_dir",
-    "train_limit",
-    "eval_limit",
-    "held_out",
-    "data_seed",
-)
-_MODEL = ("model", "init_from")
+_DATA = tuple(name for name in options_of(Data) if name != "elsewhere")
+_MODEL = tuple(options_of(Model))
 # What scores depend on beside the data, the model, and the child that is asked for.
 _PASS = ("seed", "always", "batch_size", "max_length", "precision")
 # What of a child's configuration they do not depend on.
