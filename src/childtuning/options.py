@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -68,6 +68,8 @@ class Option:
         """Return a value in the option's own type where it is meant: one text as a list, 1 as 1.0."""
         if self.kind == "list" and isinstance(value, (str, list, tuple, set, frozenset)):
             return (value,) if isinstance(value, str) else tuple(value)
+        if self.kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         return float(value) if self.kind == "float" and is_number else value  # type: ignore[arg-type]
 
