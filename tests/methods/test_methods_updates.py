@@ -510,7 +510,7 @@ def test_values_out_of_range_are_refused(text: str) -> None:
 
 def test_options_under_which_they_would_do_nothing_are_refused(tmp_path: Path) -> None:
     released = replace(CHILDREN["child-d"], release_gradients=True)
-    with pytest.raises(ConfigError, match="'sam' needs every gradient whole"):
+    with pytest.raises(ConfigError, match="'sam' needs all gradients in full"):
         a_trainer(tmp_path, a_net(), released, SAM)
     for method in (L2SP, RECADAM):
         with pytest.raises(ConfigError, match="preset='official' has an optimizer of its own"):
