@@ -273,7 +273,7 @@ def test_the_anchor_costs_what_is_pulled_and_no_more(tmp_path: Path) -> None:
 
 def test_recadam_replaces_adamw_alone(tmp_path: Path) -> None:
     trainer = a_trainer(tmp_path, a_net(), CHILDREN["full"], "recadam", optim="sgd")
-    with pytest.raises(ConfigError, match="takes AdamW's place, got SGD"):
+    with pytest.raises(ConfigError, match="replaces AdamW, got SGD"):
         trainer.train()
 
 
