@@ -145,9 +145,9 @@ class ChildConfig(ChildOptions):
             needs = {
                 "variant='task-driven'": self.variant == "task-driven",
                 "scope='global'": self.scope == "global",
-                "scores other than random ones": self.scores != "random",
-                "no preset": self.preset is None,
-                "the highest scores": not self.lowest,
+                "scores other than random": self.scores != "random",
+                "preset=None": self.preset is None,
+                "lowest=False": not self.lowest,
             }
             faults += [
                 f"density='auto' needs {need}. Pass a number." for need, holds in needs.items() if not holds

@@ -224,7 +224,7 @@ def work_on_ray(store: Store, comparison: Comparison) -> None:
                 if not at_work:
                     if not store.num_running():
                         return
-                    time.sleep(_POLL_SECONDS)  # another driver is at work
+                    time.sleep(_POLL_SECONDS)  # another driver is working
                     continue
                 for task in ray.wait(list(at_work), timeout=_POLL_SECONDS)[0]:
                     run = at_work.pop(task)

@@ -270,7 +270,7 @@ def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | No
 
     def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
         means = [sample.mean(axis=axis) for sample in drawn]
-        return np.round(np.mean(means, axis=0), DIGITS)  # the correction of bias counts ties
+        return np.round(np.mean(means, axis=0), DIGITS)  # the bias correction counts ties
 
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():  # if the first is undefined, scipy warns and the second is used

@@ -1,4 +1,4 @@
-"""lora: low-rank updates of the weight matrices, by PEFT."""
+"""lora: low-rank updates of the weight matrices, with PEFT."""
 
 from __future__ import annotations
 

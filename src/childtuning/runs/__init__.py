@@ -1,4 +1,4 @@
-"""Layer 4: runs: configured, executed, recorded, resumed, and opened again."""
+"""Layer 4: configure, execute, record, resume and reopen runs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -43,10 +43,10 @@ class Data:
     data_dir: str | None = option(
         None, "Folder that contains TASK/ with both splits; searched before the hub."
     )
-    train_limit: int | None = option(None, "Use this many training examples at most.", within="(0, inf)")
+    train_limit: int | None = option(None, "Maximum number of training examples.", within="(0, inf)")
     eval_limit: int | None = option(
         None,
-        "Use this many evaluation examples at most; also of the held-out ones and of each --elsewhere.",
+        "Maximum number of evaluation examples; also for the held-out ones and each --elsewhere.",
         within="(0, inf)",
     )
     data_seed: int = option(

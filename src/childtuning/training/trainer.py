@@ -153,7 +153,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model before Accelerate wrapped it."""
+        """The model without Accelerate's wrapper."""
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, nn.Module)
         return model
