@@ -55,7 +55,7 @@ class Store:
             path: the file.
             create: create it if it does not exist, and open it for writing.
         Raises:
-            ConfigError: when there is no such file, it is not a store, or its file system is not supported.
+            ConfigError: when there is no such file, it is not a store, or it cannot be used at this path.
         """
         path = Path(path).expanduser()
         if path.is_dir():

@@ -90,10 +90,10 @@ class RecAdam(Optimizer):
         w ← w − lr·λ(t)·m̂ / (√v̂ + eps)
         w ← w − lr·(1 − λ(t))·weight·(w − w0)
 
-    with w0 the value before the first update, and m̂, v̂ Adam's corrected moments of the unscaled task gradient.
+    with w0 the value before the first update, and m̂, v̂ Adam's corrected moments of the task gradient, without λ.
     With ``anchored=False``, λ is 1: plain AdamW. There are two differences from the authors' code. Weight decay comes
     first and eps is inside the bias correction, as in ``torch.optim.AdamW``. A decay with lr·(1 − λ)·weight above 1
-    stops at w0; theirs diverges above 2, that is at the default weight with a learning rate above 4e-4.
+    stops at w0; theirs diverges from 2 on, that is at the default weight with a learning rate above 4e-4.
 
     Args:
         params: parameters or groups; a group may set each of the options.

@@ -215,7 +215,7 @@ class RunConfig(Train, Child, Model, Data):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Make a run from option names and values.
+        """Make a run from option names and values; a density may be text, as typed.
 
         Raises:
             ConfigError: for an unknown option, or a value of the wrong type or outside its range.
