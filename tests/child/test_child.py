@@ -169,7 +169,7 @@ def test_config_reports_every_fault_at_once() -> None:
 
 
 def test_official_preset_takes_no_ablation() -> None:
-    with pytest.raises(ConfigError, match="preset='official' has its own lowest, got True"):
+    with pytest.raises(ConfigError, match="preset='official' sets lowest itself, got True"):
         ChildConfig(preset="official", lowest=True)
 
 

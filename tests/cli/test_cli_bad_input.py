@@ -96,7 +96,7 @@ def test_unknown_method_suggests_the_nearest(childtuning, train_words) -> None:
 def test_full_takes_no_density(childtuning, train_words) -> None:
     refused(
         childtuning(*train_words, "--method", "full", "--density", 0.5),
-        "'full' trains parameters whole",
+        "'full' trains whole parameters",
         "0.5",
     )
 
@@ -140,7 +140,7 @@ def test_packaged_model_with_other_weights(childtuning, train_words, monkeypatch
     monkeypatch.setattr(models, "_PACKAGE", "fake_package")
     models.packaged_model.cache_clear()
     index = train_words.index("--model")
-    refused(childtuning(*train_words[:index], *train_words[index + 2 :]), "other weights", "sha256")
+    refused(childtuning(*train_words[:index], *train_words[index + 2 :]), "unexpected weights", "sha256")
     models.packaged_model.cache_clear()
 
 
@@ -235,7 +235,7 @@ def test_predict_wants_one_kind_of_input(childtuning, finished, sentiment, tmp_p
     done = childtuning(
         "predict", finished, "--input", sentiment / "dev.jsonl", "--output", tmp_path / "there.jsonl"
     )
-    refused(done, "exists already")
+    refused(done, "already exists")
     assert (tmp_path / "there.jsonl").read_text() == "mine"
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "x").write_text("mine")

@@ -139,7 +139,7 @@ def test_score(childtuning, train_words, tmp_path) -> None:
     assert set(done.json["parameters"]) == set(scores) and "classifier.weight" not in scores
     assert all((score >= 0).all() for score in scores.values())
     done = childtuning(*words)
-    assert done.code == 2 and "exists already" in done.err
+    assert done.code == 2 and "already exists" in done.err
 
 
 def test_config_file_reproduces_a_run(childtuning, train_words, tmp_path) -> None:
@@ -173,11 +173,11 @@ def test_a_killed_run_resumes_bitwise(childtuning, train_words, tmp_path, method
     assert childtuning("predict", run, "--text", "a cat").code == 2
     resumed = childtuning(*words, "--output", run, "--resume")
     assert resumed.code == 0, resumed.err
-    assert "going on from checkpoint-" in resumed.err
+    assert "continuing from checkpoint-" in resumed.err
     assert same_delta(run, tmp_path / "straight")
     assert resumed.json["metrics"] == straight.json["metrics"]
     once_more = childtuning(*words, "--output", run, "--resume")
-    assert once_more.code == 0 and once_more.json == resumed.json and "finished already" in once_more.err
+    assert once_more.code == 0 and once_more.json == resumed.json and "already finished" in once_more.err
 
 
 def test_a_half_written_checkpoint_is_passed_over(childtuning, train_words, tmp_path) -> None:

@@ -111,7 +111,7 @@ def test_a_store_is_shown_while_others_write_to_it(childtuning, tmp_path: Path) 
         (b'{"schema": 7, "comparison": {}, "records": []}', "schema 1"),
         (b'{"schema": 1, "comparison": {}, "records": [{"id": 3}], "environment": {}, "artifacts": {}}', "neither"),
         (b'{"schema": 1, "records": []}', "neither"),
-        ("sqlite", "no store of runs"),
+        ("sqlite", "not a store of runs"),
         ("folder", "it is a folder"),
     ],
 )  # fmt: skip

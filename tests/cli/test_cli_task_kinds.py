@@ -128,7 +128,7 @@ def test_a_killed_language_model_resumes_bitwise(childtuning, tmp_path) -> None:
     killed_at_batch(8, [*given, "--batch-size", 8, "--lr", 1e-2, *words], run)
     resumed = train(childtuning, files, model, run, *words, "--resume")
     assert resumed.code == 0, resumed.err
-    assert "going on from checkpoint-" in resumed.err
+    assert "continuing from checkpoint-" in resumed.err
     assert (run / "delta.safetensors").read_bytes() == (tmp_path / "straight/delta.safetensors").read_bytes()
     assert resumed.json["metrics"] == straight.json["metrics"]
 
@@ -232,7 +232,7 @@ def test_wrong_input_is_one_line(childtuning, tiny_bert, tmp_path) -> None:
     )
     refused(
         childtuning("train", "--train", fine, "--eval", fine, "--output", output),
-        "causal-lm needs a model of its own",
+        "causal-lm has no default model",
         "--model",
     )
     refused(

@@ -179,5 +179,5 @@ def test_domain_transfer_scores_on_what_is_there(tmp_path: Path) -> None:
         ("snli", 5000),
         ("mnli", 5000),
     }
-    with pytest.raises(ConfigError, match="has none of mnli"):
+    with pytest.raises(ConfigError, match="contains none of mnli"):
         inference_splits(tmp_path / "rte")

@@ -46,5 +46,5 @@ def test_without_a_cluster_it_says_so(
     data = write_tasks(tmp_path / "data", "alpha")
     asked = a_comparison(tiny_bert, data)
     set_up(tmp_path / "runs.db", asked)
-    with pytest.raises(ConfigError, match="there is no Ray cluster here"):
+    with pytest.raises(ConfigError, match="no Ray cluster was found"):
         compare(tmp_path / "runs.db", asked, executor="ray")

@@ -239,7 +239,7 @@ def test_another_comparison_waits_for_who_is_at_work(twelve: Comparison, tmp_pat
     set_up(path, twelve)
     with Store.open(path, create=True) as store, Owner(store.locks) as owner:
         assert store.claim(owner) is not None
-        with pytest.raises(ConfigError, match="another process is at work on another comparison"):
+        with pytest.raises(ConfigError, match="another process is working on another comparison"):
             set_up(path, replace(twelve, num_seeds=2))
         set_up(path, replace(twelve, command="typed in another way"))
     set_up(path, replace(twelve, num_seeds=2))  # the owner is gone

@@ -104,8 +104,8 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
         (tmp_path / "none.db", "there is no store"),
         (tmp_path, "is a folder"),
         (text, "not a database"),
-        (other, "no store of runs"),
-        (later, "has the schema 99"),
+        (other, "not a store of runs"),
+        (later, "has schema 99"),
     ):
         before = path.read_bytes() if path.is_file() else None
         for create in (False, True):
@@ -135,7 +135,7 @@ def test_a_full_disk_loses_nothing(four: Comparison, tmp_path: Path) -> None:
         assert store.finish(replace(first, state="failed", error="recorded"), owner)
         (pages,) = store._db.execute("PRAGMA page_count").fetchone()
         store._db.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(ConfigError, match="full. Make room on the disk and start again"):
+        with pytest.raises(ConfigError, match="full. Free space on the disk and start again"):
             store.finish(replace(second, state="failed", error="x" * 1_000_000), owner)
         store._db.execute("PRAGMA max_page_count = 100000")
         assert [run.error for run in store.records()] == ["recorded", None]
@@ -169,7 +169,7 @@ def test_a_store_that_cannot_be_written_to_can_be_read(four: Comparison) -> None
         process.join()
         Path(folder).chmod(0o755)
         assert said.get() == 2
-        assert "Pass a --store that can be written to" in said.get()
+        assert "Pass a --store that is writable" in said.get()
 
 
 def test_it_is_exported(four: Comparison, tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_it_is_exported(four: Comparison, tmp_path: Path) -> None:
     assert again.records == recorded.records and again.artifacts == {"overlap": {"tasks": ["rte"]}}
     assert Comparison.from_dict(again.comparison) == four
     for wrong in ({}, [], {"schema": 99, "records": []}):
-        with pytest.raises(ConfigError, match="no export of a store"):
+        with pytest.raises(ConfigError, match="not an export of a store"):
             Recorded.from_dict(wrong)

@@ -223,5 +223,5 @@ def test_a_configuration_says_where_and_in_what(make_case) -> None:
     for wrong in ({"fisher_dtype": "bf16"}, {"fisher_device": "cuda"}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be one of"):
             ChildConfig(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="preset='official' has its own fisher_dtype"):
+    with pytest.raises(ConfigError, match="preset='official' sets fisher_dtype itself"):
         ChildConfig(preset="official", fisher_dtype="bfloat16")

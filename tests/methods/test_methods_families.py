@@ -16,9 +16,9 @@ from childtuning.errors import ChildTuningError
 from childtuning.methods import all_methods
 
 _NO_BIAS = "pretrained layers have none"
-_NO_TOKENS = "no token embeddings to put virtual tokens beside"
+_NO_TOKENS = "no token embeddings to add virtual tokens to"
 _NO_PAST = "does not support past key values"
-_PADDING = "it takes padding for text"
+_PADDING = "it treats padding as text"
 _NOT_TEXT = ("vit", "resnet", "convnext", "plain")
 # (family, method) -> words of the reason.
 REFUSED: dict[tuple[str, str], str] = {
@@ -26,9 +26,9 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(family, method): _NO_TOKENS for family in _NOT_TEXT for method in ("prompt", "prefix")},
     **{(family, "prefix"): _NO_PAST for family in ("distilbert", "xlnet", "deberta", "t5")},
     **{(family, "prompt"): _PADDING for family in ("gpt2", "llama", "qwen")},
-    ("t5", "prompt"): "its output would have a place for each virtual token",
-    ("resnet", "mixout"): "no linear layer but the head",
-    ("resnet", "lora"): "fits none of its layers",
+    ("t5", "prompt"): "its output would include positions for the virtual tokens",
+    ("resnet", "mixout"): "no linear layer except the head",
+    ("resnet", "lora"): "matches none of its layers",
     ("resnet", "adapter"): "none of its layers has linear layers",
     ("plain", "adapter"): "does not end in a feed-forward's output projection",
     ("xlnet", "adapter"): "attention's output projection. Use placement=pfeiffer",

@@ -203,14 +203,14 @@ def test_both_losses_of_r_drop_are_the_trainers(tmp_path: Path) -> None:
     [
         ("r3f:0", "weight of 'r3f' must be above 0, got 0.0. Pass weight=1.0."),
         ("r3f:eps=-1", "eps of 'r3f' must be above 0"),
-        ("r3f:noise=pink", "noise of 'r3f' is one of uniform, normal, got 'pink'"),
+        ("r3f:noise=pink", "noise of 'r3f' must be one of uniform, normal, got 'pink'"),
         ("r-drop:nan", "weight of 'r-drop' must be above 0, got nan"),
         ("r-drop:inf", "got inf"),
         (
             "smart:step=0,epsilon=0",
             "step of 'smart' must be above 0, got 0.0. Pass step=0.001. epsilon of 'smart'",
         ),
-        ("smart:norm=l1", "norm of 'smart' is one of inf, l2, got 'l1'"),
+        ("smart:norm=l1", "norm of 'smart' must be one of inf, l2, got 'l1'"),
     ],
 )
 def test_bad_hyperparameters(text: str, words: str) -> None:

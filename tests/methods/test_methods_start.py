@@ -179,7 +179,7 @@ def test_mixout_switches_off_dropout_that_is_a_number() -> None:
 
 def test_mixout_needs_a_linear_layer_behind_the_head() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
-    with pytest.raises(ModelError, match="no linear layer but the head"):
+    with pytest.raises(ModelError, match="no linear layer except the head"):
         Mixout().prepare(Prepared(model, ("2.weight", "2.bias")))
     for p in (0.0, 1.0, -0.1):
         with pytest.raises(ConfigError, match="p of 'mixout'"):
@@ -265,7 +265,7 @@ def test_reinit_draws_the_top_layers_and_the_pooler(tiny_bert: Path) -> None:
         "bert.pooler.dense.weight",
         "bert.pooler.dense.bias",
     )
-    with pytest.raises(ModelError, match="asks for 3 layers, the model has 2"):
+    with pytest.raises(ModelError, match="needs 3 layers, but the model has 2"):
         Reinit(3).prepare(Prepared(model, HEAD))
     with pytest.raises(ConfigError, match="must not be negative"):
         Reinit(-1)

@@ -273,7 +273,7 @@ def test_the_anchor_costs_what_is_pulled_and_no_more(tmp_path: Path) -> None:
 
 def test_recadam_replaces_adamw_alone(tmp_path: Path) -> None:
     trainer = a_trainer(tmp_path, a_net(), CHILDREN["full"], "recadam", optim="sgd")
-    with pytest.raises(ConfigError, match="takes AdamW's place, got SGD"):
+    with pytest.raises(ConfigError, match="replaces AdamW, got SGD"):
         trainer.train()
 
 
@@ -510,7 +510,7 @@ def test_values_out_of_range_are_refused(text: str) -> None:
 
 def test_options_under_which_they_would_do_nothing_are_refused(tmp_path: Path) -> None:
     released = replace(CHILDREN["child-d"], release_gradients=True)
-    with pytest.raises(ConfigError, match="'sam' needs every gradient whole"):
+    with pytest.raises(ConfigError, match="'sam' needs all gradients in full"):
         a_trainer(tmp_path, a_net(), released, SAM)
     for method in (L2SP, RECADAM):
         with pytest.raises(ConfigError, match="preset='official' has an optimizer of its own"):

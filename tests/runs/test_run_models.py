@@ -67,7 +67,7 @@ def test_a_head_for_other_classes_is_replaced(classifier: Path, sentiment: Path,
     model = rewritten(classifier, tmp_path / "model", ["cats", "dogs"])
     said: list[str] = []
     train_run(a_config(model, sentiment, method="head"), tmp_path / "run", tell=said.append)
-    assert any("is for other classes (cats, dogs); a new one" in line for line in said)
+    assert any("is for other classes (cats, dogs); it is replaced" in line for line in said)
     about = FinishedRun(tmp_path / "run").about
     assert about["new_parameters"] == ["classifier.bias", "classifier.weight"]
 
@@ -77,7 +77,7 @@ def test_a_head_without_names_is_told(classifier: Path, sentiment: Path, tmp_pat
     said: list[str] = []
     config = a_config(model, sentiment, method="child-random", learning_rate=1e-6)
     assert train_run(config, tmp_path / "run", tell=said.append).metric["value"] > 0.9
-    assert any("names no classes; its outputs are taken to be bad, good" in line for line in said)
+    assert any("names no classes; its outputs are assumed to be bad, good" in line for line in said)
 
 
 def test_f1_of_the_other_class_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_f1_of_the_other_class_is_refused(tiny_bert: Path, tmp_path: Path) -> No
     for name in ("train", "dev"):
         (tmp_path / "data" / "mrpc" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = RunConfig(task="mrpc", data_dir=str(tmp_path / "data"), model=str(tmp_path / "model"))
-    with pytest.raises(ConfigError, match="f1 of 'mrpc' counts 'equivalent'"):
+    with pytest.raises(ConfigError, match="f1 of 'mrpc' measures the class 'equivalent'"):
         train_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -150,6 +150,6 @@ def test_tokens_without_embedding_are_refused(tmp_path: Path) -> None:
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:8])))
     (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows[8:])))
-    with pytest.raises(ModelError, match="the model has no embedding from 42 on"):
+    with pytest.raises(ModelError, match="the model has only 42 embeddings"):
         train_run(a_config(source, tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()

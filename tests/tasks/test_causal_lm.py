@@ -187,7 +187,7 @@ def test_files_are_told_apart(tmp_path):
     [
         ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}], "row 2 has an empty response"),
         ([{"prompt": "a", "response": ["b"]}], "row 1 must have text in column 'response', got list"),
-        ([{"messages": CHAT[:1]}], "row 1 must end with a message of the assistant"),
+        ([{"messages": CHAT[:1]}], "row 1 must end with a non-empty message of the assistant"),
         ([{"messages": CHAT}, {"messages": []}], "row 2 must have a list of messages"),
         (
             [{"messages": [{"role": "user"}]}],

@@ -126,15 +126,15 @@ def test_files_of_any_mode_are_read(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     train, dev = write_image_folders(tmp_path)
     (train / "red" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(DataError, match=r"red/bad.png is damaged or no image"):
+    with pytest.raises(DataError, match=r"red/bad.png is damaged or not an image"):
         task_from_files(train, dev)
     (train / "red" / "bad.png").unlink()
     whole = (train / "red" / "0.png").read_bytes()
     (train / "red" / "0.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"red/0.png is damaged or no image"):
+    with pytest.raises(DataError, match=r"red/0.png is damaged or not an image"):
         task_from_files(train, dev)
     (train / "red" / "0.png").rename(train / "0.png")
-    with pytest.raises(DataError, match=r"train/0.png lies in no class's folder"):
+    with pytest.raises(DataError, match=r"train/0.png is not in a class's folder"):
         task_from_files(train, dev)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="has no images"):
@@ -146,9 +146,9 @@ def test_bad_arrays(tmp_path):
     path = tmp_path / "a.npz"
     for arrays, message in (
         ({"pictures": pixels}, "has none of the arrays"),
-        ({"images": pixels}, "has 'images' and no 'labels'"),
-        ({"images": pixels, "labels": labels[:2]}, "one entry an image, got 2 for 3"),
-        ({"images": pixels[0], "labels": labels}, "one entry an image"),
+        ({"images": pixels}, "has 'images' but no 'labels'"),
+        ({"images": pixels, "labels": labels[:2]}, "one entry per image, got 2 for 3"),
+        ({"images": pixels[0], "labels": labels}, "one entry per image"),
         ({"images": pixels[:, 0, 0], "labels": labels}, "must have shape"),
         ({"images": pixels * 2.5, "labels": labels}, r"must lie in \[0, 255\]"),
         ({"images": np.full((3, 2, 2), np.nan), "labels": labels}, "finite numbers"),
@@ -168,7 +168,7 @@ def test_bad_idx_files(tmp_path):
         task_from_files(images, images)
     idx(tmp_path / "train-labels-idx1-ubyte", np.array([0, 1]))
     images.write_bytes(images.read_bytes()[:-1])
-    with pytest.raises(DataError, match="truncated, or no idx file of bytes with 3 axes"):
+    with pytest.raises(DataError, match="truncated, or not an idx file of bytes with 3 axes"):
         task_from_files(images, images)
 
 
@@ -230,5 +230,5 @@ def test_a_column_of_images(tmp_path):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match="bad.parquet row 1 is damaged or no image"):
+    with pytest.raises(DataError, match="bad.parquet row 1 is damaged or not an image"):
         task_from_files(tmp_path / "bad.parquet", paths[1])

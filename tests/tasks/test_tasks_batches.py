@@ -72,7 +72,7 @@ def test_encode_errors(tokenizer):
         encode(tokenizer, Examples(["a"], ["b"]), max_length=3)
     with pytest.raises(DataError, match=r"never saw in the examples: 'z'\. Known: 'x'"):
         encode(tokenizer, Examples(["a"], None, ["z"]), max_length=8, label_ids={"x": 0})
-    with pytest.raises(DataError, match="Row 1 has the class label 'z' and no ids"):
+    with pytest.raises(DataError, match="Row 1 has the class label 'z', but no label ids"):
         encode(tokenizer, Examples(["a"], None, ["z"]), max_length=8)
 
 

@@ -94,7 +94,7 @@ def test_definitions_inside_conditions_are_found(tmp_path):
 
 
 def test_errors(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="at least 12, one row an area, got 3"):
+    with pytest.raises(ConfigError, match="at least 12, one row per area, got 3"):
         load_docstring_task(train_limit=3)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="sources of Python's standard library"):

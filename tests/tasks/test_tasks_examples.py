@@ -49,7 +49,7 @@ def test_examples_count_empty_and_take_subsets():
 
 
 def test_examples_of_unequal_length_are_refused():
-    with pytest.raises(DataError, match="labels must have one entry a row, got 1 for 2"):
+    with pytest.raises(DataError, match="labels must have one entry per row, got 1 for 2"):
         Examples(["a", "b"], None, ["x"])
     with pytest.raises(DataError, match="text_pair"):
         Examples(["a", "b"], ["x"])
@@ -95,7 +95,7 @@ def test_task_counts_empty_texts_of_both_splits():
         ([], ["x"], {}, "train split of 'toy' has no rows"),
         (["x", "y"], [], {}, "dev split of 'toy' has no rows"),
         (["x", "y"], ["x"], {"dev": Examples(["a"])}, "dev split of 'toy' has no labels"),
-        (["x", "y"], ["x"], {"dev": Examples(["a"], ["b"], ["x"])}, "single ones in train"),
+        (["x", "y"], ["x"], {"dev": Examples(["a"], ["b"], ["x"])}, "single texts in train"),
         (["x", "y"], ["x"], {"metrics": ()}, "at least one metric"),
         (["x", "y"], ["x"], {"kind": "ranking"}, "got 'ranking'"),
         (["x", "y"], ["x"], {"label_names": ("x", "y", "x")}, "distinct"),

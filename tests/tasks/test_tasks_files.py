@@ -177,7 +177,7 @@ def test_the_kind_can_be_forced(tmp_path):
     path = write_labels(tmp_path / "a.jsonl", [0.5, 1, 2])
     assert task_from_files(path, path, kind="classification").label_names == ("0.5", "1", "2")
     assert task_from_files(write_labels(path, [0, 1]), path, kind="regression").kind == "regression"
-    with pytest.raises(ConfigError, match="labels of the type 'class', got label_type 'number'"):
+    with pytest.raises(ConfigError, match="labels of type 'class', got label_type 'number'"):
         task_from_files(path, path, kind="classification", label_type="number")
     with pytest.raises(DataError, match="got 'regresion'. Did you mean 'regression'"):
         task_from_files(path, path, kind="regresion")

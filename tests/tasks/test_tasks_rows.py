@@ -89,8 +89,8 @@ BROKEN = {
     "bad.jsonl": (b'{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
     "deep.jsonl": (b"[" * 100_000, "line 1 is not JSON"),
     "list.jsonl": (b"[1]\n", "line 1 must be a JSON object, got list"),
-    "more.csv": (b'a,b\n"1\n2",3\n4,5,6\n', "line 4 must have 2 fields as the header has, got 3"),
-    "less.tsv": (b"a\tb\n1\n", "line 2 must have 2 fields as the header has, got 1"),
+    "more.csv": (b'a,b\n"1\n2",3\n4,5,6\n', "line 4 must have 2 fields, as in the header, got 3"),
+    "less.tsv": (b"a\tb\n1\n", "line 2 must have 2 fields, as in the header, got 1"),
     "less_quoted.tsv": (b'a\tb\n"1"\n', "line 2 must have 2 fields"),
     "open.csv": (b'a,b\n"1,2\n3,4\n', "is malformed"),
     "twice.csv": (b"a,a\n1,2\n", "more than one column 'a'"),
@@ -142,15 +142,15 @@ def test_what_nobody_needs_need_not_be_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", b"text;label\na;b\n", "parted by semicolons, where its name says commas"),
-        ("a.tsv", b"text,label\na,b\n", "parted by commas, where its name says tabs"),
+        ("a.csv", b"text;label\na;b\n", "separated by semicolons, not by commas as its name says"),
+        ("a.tsv", b"text,label\na,b\n", "separated by commas, not by tabs as its name says"),
         (
             "a.csv",
             "text,label\ncafé,b\n".encode("latin-1"),
             "not UTF-8: byte 0xe9 in line 2, perhaps Windows-1252",
         ),
-        ("a.csv", "text,label\na,b\n".encode("utf-16-le"), "zero bytes, as UTF-16 does without its mark"),
-        ("a.csv", b"PK\x03\x04" + bytes(40), "is a zip archive, such as Excel makes"),
+        ("a.csv", "text,label\na,b\n".encode("utf-16-le"), "zero bytes, as UTF-16 without a byte order mark"),
+        ("a.csv", b"PK\x03\x04" + bytes(40), "is a zip archive, such as Excel writes"),
         ("a.csv", b"text,text,label\na,b,c\n", "more than one column 'text'"),
     ],
 )

@@ -162,7 +162,7 @@ def test_parquet_lists(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a", "b"], "tags": ["X"]}, "row 2 must have one tag a word, got 1 tags for 2 words"),
+        ({"tokens": ["a", "b"], "tags": ["X"]}, "row 2 must have one tag per word, got 1 tags for 2 words"),
         ({"tokens": ["a"], "tags": "X"}, "row 2 must have a list in column 'tags', got str"),
         ({"tokens": [], "tags": []}, "row 2 has an empty list in column 'tokens'"),
         ({"tokens": ["a"], "tags": [""]}, "row 2 has an empty tag in column 'tags'"),

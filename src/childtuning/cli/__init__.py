@@ -1,4 +1,4 @@
-"""Layer 6: the command line; one file a command: parse, call one function, print."""
+"""Layer 6: the command line, one file per command: parse, call one function, print."""
 
 from childtuning.cli.app import app, main
 

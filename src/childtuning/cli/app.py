@@ -1,4 +1,4 @@
-"""The application: its commands, and how errors leave it."""
+"""The application: its commands and its error handling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
 
 
 def _tell_version(asked: bool) -> None:
-    """Print what a report of a fault needs: versions, and whether the kernels were compiled."""
+    """Print the facts for a bug report: versions, and whether the kernels were compiled."""
     if not asked:
         return
     print(f"childtuning {metadata.version('childtuning')}")
@@ -41,7 +41,7 @@ def _tell_version(asked: bool) -> None:
         except metadata.PackageNotFoundError:
             print(f"{package} not installed")
     native = Path(__file__).parents[1] / "fast" / "native" / "kernels.so"
-    print(f"kernels {'compiled' if native.is_file() else 'not compiled: plain torch serves'}")
+    print(f"kernels {'compiled' if native.is_file() else 'not compiled: plain torch is used'}")
     raise typer.Exit
 
 
@@ -72,13 +72,13 @@ def _about(
     """
 
 
-_STOPPED = "stopped. Go on with --resume if this was a training run."
+_STOPPED = "stopped. Continue a training run with --resume."
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done; 2 wrong use or input, in one line; 1 anything else.
+    """Run the command line. Exit codes: 0 success; 2 wrong use or input, reported in one line; 1 anything else.
 
-    Of several processes (torchrun), rank 0 alone writes to standard output.
+    With several processes (torchrun), only rank 0 writes to standard output.
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -97,14 +97,14 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
             message = error.format_message().rstrip()  # type: ignore[attr-defined]
-            if not message:  # no words at all: the help has been shown
+            if not message:  # no arguments: the help has been shown
                 sys.exit(2)
             _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `childtuning --help`.", 2)
         if os.environ.get("CHILDTUNING_DEBUG"):
             raise
-        _fail(f"{type(error).__name__}: {error}. Set CHILDTUNING_DEBUG=1 to see where.", 1)
+        _fail(f"{type(error).__name__}: {error}. Set CHILDTUNING_DEBUG=1 for a traceback.", 1)
     else:
-        if code == 130:  # the parser's word for Ctrl-C
+        if code == 130:  # the parser's exit code for Ctrl-C
             _fail(_STOPPED, 1)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -16,7 +16,7 @@ from childtuning.errors import ConfigError
 
 NAME = "compare"
 _comparison, _execution = "Comparison", "Execution"
-_OWN = ("task", "method", "seed", "train_limit")  # in a form of this command's own, for several of each
+_OWN = ("task", "method", "seed", "train_limit")  # this command has its own options for several of each
 
 
 def _option(panel: str, text: str, *names: str) -> Any:
@@ -28,7 +28,9 @@ def run(
     more_grid: Annotated[
         list[str] | None,
         typer.Argument(
-            help="More of --grid: NAME=VALUE,VALUE …", metavar="[NAME=VALUES]...", show_default=False
+            help="Further values for --grid: NAME=VALUE,VALUE …",
+            metavar="[NAME=VALUES]...",
+            show_default=False,
         ),
     ] = None,
     protocol: Annotated[
@@ -36,21 +38,21 @@ def run(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        _option(_comparison, "Methods, parted by commas: full,child-d,child-d+r3f,lora:r=8."),
+        _option(_comparison, "Methods, separated by commas: full,child-d,child-d+r3f,lora:r=8."),
     ] = None,
-    seeds: Annotated[int | None, _option(_comparison, "Seeds 0, 1, …  \\[5]")] = None,
+    seeds: Annotated[int | None, _option(_comparison, "Number of seeds: 0, 1, …  \\[5]")] = None,
     tune_seeds: Annotated[
-        int | None, _option(_comparison, "Seeds that every set of hyperparameters is tried with.  \\[1]")
+        int | None, _option(_comparison, "Number of seeds for trying each set of hyperparameters.  \\[1]")
     ] = None,
     grid: Annotated[
         list[str] | None,
-        _option(_comparison, "Values to try: lr=2e-5,4e-5; of one method: lora:lr=1e-3; repeatable."),
+        _option(_comparison, "Values to try: lr=2e-5,4e-5; for one method: lora:lr=1e-3; repeatable."),
     ] = None,
     train_sizes: Annotated[
         str | None, _option(_comparison, "Numbers of training examples: 100,1000,all.  \\[all]")
     ] = None,
     baseline: Annotated[
-        str | None, _option(_comparison, "The method that the others are tested against.  \\[the first]")
+        str | None, _option(_comparison, "The method to compare the others with.  \\[the first]")
     ] = None,
     selection: Annotated[
         str | None,
@@ -58,13 +60,15 @@ def run(
             _comparison, "Choose hyperparameters by the held-out or the reported examples.  \\[held-out]"
         ),
     ] = None,
-    store: Annotated[
-        Path, _option(_execution, "File that records the runs; made if it is not there.")
-    ] = Path("runs/compare.db"),
+    store: Annotated[Path, _option(_execution, "File that records the runs; created if missing.")] = Path(
+        "runs/compare.db"
+    ),
     executor: Annotated[
-        str, _option(_execution, "local, or ray: the Ray cluster around this machine.")
+        str, _option(_execution, "local, or ray: the Ray cluster of this machine.")
     ] = "local",
-    jobs: Annotated[int, typer.Option(help="Local processes.", rich_help_panel=_execution, min=1)] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Number of local processes.", rich_help_panel=_execution, min=1)
+    ] = 1,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -75,23 +79,23 @@ def run(
     ] = None,
     keep: Annotated[
         bool,
-        typer.Option("--keep", help="Keep the runs' folders, deltas and all.", rich_help_panel=_execution),
+        typer.Option("--keep", help="Keep the runs' folders, including deltas.", rich_help_panel=_execution),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and stop.", rich_help_panel=_execution)
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do failed runs again.", rich_help_panel=_execution)
+        bool, typer.Option("--retry-failed", help="Repeat failed runs.", rich_help_panel=_execution)
     ] = False,
     task: Annotated[
-        list[str] | None, _option("Data", "Tasks by name, parted by commas; or files, as for train.")
+        list[str] | None, _option("Data", "Tasks by name, separated by commas; or files, as for train.")
     ] = None,
     as_json: o.AsJson = False,
     **given: Any,
 ) -> None:
-    """Compare methods over seeds, each with the hyperparameters that suit it, and say what is significant.
+    """Compare methods over seeds, each with its best hyperparameters, and test the differences for significance.
 
-    Stopped at any moment and started again, it does what is missing: `childtuning compare --store FILE` is enough.
+    It can be stopped at any moment; `childtuning compare --store FILE` executes the remaining runs.
     Several processes may work on one store.
 
     Protocols: paper, glue-small, low-resource, domain-transfer, task-transfer, ablation, overlap.
@@ -181,7 +185,7 @@ def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None
             f"{', '.join(map(short_name, row.at_end))} of {row.group.method}" for row in mine if row.at_end
         ]
         if ends:
-            print(f"Chosen at the end of what was tried, a better value may lie beyond: {'; '.join(ends)}.")
+            print(f"Chosen at the end of the tried range, a better value may lie beyond: {'; '.join(ends)}.")
     print(f"\nNext: childtuning report {store} -o report.html")
 
 

@@ -1,4 +1,4 @@
-"""What a comparison is about to do, and how far it is, for people."""
+"""Show the plan and the progress of a comparison."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Tell = Callable[[str], None]
 
 
 def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, again: bool, tell: Tell) -> None:
-    """Say how many runs there are, of what, how many are done, and how long the others may take.
+    """Print the number and kind of runs, how many are done, and the estimated time for the rest.
 
     Args:
-        runs: those that are known of, as ``foreseen`` returns them.
-        comparison: what they are for.
-        jobs: processes.
-        again: whether failed runs are done again.
-        tell: takes each line.
+        runs: the known runs, as ``foreseen`` returns them.
+        comparison: their comparison.
+        jobs: the number of processes.
+        again: whether failed runs are repeated.
+        tell: called with each line.
     """
     total = num_runs(comparison)
     tell(
@@ -50,7 +50,7 @@ def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, agai
 
 @contextmanager
 def watched(path: Path, comparison: Comparison, *, jobs: int, tell: Tell, live: bool) -> Iterator[None]:
-    """Show how far the runs of a store are, while they are being done: a table that changes, or a line a run."""
+    """Show the progress of the runs in a store: a live table, or one line per finished run."""
     total = num_runs(comparison)
     with Store.open(path) as store:
         if live:
@@ -89,7 +89,7 @@ def _tell_new(runs: Sequence[Record], told: set[str], total: int, tell: Tell) ->
 
 
 def run_text(run: Record) -> str:
-    """Return which run it is, in a few words."""
+    """Return a short description of a run."""
     size = "" if run.group.train_size is None else f"{run.group.train_size} examples"
     start = "" if run.group.start is None else f"after {run.group.start}"
     words = (run.group.task, run.group.method, start, size, f"seed {run.seed}", point_text(run.point))
@@ -126,14 +126,14 @@ def _table(runs: Sequence[Record], total: int, jobs: int) -> Table:
 
 
 def _left(runs: Sequence[Record], total: int, jobs: int) -> str:
-    """Say how long the rest may take, by what runs like them took."""
+    """Estimate the time left from the durations of similar runs."""
     took: dict[Any, list[float]] = {}
     for run in runs:
         if run.seconds is not None:
             for key in (run.group, run.group.method, None):
                 took.setdefault(key, []).append(run.seconds)
     if not took:
-        return "the first run will tell for how long"
+        return "no estimate before the first run"
     waiting = [run for run in runs if run.state in ("planned", "running")]
     known = [fmean(took.get(run.group) or took.get(run.group.method) or took[None]) for run in waiting]
     unknown = max(0, total - len(runs))

@@ -39,7 +39,7 @@ def run(
     ] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(help="Seeds for each method.", min=1)] = 2,
     text: Annotated[
-        str | None, typer.Option(help="A sentence of yours to label at the end; asked for on a terminal.")
+        str | None, typer.Option(help="A sentence to label at the end; prompted for on a terminal.")
     ] = None,
     train_limit: Annotated[int, typer.Option(help="Training examples.", min=24)] = 400,
     as_json: o.AsJson = False,
@@ -47,7 +47,7 @@ def run(
 ) -> None:
     """Compare full, task-free and task-driven tuning on docstrings of Python's standard library.
 
-    A real pretrained model and a real task, both on every machine: name the topic of a docstring.
+    The task is to predict the topic of a docstring. It uses a real pretrained model and needs no download.
 
     Example:
 
@@ -59,7 +59,9 @@ def run(
     rows = summarize(results)
     best = max(results, key=lambda result: result.metric["value"])
     if text is None and sys.stdin.isatty() and not as_json:
-        print("\nType a sentence about code (Enter takes an example): ", end="", file=sys.stderr, flush=True)
+        print(
+            "\nType a sentence about code (press Enter for an example): ", end="", file=sys.stderr, flush=True
+        )
         text = sys.stdin.readline().strip() or None
     sentence = text or SENTENCE
     label, confidence = label_sentence(best.output, sentence)
@@ -92,7 +94,7 @@ def run(
             for row in rows
         ],
     )
-    print(f"\n“{sentence}”\n→ {label} ({confidence:.0%}), says {best.output}")
+    print(f"\n“{sentence}”\n→ {label} ({confidence:.0%}), by {best.output}")
     print(f"\nNext: childtuning predict {best.output} --text '…'   or   childtuning train --help")
 
 
@@ -105,13 +107,13 @@ def demo_runs(
     tell: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Iterator[RunResult]:
-    """Train each method over several seeds on the standard library's docstrings; yield results as they come.
+    """Train each method with several seeds on the standard library's docstrings; yield results as they finish.
 
     Args:
-        folder: holds a run folder for each; earlier demo runs there are replaced.
+        folder: the folder of the runs' folders; earlier demo runs there are replaced.
         num_seeds: seeds 0 … num_seeds − 1.
         methods: names of methods.
-        options: of ``RunConfig``, in place of the demo's.
+        options: options of ``RunConfig`` that replace the demo's.
     """
     from childtuning.runs.folder import CONFIG
     from childtuning.runs.run import train_run
@@ -134,10 +136,10 @@ def demo_runs(
 
 
 def summarize(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Put the seeds of each method together, in order of appearance.
+    """Summarise the seeds of each method, in order of appearance.
 
     Returns:
-        per method: mean and sample standard deviation of the metric, every seed's value, and means of the costs.
+        for each method: mean and sample standard deviation of the metric, the value of every seed, and the costs.
     """
     rows = []
     for method in dict.fromkeys(result.method for result in results):
@@ -160,7 +162,7 @@ def summarize(results: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 
 def label_sentence(run: str | Path, sentence: str) -> tuple[str, float]:
-    """Return what a run's model calls a sentence, and how sure it is."""
+    """Return the label that a run's model predicts for a sentence, and its probability."""
     from childtuning.runs import FinishedRun
     from childtuning.tasks import Examples
 

@@ -18,7 +18,7 @@ def run(
     eval: Annotated[Path, typer.Option("--eval", help="File or folder of labelled examples.")],
     as_json: o.AsJson = False,
 ) -> None:
-    """Measure a run's model on labelled examples.
+    """Evaluate a run's model on labelled examples.
 
     Example:
 

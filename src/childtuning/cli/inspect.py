@@ -15,15 +15,13 @@ NAME = "inspect"
 
 def run(
     run_dir: o.RunDir,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare with the base model, bit by bit.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare with the base model, bitwise.")] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show each parameter's share of the child.")
     ] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Show what a run trained, and prove that it left everything else alone.
+    """Show which entries a run trained, and verify that all others are unchanged.
 
     Example:
 
@@ -55,7 +53,7 @@ def run(
         _print(content, shares if layers else {})
     if verify and content["verified"]["changed_outside"]:
         raise DeltaError(
-            f"{content['verified']['changed_outside']} entries outside the delta differ from the base. Train anew."
+            f"{content['verified']['changed_outside']} entries outside the delta differ from the base. Train again."
         )
 
 

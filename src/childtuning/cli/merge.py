@@ -19,7 +19,7 @@ def run(
     output: Annotated[Path, typer.Option(help="Folder for the model; new or empty.")],
     as_json: o.AsJson = False,
 ) -> None:
-    """Write an ordinary model folder, base and delta in one, for plain transformers.
+    """Merge base model and delta into an ordinary model folder for transformers.
 
     Example:
 

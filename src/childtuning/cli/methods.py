@@ -11,11 +11,11 @@ from childtuning.cli import options as o
 from childtuning.cli.printing import print_json, print_table
 
 NAME = "methods"
-LISTED = Path(__file__).with_name("methods.json")  # what the registry says, so that a list needs no torch
+LISTED = Path(__file__).with_name("methods.json")  # the registry's content, so that listing needs no torch
 
 
 def run(as_json: o.AsJson = False) -> None:
-    """List the ways to fine-tune.
+    """List the fine-tuning methods.
 
     Example:
 
@@ -24,7 +24,7 @@ def run(as_json: o.AsJson = False) -> None:
     listed = json.loads(LISTED.read_text(encoding="utf-8"))
     if entry_points(
         group="childtuning.methods"
-    ):  # other packages declare some, which only their code describes
+    ):  # methods of other packages are described only in their code
         from childtuning.methods import described
 
         listed = described()
@@ -37,7 +37,7 @@ def run(as_json: o.AsJson = False) -> None:
     ]
     print_table(None, ("method", "what it does", "trains", "memory", "source"), rows, left=5)
     print(
-        "Options stand behind a colon, the first of them by its value alone; + joins methods: child-d+r3f:weight=0.7"
+        "Options follow a colon; the first needs only its value. + combines methods: child-d+r3f:weight=0.7"
     )
 
 

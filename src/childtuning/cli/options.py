@@ -16,7 +16,7 @@ _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list[str
 
 
 def _annotation(panel: str, option: Option) -> Any:
-    """What typer is told of an option: its type, names and help, the default in brackets."""
+    """Return typer's annotation of an option: its type, names and help, with the default in brackets."""
     kind = str if option.words else _TYPES[option.kind]
     default = f"  \\[{option.shown_default}]" if option.shown_default else ""
     declared = typer.Option(
@@ -35,14 +35,16 @@ SHARED: dict[str, Any] = {name: kind for section in SECTION.values() for name, k
 _Command = TypeVar("_Command", bound=Callable[..., None])
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="TOML file of these options, as a run writes it; options given here win."),
+    typer.Option(
+        "--config", help="TOML file of these options, as saved in a run; command-line options override it."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 RunDir = Annotated[Path, typer.Argument(help="The output folder of `childtuning train`.", show_default=False)]
 
 
 def takes(names: Iterable[str]) -> Callable[[_Command], _Command]:
-    """Give a command the shared options of these names; it finds them in its ``**given``, ``None`` where left out."""
+    """Add the shared options of these names to a command; their values are in its ``**given``, ``None`` if omitted."""
 
     def decorate(run: _Command) -> _Command:
         signature = inspect.signature(run, eval_str=True)
@@ -57,21 +59,21 @@ def takes(names: Iterable[str]) -> Callable[[_Command], _Command]:
 
 
 def explicit(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given."""
+    """Return the options given on the command line."""
     return {name: value for name, value in given.items() if value is not None and value != []}
 
 
 def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
-    """Put the options that were given over those of the file.
+    """Combine the options of the command line with those of the file, which they override.
 
-    Naming a task sets aside the file's own examples, and the reverse.
+    A task on the command line replaces the files named in the file, and vice versa.
     """
     options = (
         {key.replace("-", "_"): value for key, value in read_toml(config_file).items()} if config_file else {}
     )
     said = explicit(given)
     if "method" in said and said["method"] != options.get("method"):
-        options.pop("density", None)  # the file's is another method's
+        options.pop("density", None)  # the file's density is for another method
     if "task" in said:
         options = {key: value for key, value in options.items() if key not in ("train", "eval")}
     if "train" in said or "eval" in said:

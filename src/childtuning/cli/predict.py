@@ -18,17 +18,17 @@ NAME = "predict"
 def run(
     run_dir: o.RunDir,
     input: Annotated[
-        Path | None, typer.Option(help="File or folder of examples, of what types `train` reads.")
+        Path | None, typer.Option(help="File or folder of examples, of any type that `train` reads.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="One text or prompt, in place of a file.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Its second text, for runs on pairs.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="The most tokens of a response, where the run's model writes one.", min=1)
+        int, typer.Option(help="Maximum number of tokens in a generated response.", min=1)
     ] = 64,
     output: Annotated[Path | None, typer.Option(help="Write predictions here as JSON Lines.")] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Answer new examples with a run's model, rebuilt from the base and the delta.
+    """Predict new examples with a run's model, restored from the base model and the delta.
 
     Example:
 
@@ -42,16 +42,14 @@ def run(
     output = output.expanduser() if output is not None else None
     if output is not None and not output.parent.is_dir():
         raise ConfigError(
-            f"there is no folder {str(output.parent)!r} for the output. Make it, or pass another."
+            f"there is no folder {str(output.parent)!r} for the output. Create it, or pass another."
         )
     if (input is None) == (text is None):
         raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
     if input is not None and text_pair is not None:
-        raise ConfigError(
-            "--text-pair goes with --text; in a file the second text is a column. Leave it out."
-        )
+        raise ConfigError("--text-pair needs --text; in a file the second text is a column. Leave it out.")
     if output is not None and output.exists():
-        raise ConfigError(f"output file {str(output)!r} exists already. Pass another.")
+        raise ConfigError(f"output file {str(output)!r} already exists. Pass another.")
     opened = FinishedRun(run_dir, progress=is_terminal(), tell=tell)
     if text is not None:
         examples = opened.kind.of_text(text, text_pair)

@@ -1,4 +1,4 @@
-"""What goes where: one JSON object or a table on standard output, everything else on standard error."""
+"""Output: one JSON object or a table on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from childtuning.runs.config import json_ready
 
 
 def tell(line: str) -> None:
-    """Say something to the user, beside the result."""
+    """Print a message on standard error, apart from the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 def is_terminal() -> bool:
-    """Whether a person is watching standard error."""
+    """Return whether standard error is a terminal."""
     return sys.stderr.isatty()
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print exactly one JSON object; what is not finite becomes null."""
+    """Print exactly one JSON object; non-finite numbers become null."""
     print(json_text(content))
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Return one JSON object on one line; what is not finite becomes null."""
+    """Return one JSON object on one line; non-finite numbers become null."""
     return json.dumps(json_ready(content), ensure_ascii=False)
 
 
 def print_table(
     title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
 ) -> None:
-    """Print a table; the first ``left`` columns are text, the others are set right as numbers."""
+    """Print a table; the first ``left`` columns are left-aligned, the others right-aligned."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
@@ -48,19 +48,19 @@ def print_table(
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Print named facts, one a line, aligned."""
+    """Print named facts, one per line, aligned."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
 
 
 def short_name(option: str) -> str:
-    """Return a hyperparameter's name as the command line takes it, the shorter where there are two."""
+    """Return a hyperparameter's shortest name on the command line."""
     return "lr" if option == "learning_rate" else option
 
 
 def point_text(point: Mapping[str, Any]) -> str:
-    """Return hyperparameters in a few words."""
+    """Return hyperparameters as short text."""
     return ", ".join(
         f"{short_name(name)} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in point.items()
@@ -68,7 +68,7 @@ def point_text(point: Mapping[str, Any]) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Return a byte count as a person reads it."""
+    """Return a byte count in human-readable form."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -16,7 +16,7 @@ NAME = "report"
 
 
 class Format(StrEnum):
-    """What a report can be."""
+    """The formats of a report."""
 
     html = "html"
     json = "json"
@@ -45,7 +45,9 @@ def run(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File to write.  \\[html of one store: STORE.html, else standard output]"
+            "--output",
+            "-o",
+            help="File to write.  \\[STORE.html for html of one store, else standard output]",
         ),
     ] = None,
     format: Annotated[
@@ -57,7 +59,7 @@ def run(
     ] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Show what a comparison found, or several, as one self-contained page or as tables.
+    """Report the results of one or more comparisons as a self-contained page or as tables.
 
     Example:
 
@@ -72,11 +74,11 @@ def run(
     kind = format or _format_of(output)
     if kind is Format.html and output is None:
         if len(stores) > 1:
-            raise ConfigError(f"a page of {len(stores)} stores lies beside none of them. Pass -o FILE.")
+            raise ConfigError(f"a page of {len(stores)} stores has no default path. Pass -o FILE.")
         output = stores[0].with_suffix(".html")
     if output is None and as_json and kind is not Format.json:
         raise ConfigError(
-            f"--json prints one JSON object, and --format {kind} without --output text. Pass -o FILE."
+            f"--json prints one JSON object, but --format {kind} without --output prints text. Pass -o FILE."
         )
     if output is not None and output.resolve() in {store.resolve() for store in stores}:
         raise ConfigError(f"output {str(output)!r} is the store itself. Pass another file.")
@@ -114,6 +116,6 @@ def _format_of(output: Path | None) -> Format:
         return Format.html
     if output.suffix.lower() not in _OF_SUFFIX:
         raise ConfigError(
-            f"what {str(output)!r} should hold is unclear by its ending. Pass --format html, json, md or latex."
+            f"the ending of {str(output)!r} is not that of a format. Pass --format html, json, md or latex."
         )
     return _OF_SUFFIX[output.suffix.lower()]

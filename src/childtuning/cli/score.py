@@ -31,7 +31,7 @@ def run(
     as_json: o.AsJson = False,
     **given: Any,
 ) -> None:
-    """Estimate Fisher information only, and show where a child of some density would live.
+    """Estimate Fisher information only, and show which parameters a child of a given density would cover.
 
     Example:
 
@@ -43,7 +43,7 @@ def run(
     if output.is_dir():
         raise ConfigError(f"output {str(output)!r} is a folder. Pass a file.")
     if output.exists() and not overwrite:
-        raise ConfigError(f"output file {str(output)!r} exists already. Pass --overwrite, or another.")
+        raise ConfigError(f"output file {str(output)!r} already exists. Pass --overwrite, or another.")
     if given["eval"] is None and given["train"] is not None:
         given["eval"] = given["train"]
     result: dict[str, Any] = score_run(o.run_config(config, given), output, progress=is_terminal(), tell=tell)

@@ -25,7 +25,8 @@ def run(
         Path | None, typer.Option(help="Folder for the run.  \\[runs/TASK-METHOD-SEED]", show_default=False)
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped; bitwise.")
+        bool,
+        typer.Option("--resume", help="Continue a run that was stopped; the result is bitwise the same."),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")
@@ -45,7 +46,7 @@ def run(
 
     settings = o.run_config(config, given)
     name = settings.task or Path(settings.train or "").name.split(".")[0]
-    method = re.sub(r"[^\w.+-]+", "-", settings.method)  # options hold signs that some systems' names do not
+    method = re.sub(r"[^\w.+-]+", "-", settings.method)  # some file systems forbid other characters
     folder = output or Path("runs") / f"{name}-{method}-{settings.seed}"
     result = train_run(
         settings, folder, overwrite=overwrite, resume=resume, progress=is_terminal(), tell=tell
@@ -61,7 +62,7 @@ def run(
 
 def _print(result: RunResult) -> None:
     num_beside = result.trained_parameters - result.child_parameters
-    beside = f", and {num_beside:,} beside them" if num_beside else ""
+    beside = f", and {num_beside:,} others" if num_beside else ""
     print_facts(
         {
             **{name: f"{value:.4f}" for name, value in result.metrics.items()},

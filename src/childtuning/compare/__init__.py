@@ -1,4 +1,4 @@
-"""Compare methods over seeds: plan the runs, do them once each, record them, and say what is significant."""
+"""Compare methods over seeds: plan the runs, execute each once, record the results, and test for significance."""
 
 from childtuning.compare.compare import EXECUTORS, compare, foreseen, set_up, stored
 from childtuning.compare.design import Comparison, read_methods

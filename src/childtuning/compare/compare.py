@@ -1,4 +1,4 @@
-"""Set up a store for a comparison, and do its runs: in this process, in several, or on a Ray cluster."""
+"""Set up a store for a comparison, and execute its runs: in this process, in several, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ EXECUTORS = ("local", "ray")
 
 
 def stored(path: str | Path) -> Comparison | None:
-    """Return what a store is about; ``None`` where there is no store yet.
+    """Return the comparison of a store; ``None`` if there is no store yet.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: when the file is not a store.
     """
     if not Path(path).expanduser().exists():
         return None
@@ -40,15 +40,15 @@ def stored(path: str | Path) -> Comparison | None:
 
 
 def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
-    """Return the runs that a comparison needs, as far as that can be said now; nothing is written.
+    """Return the runs that a comparison needs, as far as they are known; nothing is written.
 
     Args:
-        path: the store; it need not be there yet.
-        comparison: what is asked for.
+        path: the store; it need not exist.
+        comparison: the comparison.
     Returns:
-        those that a store has as they are recorded in it, without learning curves.
+        the runs; those in the store are returned as recorded, without learning curves.
     Raises:
-        ConfigError: it is something else than a store.
+        ConfigError: when the file is not a store.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -59,14 +59,14 @@ def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
 
 
 def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> None:
-    """Make a store or open one again, with the runs that a comparison needs planned in it.
+    """Create or open a store and plan the runs that a comparison needs.
 
     Args:
         path: the store.
-        comparison: what it is to be about; finished runs that are of no use for it are set aside, not lost.
-        retry_failed: do failed runs again.
+        comparison: the comparison; finished runs that it does not need are set aside, not deleted.
+        retry_failed: repeat failed runs.
     Raises:
-        ConfigError: the store cannot be used.
+        ConfigError: when the store cannot be used.
     """
     with Store.open(path, create=True) as store:
         store.set_comparison(comparison.to_dict(), environment())
@@ -82,15 +82,15 @@ def compare(
     executor: Literal["local", "ray"] = "local",
     jobs: int = 1,
 ) -> Recorded:
-    """Do the runs that a store lacks, and return all of them.
+    """Execute the runs that are missing in a store, and return everything it holds.
 
     Args:
-        path: the store, as ``set_up`` leaves it.
-        comparison: what it is about.
+        path: the store, after ``set_up``.
+        comparison: its comparison.
         executor: this machine, or a Ray cluster; the results are the same.
-        jobs: processes on this machine.
+        jobs: the number of processes on this machine.
     Raises:
-        ConfigError: the store or the executor cannot be used; what is recorded is safe.
+        ConfigError: when the store or the executor cannot be used; recorded runs are safe.
     """
     with Store.open(path, create=True) as store:
         if executor == "ray":
@@ -107,14 +107,14 @@ def compare(
 
 
 def work_in_processes(store: Store, comparison: Comparison, num_jobs: int) -> None:
-    """Do runs in ``num_jobs`` processes; with several GPUs each has one of them, by turns.
+    """Execute runs in ``num_jobs`` processes; several GPUs are assigned to them in turn.
 
     Raises:
-        ConfigError: one of them could not go on; the others have stopped as well.
+        ConfigError: when one of them failed; the others are stopped as well.
     """
     context = multiprocessing.get_context(
         "spawn"
-    )  # a forked process cannot use a GPU, nor threads that it lost
+    )  # a forked process cannot use the GPU or the parent's threads
     faults = context.SimpleQueue()
     processes = []
     for index, variables in enumerate(_surroundings(comparison.threads, num_jobs)):
@@ -140,8 +140,8 @@ def work_in_processes(store: Store, comparison: Comparison, num_jobs: int) -> No
                 process.terminate()
             process.join()
     if any(process.exitcode for process in processes):
-        told = faults.get() if not faults.empty() else "a process ended without a word."
-        raise ConfigError(f"{told} What is recorded is safe; start again to go on.")
+        told = faults.get() if not faults.empty() else "a process ended without an error message."
+        raise ConfigError(f"{told} Recorded runs are safe; start again to continue.")
 
 
 def _job(path: str, comparison: Mapping[str, Any], faults: Any) -> None:
@@ -156,7 +156,7 @@ def _job(path: str, comparison: Mapping[str, Any], faults: Any) -> None:
 
 
 def _surroundings(threads: int, num_jobs: int) -> list[dict[str, str]]:
-    """The environment variables of each job."""
+    """The environment variables for each process."""
     import torch
 
     jobs: list[dict[str, str]] = []
@@ -171,7 +171,7 @@ def _surroundings(threads: int, num_jobs: int) -> list[dict[str, str]]:
 
 
 class _environment:  # reads as a function
-    """Set variables for what is started inside; a spawned process reads them before it imports anything."""
+    """Set variables for processes started inside; a spawned process reads them before it imports anything."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._variables = variables
@@ -192,13 +192,13 @@ _POLL_SECONDS = 1.0
 
 
 def work_on_ray(store: Store, comparison: Comparison) -> None:
-    """Do runs as tasks of a Ray cluster: of the one this process is connected to, else of the one around it.
+    """Execute runs as tasks of a Ray cluster: the one this process is connected to, else the default one.
 
-    Each run asks for ``threads`` processors, and for a GPU where the cluster has any. Data, models and the folder
-    beside the store have to be reachable from every node by the same paths.
+    Each run requests ``threads`` processors, and a GPU if the cluster has any. Data, models and the store's folder
+    of files must be accessible from every node under the same paths.
 
     Raises:
-        ConfigError: Ray is not installed, or there is no cluster.
+        ConfigError: when Ray is not installed, or there is no cluster.
     """
     ray = _connected()
     resources: Mapping[str, float] = ray.cluster_resources()
@@ -206,7 +206,7 @@ def work_on_ray(store: Store, comparison: Comparison) -> None:
     places = int(resources.get("GPU") or resources.get("CPU", 1) // comparison.threads)
     if places < 1:
         raise ConfigError(
-            f"a run asks for {comparison.threads} processors, the cluster has {resources.get('CPU', 0):.0f}. "
+            f"a run needs {comparison.threads} processors, but the cluster has {resources.get('CPU', 0):.0f}. "
             "Pass fewer --threads."
         )
     remote = ray.remote(**options)(_one_run)
@@ -224,7 +224,7 @@ def work_on_ray(store: Store, comparison: Comparison) -> None:
                 if not at_work:
                     if not store.num_running():
                         return
-                    time.sleep(_POLL_SECONDS)  # another driver is at work
+                    time.sleep(_POLL_SECONDS)  # another driver is working
                     continue
                 for task in ray.wait(list(at_work), timeout=_POLL_SECONDS)[0]:
                     run = at_work.pop(task)
@@ -246,13 +246,13 @@ def _connected() -> Any:
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         except ConnectionError:
             raise ConfigError(
-                "there is no Ray cluster here. Start one with `ray start --head`, or set RAY_ADDRESS."
+                "no Ray cluster was found. Start one with `ray start --head`, or set RAY_ADDRESS."
             ) from None
     return ray
 
 
 def _one_run(run: Mapping[str, Any], folder: str, threads: int, keep: bool) -> dict[str, Any]:
-    """What a worker does; its process keeps inputs for the next run."""
+    """The task of a Ray worker; its process caches inputs for the next run."""
     import torch
 
     torch.set_num_threads(threads)
@@ -262,7 +262,7 @@ def _one_run(run: Mapping[str, Any], folder: str, threads: int, keep: bool) -> d
 
 
 def _result(ray: Any, task: Any, run: Record) -> Record:
-    """Return a finished run; one whose worker failed is a failed run."""
+    """Return a finished run, or a failed run if its worker failed."""
     try:
         return Record.from_dict(ray.get(task))
     except ray.exceptions.RayError as fault:

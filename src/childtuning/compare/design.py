@@ -1,4 +1,4 @@
-"""`Comparison`: what is compared, on what, and how often; and the runs that this comes to."""
+"""`Comparison`: its methods, tasks, seeds and hyperparameters, and the runs they result in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from childtuning.errors import ConfigError
 from childtuning.methods import Combination
 from childtuning.runs.config import RunConfig, option_of_text
 
-HELD_OUT = 0.1  # of the training examples, where hyperparameters have to be chosen
+HELD_OUT = 0.1  # share of the training examples, if hyperparameters have to be chosen
 Grid = Mapping[str, Sequence[Any]]
 _SHORT = {"lr": "learning_rate"}
 _OF_CHILDREN = (
@@ -29,7 +29,7 @@ _OF_CHILDREN = (
     "fisher_examples",
     "rescale",
 )
-_FIXED = {  # options that a comparison sets itself, and how
+_FIXED = {  # options that a grid cannot contain -> the remedy
     "seed": "Pass --seeds.",
     "method": "Pass --methods.",
     "task": "Pass --task.",
@@ -48,31 +48,31 @@ _DEFAULTS = {option.name: option.default for option in fields(RunConfig)}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods on tasks over seeds, each with the hyperparameters that suit it.
+    """A comparison of methods on tasks over seeds, each method with its best hyperparameters.
 
-    Every set of hyperparameters is tried with the first ``tune_seeds`` seeds; the best of each method, task and size
-    gets all of them. Where there is anything to choose, each run sets a tenth of its training examples aside, and the
-    choice is made by them, never by the reported ones, unless ``selection`` says so.
+    Every set of hyperparameters is tried with the first ``tune_seeds`` seeds; the best set of each method, task and
+    size is run with all seeds. If there is anything to choose, each run holds out a tenth of its training examples, and
+    the choice is based on these, not on the reported examples, unless ``selection`` is ``reported``.
 
     Attributes:
-        tasks: names; one, of the file, where ``options`` name files.
+        tasks: names; the file's name alone if ``options`` name files.
         methods: as typed: ``child-d+r3f:0.7``.
         num_seeds: runs have the seeds 0 … num_seeds − 1.
-        tune_seeds: how many of them every set of hyperparameters is tried with.
-        grid: option of a run -> values to try. Those that only children have are left out where there is none.
-        grid_of: the same for one method, in place of the values for all.
-        train_sizes: training examples; ``None`` is all.
-        selection: choose by the ``held-out`` or by the ``reported`` examples, as the paper does.
-        transfer_to: tasks on which a new head is then trained on every tuned network, its body frozen.
-        overlaps: compare the children that the tasks choose with one another.
+        tune_seeds: the number of seeds that every set of hyperparameters is tried with.
+        grid: option of a run -> values to try. Options of children are ignored for methods without a child.
+        grid_of: method -> its own grid, whose values replace those of ``grid``.
+        train_sizes: numbers of training examples; ``None`` is all.
+        selection: choose by the ``held-out`` examples, or by the ``reported`` ones, as the paper does.
+        transfer_to: tasks for which a new head is then trained on every tuned network, with its body frozen.
+        overlaps: measure how far the children of different tasks overlap.
         baseline: the method that the others are compared with; ``None``: the first.
-        protocol: the named protocol that this is, if it is one.
-        options: of all runs, as ``RunConfig`` takes them.
-        threads: of the processor, for each run; results depend on it in the last bits.
-        keep: whether the runs' folders stay when they are recorded.
-        command: what was typed to ask for it.
+        protocol: the name of its protocol, if any.
+        options: options of all runs, as in ``RunConfig``.
+        threads: processor threads per run; results depend on the number in the last bits.
+        keep: whether to keep the runs' folders after recording.
+        command: the command as typed.
     Raises:
-        ConfigError: something asked for makes no run.
+        ConfigError: when the settings do not make valid runs.
     """
 
     tasks: tuple[str, ...]
@@ -124,7 +124,7 @@ class Comparison:
             for name in _OF_CHILDREN:
                 if name in asked:
                     raise ConfigError(f"none of the methods chooses a child, got {name}. Leave it out.")
-        assert self.first_runs  # every configuration there is to try is right
+        assert self.first_runs  # checks every configuration that will be tried
 
     @property
     def against(self) -> str:
@@ -138,18 +138,18 @@ class Comparison:
 
     @property
     def seeds_to_tune(self) -> range:
-        """The seeds that every set of hyperparameters is tried with."""
+        """The seeds with which every set of hyperparameters is tried."""
         return range(self.tune_seeds)
 
     def points(self, method: str) -> list[dict[str, Any]]:
-        """Return the sets of hyperparameters that a method is tried with."""
+        """Return the sets of hyperparameters to try for a method."""
         grid = {**self.grid, **self.grid_of.get(method, {})}
         if not Combination.parse(method).takes_density:
             grid = {name: values for name, values in grid.items() if name not in _OF_CHILDREN}
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def groups(self) -> Iterator[Group]:
-        """Yield what is tuned, task by task."""
+        """Yield the groups of runs that are tuned, task by task."""
         for task in self.tasks:
             for size in self.train_sizes:
                 for method in self.methods:
@@ -157,7 +157,7 @@ class Comparison:
 
     @cached_property
     def first_runs(self) -> tuple[Record, ...]:
-        """The runs by which hyperparameters are chosen, those of one task and seed together."""
+        """The runs that choose hyperparameters, ordered by task and seed."""
         return tuple(
             self.run(Group(task, method, size), seed, point)
             for task in self.tasks
@@ -172,10 +172,10 @@ class Comparison:
         return {}
 
     def run(self, group: Group, seed: int, point: Mapping[str, Any]) -> Record:
-        """Return one run of this comparison, as it is before anything is known of it.
+        """Return one run of this comparison, as planned.
 
         Raises:
-            ConfigError: its options do not go together.
+            ConfigError: when its options cannot be combined.
         """
         key = (group, seed, tuple(point.items()))
         if key not in self._runs:
@@ -195,14 +195,14 @@ class Comparison:
         return self._record(group, seed, point, options)
 
     def transfer_run(self, source: Record, target: str, folder: Path) -> Record:
-        """Return the run that trains a new head for another task on a finished run's network, its body frozen.
+        """Return the run that trains a new head for another task on a finished run's network, with its body frozen.
 
-        The head is trained on as many examples as the network was.
+        The head is trained on as many examples as the network.
 
         Args:
             source: the finished run.
             target: the other task.
-            folder: where the source's files are.
+            folder: the folder of the source's files.
         """
         options = {
             name: value
@@ -223,7 +223,7 @@ class Comparison:
     ) -> Record:
         config = RunConfig.from_options(options)
         given = {name: value for name, value in asdict(config).items() if value is not None}
-        # What is as by default does not count, so that a later version's new options leave the names as they are.
+        # Options with default values are left out, so that ids stay the same when later versions add options.
         identity = {n: v for n, v in given.items() if n not in _NOT_IDENTITY and v != _DEFAULTS[n]}
         identity |= {"threads": self.threads, **({"init_from": start} if start else {})}
         text = json.dumps(identity, sort_keys=True)
@@ -235,26 +235,26 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Return what ``to_dict`` was made of."""
+        """Return the comparison whose fields ``to_dict`` returned."""
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
         return cls(**values)
 
 
-_HEAD_RATE = 1e-3  # a linear head on a frozen body learns slowly at the rates of whole networks
+_HEAD_RATE = 1e-3  # a linear head on a frozen body learns slowly at the rates for full networks
 
 
 def read_methods(texts: Sequence[str]) -> tuple[str, ...]:
-    """Read methods that commas part: ``full,smart:weight=0.5,steps=1,child-d`` are three.
+    """Read methods separated by commas: ``full,smart:weight=0.5,steps=1,child-d`` are three.
 
     Raises:
-        ConfigError: there is no such method, or it has no such option.
+        ConfigError: when there is no such method, or it has no such option.
     """
     methods: list[str] = []
     for text in texts:
         words: list[str] = []
         for piece in text.split(","):
             name, equals, _ = piece.partition("=")
-            if words and equals and ":" not in name:  # one more option of the method before
+            if words and equals and ":" not in name:  # another option of the previous method
                 words[-1] += "," + piece
             else:
                 words.append(piece)
@@ -268,9 +268,9 @@ def read_grid(texts: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, l
     """Read the values of hyperparameters: ``lr=2e-5,4e-5`` for all methods, ``lora:lr=1e-3`` for one.
 
     Returns:
-        the grid of all, and by method its own.
+        the grid of all methods, and method -> its own grid.
     Raises:
-        ConfigError: no such option, or no value of its type.
+        ConfigError: when there is no such option, or a value has the wrong type.
     """
     grid: dict[str, list[Any]] = {}
     grid_of: dict[str, dict[str, list[Any]]] = {}
@@ -285,7 +285,7 @@ def read_grid(texts: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, l
             raise ConfigError(f"the grid takes NAME=VALUE,VALUE or METHOD:NAME=VALUE, got {text!r}.")
         into = grid if method is None else grid_of.setdefault(method, {})
         if name in into:
-            raise ConfigError(f"the grid has {name!r} twice. Put all values behind one {name}=.")
+            raise ConfigError(f"the grid has {name!r} twice. Put all its values after one {name}=.")
         into[name] = list(dict.fromkeys(option_of_text(name, value.strip()) for value in values.split(",")))
     return grid, dict(grid_of)
 
@@ -294,7 +294,7 @@ def read_sizes(text: str) -> tuple[int | None, ...]:
     """Read training sizes: ``100,1000,all``.
 
     Raises:
-        ConfigError: one is no number above 0.
+        ConfigError: when a size is not a number above 0.
     """
     sizes: list[int | None] = []
     for word in text.split(","):

@@ -1,4 +1,4 @@
-"""The files beside a store: locks that tell which processes are at work, and where a store may lie."""
+"""Locks that show which processes are working on a store, and the check of a store's file system."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from childtuning.errors import ConfigError
 
 
 class Owner:
-    """This process as one that works on a store; a context manager.
+    """This process as a worker on a store; a context manager that holds a lock.
 
-    However the process ends, the system releases its lock, so that the others can tell. Two processes can never take
-    each other for the same, as they could by number.
+    The system releases the lock however the process ends, so that other processes can tell. Unlike process numbers,
+    the names of owners are never reused.
 
     Args:
         folder: the store's folder of locks.
@@ -39,14 +39,14 @@ class Owner:
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def is_alive(self, name: str) -> bool:
-        """Tell whether the process of that name still works."""
+        """Return whether the process of that name is still running."""
         if name == self.name:
             return True
         return is_alive(self._folder, name)
 
 
 def is_alive(folder: Path, name: str) -> bool:
-    """Tell whether the process of that name still holds its lock in a store's folder."""
+    """Return whether the process of that name still holds its lock in a store's folder."""
     path = folder / f"{name}.lock"
     if not path.is_file():
         return False
@@ -87,28 +87,28 @@ _OVER_A_NETWORK = {
 
 
 def check_place(path: Path) -> None:
-    """Refuse a store on a file system that is shared over a network.
+    """Refuse a store on a network file system.
 
     Raises:
-        ConfigError: naming it and the remedy.
+        ConfigError: when the file system is one.
     """
     kind = file_system(path)
     if kind in _OVER_A_NETWORK:
         raise ConfigError(
-            f"store {str(path)!r} lies on a network file system ({kind}), where several processes would damage it. "
-            "Pass a --store on a local disk; with --executor ray, the driver's."
+            f"store {str(path)!r} is on a network file system ({kind}), where several processes would damage it. "
+            "Pass a --store on a local disk; with --executor ray, on the driver's."
         )
 
 
 def file_system(path: Path) -> str | None:
-    """Return the type of the file system that a path is or would be on; ``None`` where it cannot be told."""
+    """Return the type of the file system of a path, which need not exist; ``None`` if unknown."""
     resolved = path.expanduser().absolute()
     while not resolved.exists():
         resolved = resolved.parent
     resolved = resolved.resolve()
     try:
         lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         return None
     mounts = [(line.split()[1].replace("\\040", " "), line.split()[2]) for line in lines]
     holding = [
@@ -116,5 +116,5 @@ def file_system(path: Path) -> str | None:
         for place, (point, kind) in enumerate(mounts)
         if resolved.is_relative_to(point)
     ]
-    # Of several on one point the last was mounted over the others.
+    # Of several mounts at one point, the last one hides the others.
     return max(holding)[2] if holding else None

@@ -1,4 +1,4 @@
-"""How far the children overlap that several tasks choose in one model. [Xu et al. 2021, section 5]"""
+"""Overlap of the children that several tasks choose in the same model. [Xu et al. 2021, section 5]"""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Matrix = list[list[float | None]]
 
 
 def overlap(choices: Sequence[Choice], folder_of: Callable[[str], Path]) -> dict[str, Any] | None:
-    """Compare the children of tasks: those of each one's first seed with the hyperparameters that were chosen.
+    """Compare the children of tasks, each from the first seed with the chosen hyperparameters.
 
     Returns:
         JSON-ready: ``tasks``, ``method``, ``density``, and matrices [task, task] of |A ∩ B| / min(|A|, |B|):
-        ``overall``, ``by_layer`` and ``by_kind`` of weight; ``None`` in a cell where one child has nothing there.
-        ``None`` where fewer than two tasks have a fixed child.
+        ``overall``, ``by_layer`` and ``by_kind`` of weight; a cell is ``None`` if one child has no entries there.
+        ``None`` if fewer than two tasks have a fixed child.
     Raises:
-        ConfigError: the tasks' children are not over the same parameters.
+        ConfigError: when the children are not over the same parameters.
     """
     found: dict[str, tuple[Choice, Child]] = {}
     for choice in choices:
@@ -39,7 +39,7 @@ def overlap(choices: Sequence[Choice], folder_of: Callable[[str], Path]) -> dict
     for task, child in children.items():
         if list(child.parts) != names:
             raise ConfigError(
-                f"the child of {task!r} is over other parameters than the others. Use one model."
+                f"the child of {task!r} has other parameters than the others. Use the same model for all tasks."
             )
     common = {
         name: [[_common(a.parts[name], b.parts[name]) for b in children.values()] for a in children.values()]
@@ -70,7 +70,7 @@ def _common(first: Part, second: Part) -> int:
 
 
 def _matrix(common: Mapping[str, list[list[int]]], names: Sequence[str]) -> Matrix:
-    """Sum up what is common over parameters; a child has itself in common with itself."""
+    """Sum the common entries over parameters and divide; the diagonal holds the sizes of the children."""
     size = len(next(iter(common.values())))
     totals = [[sum(common[name][i][j] for name in names) for j in range(size)] for i in range(size)]
     matrix: Matrix = [[None] * size for _ in range(size)]
@@ -88,12 +88,12 @@ _HEAD = re.compile(r"classifier|^score$|head|pooler|^fc$|qa_outputs|^cls$", re.I
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter is.
+    """The place of a parameter in a network.
 
     Attributes:
         region: a numbered layer, the embeddings, the head, or none of these.
-        stack: what the numbers of layers count: ``bert.encoder.layer``, ``layer1``; empty outside the layers.
-        number: of the layer, from 0; -1 outside the layers.
+        stack: the list of layers: ``bert.encoder.layer``, ``layer1``; empty outside the layers.
+        number: the index of the layer, from 0; -1 outside the layers.
         kind: the rest of the name: ``attention.self.query``, ``attention.self.query bias``.
     """
 
@@ -104,10 +104,10 @@ class Place:
 
 
 def place_of(name: str) -> Place:
-    """Return where a parameter is: its first component that is a number is the layer, what follows the kind.
+    """Return the place of a parameter: the first number in its name is the layer, the rest is the kind.
 
-    Further numbers are dropped, so that equal parts of a layer count as one kind; a weight has its module's name, and
-    anything else adds its own: ``query``, ``query bias``.
+    Further numbers are dropped, so that equal parts of a layer are of one kind. The kind of a weight is its module's
+    name; other parameters append their own name: ``query``, ``query bias``.
     """
     path = name.split(".")
     number = next((place for place, part in enumerate(path) if part.isdecimal()), None)
@@ -128,7 +128,7 @@ def place_of(name: str) -> Place:
 
 
 def short_names(kinds: Iterable[str], *, fewest: int = 1) -> dict[str, str]:
-    """Return each kind's shortest ending of at least so many words between dots that no other kind has."""
+    """Return for each kind its shortest unique suffix of at least ``fewest`` components."""
     kinds = list(dict.fromkeys(kinds))
     return {
         kind: next(ending for ending in _endings(kind, fewest) if _is_alone(ending, kind, kinds))

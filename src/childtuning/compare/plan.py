@@ -1,4 +1,4 @@
-"""Which runs a comparison needs, and which hyperparameters its finished runs choose."""
+"""The runs that a comparison needs, and the choice of hyperparameters from finished runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Tried:
     """One set of hyperparameters.
 
     Attributes:
-        point: by name.
+        point: name -> value.
         records: its finished runs, by seed.
-        selection: mean of the score they are chosen by, over the seeds that every set was tried with; NaN if a run
-            of them is missing, failed or has no score.
+        selection: mean of the selection score over the tuning seeds; NaN if one of these runs is missing, failed or
+            has no score.
     """
 
     point: Mapping[str, Any]
@@ -31,13 +31,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """The runs that a method is reported with.
+    """The chosen hyperparameters of a group and their runs, which are reported.
 
     Attributes:
         group: one method on one task, at one size.
-        point: the hyperparameters that were best.
+        point: the best hyperparameters.
         records: the finished runs with them, by seed.
-        tried: all sets, in the order in which they were planned.
+        tried: all sets, in the order of planning.
     """
 
     group: Group
@@ -47,7 +47,7 @@ class Choice:
 
     @property
     def at_end(self) -> tuple[str, ...]:
-        """The hyperparameters whose best value is the lowest or the highest that was tried: a better may lie beyond."""
+        """The hyperparameters whose best value is the lowest or highest tried, so that a better one may lie beyond."""
         return tuple(name for name, value in self.point.items() if self._is_end(name, value))
 
     def _is_end(self, name: str, value: Any) -> bool:
@@ -60,10 +60,10 @@ def choose(records: Iterable[Record], tune_seeds: Sequence[int]) -> list[Choice]
     """Choose the best hyperparameters of every group of runs.
 
     Args:
-        records: of one comparison; those that are not done, or have failed, take no part.
-        tune_seeds: the seeds that every set of hyperparameters is tried with.
+        records: the runs of one comparison; unfinished and failed runs are ignored.
+        tune_seeds: the seeds with which every set of hyperparameters is tried.
     Returns:
-        a choice for every group with a finished run, in order of appearance. Of equal sets the first wins.
+        a choice for every group with a finished run, in order of appearance. Ties go to the first set.
     """
     groups: dict[Group, dict[tuple[Any, ...], list[Record]]] = {}
     for record in records:
@@ -90,17 +90,17 @@ def _choice(
 def needed(
     comparison: Comparison, known: Mapping[str, Record], folder_of: Callable[[str], Path]
 ) -> Iterator[Record]:
-    """Yield the runs that are needed as far as that can be said now; a pure function of what is recorded.
+    """Yield the runs that are needed, as far as they are known; a pure function of the recorded runs.
 
-    First every set of hyperparameters with the seeds that tune. Once those of a method on a task are done (or failed),
-    its best set gets the other seeds; and a finished run, the new heads on its network.
+    First every set of hyperparameters is run with the tuning seeds. Once these runs of a method on a task are done (or
+    failed), its best set is run with the other seeds. For each finished run, new heads are then trained on its network.
 
     Args:
-        comparison: what is asked for.
-        known: the recorded runs, by id.
-        folder_of: the folder of a run, by id.
+        comparison: the comparison.
+        known: id -> recorded run.
+        folder_of: returns the folder of a run by id.
     Yields:
-        each run once; those that are recorded, as they are recorded.
+        each run once; recorded runs as recorded.
     """
     first: dict[Group, list[Record]] = {}
     for run in comparison.first_runs:
@@ -129,7 +129,7 @@ def needed(
 
 
 def num_runs(comparison: Comparison) -> int:
-    """Return how many runs a comparison comes to, if none fails."""
+    """Return the total number of runs of a comparison, if none fails."""
     total = 0
     for group in comparison.groups():
         others = comparison.num_seeds - comparison.tune_seeds

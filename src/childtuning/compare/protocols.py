@@ -1,4 +1,4 @@
-"""What a comparison is asked to be: the paper's protocols by name, and what a user adds to them."""
+"""Build a comparison from the user's settings and, optionally, one of the paper's named protocols."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from childtuning.errors import ConfigError, did_you_mean
 
 _GLUE_SMALL = ("cola", "rte", "mrpc", "stsb")
 _MAIN = ("full", "child-f", "child-d")
-# Where the networks of a domain-transfer run are scored, as far as the data is there: test splits, MNLI's two dev ones.
+# The evaluation data of domain-transfer runs, as far as available: test splits, and MNLI's two dev splits.
 _NLI = (
     ("mnli", ("dev_matched", "dev")),
     ("mnli", ("dev_mismatched", "dev_mismatched_1000_tokenized")),
@@ -26,14 +26,14 @@ _NLI = (
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a named protocol fills in where the user says nothing.
+    """A named protocol: defaults for the settings that the user leaves out.
 
     Attributes:
         summary: one line for listings.
         settings: fields of ``Comparison``.
-        options: of all runs.
+        options: options of all runs.
         scores_elsewhere: score every network on the other language-inference tasks of the data folder.
-        overlaps: compare the children that the tasks choose.
+        overlaps: measure how far the children of different tasks overlap.
     """
 
     summary: str
@@ -45,7 +45,7 @@ class Protocol:
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "paper": Protocol(
-        "hyperparameters by the reported examples, as the paper has it: mean and best of the dev set's scores",
+        "hyperparameters chosen by the reported examples, as in the paper: mean and best of the dev scores",
         {"selection": "reported"},
     ),
     "glue-small": Protocol(
@@ -66,14 +66,14 @@ PROTOCOLS: Mapping[str, Protocol] = {
         {"tasks": ("mrpc", "rte"), "methods": _MAIN, "transfer_to": ("mrpc", "rte", "cola", "stsb")},
     ),
     "ablation": Protocol(
-        "children that are random, of the lowest Fisher information, or all that is left of the network",
+        "children that are random, have the lowest Fisher information, or are all that remains of the network",
         {
             "tasks": ("rte", "mrpc"),
             "methods": ("full", "child-d", "child-random", "child-lowest", "child-pruned"),
         },
     ),
     "overlap": Protocol(
-        "how far the children overlap that several tasks choose",
+        "overlap of the children that different tasks choose",
         {"tasks": _GLUE_SMALL, "methods": ("child-d",), "num_seeds": 1},
         overlaps=True,
     ),
@@ -81,10 +81,10 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """Return a protocol by its name.
+    """Return a protocol by name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: when there is no such protocol.
     """
     if name not in PROTOCOLS:
         raise ConfigError(f"there is no protocol {name!r}. {did_you_mean(name, PROTOCOLS)}")
@@ -92,10 +92,10 @@ def find_protocol(name: str) -> Protocol:
 
 
 def inference_splits(data_dir: str | Path) -> tuple[str, ...]:
-    """Return the language-inference examples of a data folder, as ``elsewhere`` takes them.
+    """Return the language-inference splits in a data folder, as values of ``elsewhere``.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: when there are none.
     """
     from childtuning.tasks.task_folders import file_of
 
@@ -106,7 +106,7 @@ def inference_splits(data_dir: str | Path) -> tuple[str, ...]:
         found += [f"{task}/{there[0]}"] if there else []
     if not found:
         raise ConfigError(
-            f"data_dir {str(data_dir)!r} has none of mnli, snli, sick, scitail, qqp. Pass another."
+            f"data_dir {str(data_dir)!r} contains none of mnli, snli, sick, scitail, qqp. Pass another."
         )
     return tuple(dict.fromkeys(found))
 
@@ -128,22 +128,22 @@ def read_comparison(
     jobs: int = 1,
     command: str | None = None,
 ) -> Comparison:
-    """Put together a comparison.
+    """Build a comparison from settings.
 
-    Where neither task nor file nor protocol is named, it is the stored one, with what is given in place of its own.
+    If no task, file or protocol is named, it is the stored comparison, updated with the given settings.
 
     Args:
-        before: what the store is about already, if it is there.
-        tasks, methods: texts in which commas part them.
+        before: the comparison in the store, if it exists.
+        tasks, methods: texts with comma-separated names.
         grid: ``NAME=VALUE,VALUE`` or ``METHOD:NAME=VALUE,VALUE``.
-        protocol: its name.
+        protocol: the name of a protocol.
         train_sizes: ``100,1000,all``.
-        settings: other fields of ``Comparison``; those that are ``None`` are not given.
-        options: of all runs, as ``RunConfig`` takes them.
-        jobs: processes that will share the machine, for the number of threads.
-        command: what was typed.
+        settings: other fields of ``Comparison``; ``None`` means not given.
+        options: options of all runs, as in ``RunConfig``.
+        jobs: the number of processes that share the machine; sets the default number of threads.
+        command: the command as typed.
     Raises:
-        ConfigError: nothing is asked for, or something that makes no run.
+        ConfigError: when there is nothing to compare, or the settings do not make valid runs.
     """
     given = {name: value for name, value in (settings or {}).items() if value is not None}
     runs = _full_paths(options or {})
@@ -179,7 +179,7 @@ def read_comparison(
     if anew:
         given = {"methods": _METHODS, **given}
         given.setdefault("threads", before.threads if before else max(1, (os.cpu_count() or 1) // jobs))
-    if "num_seeds" in given:  # fewer seeds than one tunes with are tuned with all of them
+    if "num_seeds" in given:  # with fewer seeds than tune_seeds, all are used for tuning
         given.setdefault(
             "tune_seeds", min(1 if anew or before is None else before.tune_seeds, given["num_seeds"])
         )
@@ -195,7 +195,7 @@ def read_comparison(
 
 
 def _full_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options whose paths hold from every folder."""
+    """Return options with absolute paths."""
     full = dict(options)
     for name in _PATHS:
         if name in full:

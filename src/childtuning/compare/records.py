@@ -1,4 +1,4 @@
-"""`Record`: what is known of one run of a comparison."""
+"""`Record`: one run of a comparison, with its result if finished."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Literal, Self
 
 from childtuning.errors import ConfigError
 
-SCHEMA = 1  # of stores and of their exports
+SCHEMA = 1  # version of stores and of their exports
 State = Literal["planned", "running", "done", "failed"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in seed and hyperparameters alone: one method on one task, at one size.
+    """Runs that differ only in seed and hyperparameters: one method on one task, at one size.
 
     Attributes:
-        task: what was trained on.
+        task: the training task.
         method: with its options, as typed.
-        train_size: training examples; ``None``: all there are.
+        train_size: the number of training examples; ``None``: all.
         start: the task whose tuned network it started from; ``None``: the base model.
     """
 
@@ -32,21 +32,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Record:
-    """One run of a comparison: what it is, and what came of it.
+    """One run of a comparison: its configuration and its result.
 
     Attributes:
-        id: of everything that decides the run, in 16 hexadecimal digits.
-        group: the runs it belongs to.
+        id: a hash of everything that determines the run, 16 hexadecimal digits.
+        group: the group it belongs to.
         seed: as configured.
         point: the hyperparameters that are compared, by name: ``{"learning_rate": 2e-5}``.
-        config: every option of the run that is set, as ``RunConfig`` takes them.
+        config: every option of the run that is not ``None``, as in ``RunConfig``.
         state: planned, running, done or failed.
         result: ``RunResult`` as a dict, for runs that are done; its scores may be NaN.
-        curve: what was logged while training: ``[{"step": 10, "loss": 0.7, "learning_rate": …}, …]``.
-        parts: by parameter name, how many entries were trained and how many there are; those without any are left out.
-        error: in one line, of a failed run.
-        seconds: wall time from start to end, of runs that are done or failed.
-        finished: when, as ISO 8601 in UTC.
+        curve: the training log: ``[{"step": 10, "loss": 0.7, "learning_rate": …}, …]``.
+        parts: parameter name -> (trained entries, all entries); parameters without trained entries are left out.
+        error: the error of a failed run, in one line.
+        seconds: wall time from start to end, for runs that are done or failed.
+        finished: the time of completion, as ISO 8601 in UTC.
     """
 
     id: str
@@ -69,12 +69,12 @@ class Record:
 
     @property
     def score(self) -> float:
-        """The main metric on the reported examples; NaN where there is none."""
+        """The main metric on the reported examples; NaN if there is none."""
         return _number(None if self.result is None else self.result["metric"]["value"])
 
     @property
     def selection(self) -> float:
-        """The score that hyperparameters are chosen by: on the held-out examples, else the reported one."""
+        """The score for choosing hyperparameters: on the held-out examples if any, else the reported score."""
         held_out = None if self.result is None else self.result.get("held_out")
         return _number(held_out[self.metric]) if held_out else self.score
 
@@ -86,9 +86,9 @@ class Record:
 
     @property
     def collapsed(self) -> bool:
-        """Whether a finished run has no score, or none above always giving the most frequent training label.
+        """Whether a finished run has no score, or is no better than the most frequent training label.
 
-        Where that answer has no score, or is none, only runs without a score count.
+        If that baseline has no score, or does not exist, only runs without a score are collapsed.
         """
         if self.state != "done" or self.result is None:
             return False
@@ -104,7 +104,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Return what ``to_dict`` was made of."""
+        """Return the record whose fields ``to_dict`` returned."""
         values = dict(content)
         values["group"] = Group(**values["group"])
         values["curve"] = tuple(values.get("curve", ()))
@@ -114,12 +114,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Everything that a store holds.
+    """The content of a store.
 
     Attributes:
-        comparison: what was asked for, as ``Comparison.to_dict`` returns it.
-        records: the runs, in the order in which they were planned.
-        artifacts: by name, JSON-ready results that belong to no single run, such as ``overlap``.
+        comparison: the comparison, as ``Comparison.to_dict`` returns it.
+        records: the runs, in the order of planning.
+        artifacts: name -> JSON-ready result that belongs to no single run, such as ``overlap``.
         environment: versions and machine.
     """
 
@@ -140,14 +140,14 @@ class Recorded:
 
     @classmethod
     def from_dict(cls, content: Any) -> Self:
-        """Return what ``to_dict`` was made of.
+        """Return the content whose fields ``to_dict`` returned.
 
         Raises:
-            ConfigError: it is something else, or of another version.
+            ConfigError: when it is not an export, or has another version.
         """
         if not isinstance(content, Mapping) or content.get("schema") != SCHEMA or "records" not in content:
             raise ConfigError(
-                f"this is no export of a store with schema {SCHEMA}. Pass what `report --format json` wrote."
+                f"this is not an export of a store with schema {SCHEMA}. Pass a file that `report --format json` wrote."
             )
         return cls(
             comparison=content["comparison"],
@@ -165,5 +165,5 @@ _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 def lower_is_better(metric: str | None) -> bool:
-    """Say whether of two values of a metric the smaller is the better one."""
+    """Return whether smaller values of a metric are better."""
     return metric in _LOWER_IS_BETTER

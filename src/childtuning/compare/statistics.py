@@ -1,11 +1,11 @@
-"""What the scores of several seeds say, and whether two methods differ by more than chance.
+"""Statistics of scores over seeds, and tests of whether two methods differ.
 
-One rule holds for runs without a score (NaN, or infinite): such a run is the worst there is. What only puts runs in
-order (median, best, worst, Wilcoxon's test) ranks it below every number [worst-rank analysis, Lachin
-1999]; what averages (mean, sd, interval, difference, permutation test) is ``None``, since an average over the runs that
-came through would flatter the method that loses most. How many there are is always told.
+A run without a score (NaN, or infinite) counts as worse than any other. Rank statistics (median, best, worst,
+Wilcoxon's test) rank it below every number [worst-rank analysis, Lachin 1999]. Averages (mean, sd, interval,
+difference, permutation test) are ``None``, since an average over the remaining runs would favour the method that loses
+most runs. The number of such runs is always reported.
 
-The order of runs changes nothing, and random draws have a fixed seed.
+The order of runs does not matter, and random draws have a fixed seed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Description:
     """The scores of one method over seeds.
 
     Attributes:
-        num: runs.
-        num_nan: those without a score.
-        num_collapsed: those no better than a constant answer, and those without a score.
-        mean, sd: of the scores; the sample's standard deviation (n − 1), 0 for one run. ``None`` if ``num_nan`` > 0.
-        median, best, worst: a run without a score is below all others; ``None`` where it is such a run's.
-        interval: 95 % bootstrap interval of the mean; (value, value) where all are equal, ``None`` for fewer than two
-            runs, of which it could say nothing, or if ``num_nan`` > 0.
+        num: the number of runs.
+        num_nan: the number of runs without a score.
+        num_collapsed: the number of runs no better than a constant answer, or without a score.
+        mean, sd: of the scores; the sample standard deviation (n − 1), 0 for one run. ``None`` if ``num_nan`` > 0.
+        median, best, worst: a run without a score ranks below all others; ``None`` if the value is such a run's.
+        interval: 95 % bootstrap interval of the mean; (value, value) if all are equal, ``None`` for fewer than two
+            runs, where it is undefined, or if ``num_nan`` > 0.
     """
 
     num: int
@@ -51,15 +51,15 @@ class Description:
 
 @dataclass(frozen=True)
 class Paired:
-    """A method beside a baseline, over the runs that both have.
+    """The comparison of a method with a baseline, over the seeds that both have.
 
     Attributes:
-        num: pairs.
-        num_nan: those in which either run has no score.
+        num: the number of pairs.
+        num_nan: the number of pairs in which either run has no score.
         difference: mean of (method − baseline), in units of the metric; ``None`` if ``num_nan`` > 0.
-        interval: its 95 % bootstrap interval; ``None`` where ``describe`` has none.
-        p_permutation: of the permutation test; ``None`` for fewer than two pairs, or if ``num_nan`` > 0.
-        p_wilcoxon: of Wilcoxon's test; ``None`` for fewer than two pairs, or if no pair differs.
+        interval: its 95 % bootstrap interval; ``None`` in the same cases as in ``describe``.
+        p_permutation: p of the permutation test; ``None`` for fewer than two pairs, or if ``num_nan`` > 0.
+        p_wilcoxon: p of Wilcoxon's test; ``None`` for fewer than two pairs, or if no pair differs.
     """
 
     num: int
@@ -71,7 +71,7 @@ class Paired:
 
     @property
     def smallest_p(self) -> float | None:
-        """The smallest p that so many pairs can give: 2 / 2ⁿ, exactly or by draws; ``None`` for fewer than two."""
+        """The smallest p that is possible with n pairs: 2 / 2ⁿ, exactly or by draws; ``None`` for fewer than two."""
         return None if self.num < 2 else max(2 / 2**self.num, 2 / (NUM_RESAMPLES + 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,12 +84,12 @@ def describe(
 ) -> Description:
     """Describe the scores of one method over seeds.
 
-    The interval is the bootstrap of ``mean_interval``, which says how far it can be trusted for few seeds.
+    The interval is the bootstrap interval of ``mean_interval``; see there for its accuracy with few seeds.
 
     Args:
-        values: a score a run; NaN for a run without one.
+        values: one score per run; NaN for a run without one.
         collapsed: for every run, whether it is no better than a constant answer.
-        lower_is_better: as for a loss.
+        lower_is_better: true for metrics such as a loss.
     """
     worst_first = sorted(filter(math.isfinite, values), reverse=lower_is_better)
     num, num_nan = len(values), len(values) - len(worst_first)
@@ -119,16 +119,16 @@ def compare_paired(
 ) -> Paired:
     """Compare a method with a baseline over the seeds that both have.
 
-    The permutation test flips the sign of each difference: if the methods were the same, each sign would be a coin's.
-    Two-sided p is the share of the 2ⁿ flips whose mean is at least as far from 0, as ``sign_flip_p`` counts them. With
-    n seeds the smallest possible p is 2 / 2ⁿ: 0.0625 with 5, which never is below 0.05, and 0.031 with 6. Wilcoxon's
-    test leaves out pairs without a difference; it is exact for up to 50 pairs, or 13 where ranks tie, and beyond that
-    the normal approximation.
+    The permutation test flips the sign of each difference: if the methods were equal, each sign would be random.
+    The two-sided p is the share of the 2ⁿ flips whose mean is at least as far from 0; see ``sign_flip_p``. With
+    n seeds the smallest possible p is 2 / 2ⁿ: 0.0625 with 5, which is never below 0.05, and 0.031 with 6. Wilcoxon's
+    test ignores pairs without a difference; it is exact for up to 50 pairs, or 13 if ranks tie, and uses the normal
+    approximation beyond that.
 
     Args:
-        values: by seed, the method's scores; NaN for a run without one.
-        baseline_values: the baseline's.
-        lower_is_better: as for a loss; decides which way a run without a score counts.
+        values: seed -> score of the method; NaN for a run without one.
+        baseline_values: the same for the baseline.
+        lower_is_better: true for metrics such as a loss; sets the direction in which a run without a score counts.
     """
     pairs = _pairs(values, baseline_values)
     compared = compare_stratified([(values, baseline_values)])
@@ -140,16 +140,16 @@ def compare_paired(
 def compare_stratified(
     strata: Sequence[tuple[Mapping[int, float], Mapping[int, float]]],
 ) -> Paired:
-    """Compare a method with a baseline over several tasks at once, each task weighing the same.
+    """Compare a method with a baseline over several tasks at once, with equal weight for each task.
 
     The difference is the mean of the tasks' mean differences. The interval resamples seeds within each task, and the
-    test flips the sign of each (task, seed) pair, which never exchanges runs of different tasks. Pairs count as
-    independent, those of one seed on two tasks too. What is found holds for these tasks, and says nothing of others.
-    There is no ``p_wilcoxon``: sizes of differences cannot be ranked across metrics.
+    test flips the sign of each (task, seed) pair, which never exchanges runs of different tasks. Pairs are treated as
+    independent, even those of one seed on two tasks. The result holds for these tasks and does not generalise to
+    others. There is no ``p_wilcoxon``: the sizes of differences cannot be ranked across metrics.
 
     Args:
-        strata: for each task the method's scores by seed, and the baseline's. A task without a common seed leaves
-            everything ``None``.
+        strata: for each task, the scores of the method and of the baseline by seed. If any task has no common seed,
+            all results are ``None``.
     """
     by_task = [_pairs(values, baseline_values) for values, baseline_values in strata]
     pairs = [pair for task_pairs in by_task for pair in task_pairs]
@@ -171,16 +171,17 @@ def compare_stratified(
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p-values for how many there are. [Holm 1979]
+    """Correct p-values for multiple comparisons. [Holm 1979]
 
     Args:
-        p_values: of one family; ``None`` for a comparison that has none, which stays ``None`` and does not count.
+        p_values: the p-values of one family; ``None`` for a comparison without one, which stays ``None`` and is not
+            counted.
     Returns:
-        in the same order; rejecting those below α errs anywhere in the family with a probability of at most α.
+        the corrected p-values in the same order; rejecting those below α has a family-wise error rate of at most α.
     """
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0  # the k-th smallest of m is multiplied by m − k + 1, and never falls below one before it
+    largest = 0.0  # the k-th smallest of m is multiplied by m − k + 1, and is at least the previous one
     for rank, (p, place) in enumerate(known):
         corrected[place] = largest = min(1.0, max(largest, (len(known) - rank) * p))
     return corrected
@@ -193,10 +194,10 @@ def expected_best(scores: Sequence[float], *, lower_is_better: bool = False) -> 
     E[max of k] = Σᵢ xᵢ ((i/n)ᵏ − ((i−1)/n)ᵏ). [Dodge et al. 2019, arXiv 1909.03004]
 
     Args:
-        scores: of every set that was tried. A set without a score (NaN) counts as the worst that has one.
-        lower_is_better: as for a loss; then of the smallest of k.
+        scores: the score of every set tried. A set without a score (NaN) gets the worst score of the others.
+        lower_is_better: true for metrics such as a loss; then the smallest of k is the best.
     Returns:
-        n values, the budget in sets being the position; NaN if no set has a score.
+        n values, one for each k; NaN if no set has a score.
     """
     sign = -1.0 if lower_is_better else 1.0
     known = [sign * score for score in scores if math.isfinite(score)]
@@ -214,7 +215,7 @@ def _pairs(values: Mapping[int, float], baseline_values: Mapping[int, float]) ->
 
 
 def _difference(one: float, other: float, worst: float) -> float:
-    """Difference of two scores, infinite where one of them is missing."""
+    """Difference of two scores; infinite if one of them is missing."""
     scored = math.isfinite(one), math.isfinite(other)
     if all(scored):
         return one - other
@@ -232,28 +233,28 @@ def _wilcoxon_p(differences: np.ndarray) -> float | None:
     moved = rounded[rounded != 0]
     if len(rounded) < 2 or not len(moved):
         return None
-    # Ranks stand in for the differences, which may be infinite; the test looks at nothing else.
+    # The test uses only ranks; they replace the differences, which may be infinite.
     return float(wilcoxon(np.sign(moved) * rankdata(np.abs(moved))).pvalue)
 
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9_999
-# Scores are multiples of one over the number of examples, so sums of differences tie often, and a tie missed by a
-# rounding error changes p. No metric is as fine as this, relative to the largest score.
+# Scores are multiples of 1 / number of examples, so sums of differences often tie, and a tie missed by a rounding error
+# changes p. No metric is as fine as this, relative to the largest score.
 DIGITS = 10
 
 
 def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """Return a 95 % bootstrap interval of the mean of the strata's means, resampled within each.
+    """Return a 95 % bootstrap interval of the mean of the strata's means, resampled within each stratum.
 
-    It is the bias-corrected and accelerated one [Efron 1987] over 9,999 resamples, or the percentile one where that is
-    undefined. With few values any bootstrap is too narrow: of such intervals for a normal mean about 71 % hold it with
-    3 values, 85 % with 5, 90 % with 10.
+    It is the bias-corrected and accelerated interval [Efron 1987] over 9,999 resamples, or the percentile interval if
+    that is undefined. With few values, any bootstrap interval is too narrow: for normal values, it covers the mean in
+    about 71 % of cases with 3 values, 85 % with 5, 90 % with 10.
 
     Args:
         strata: one or more lists of finite values; one list for a plain mean.
     Returns:
-        low and high, both the mean itself where all values are equal; ``None`` where a stratum has fewer than two.
+        low and high, both equal to the mean if all values are equal; ``None`` if a stratum has fewer than two values.
     """
     if min(map(len, strata)) < 2:
         return None
@@ -269,10 +270,10 @@ def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | No
 
     def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
         means = [sample.mean(axis=axis) for sample in drawn]
-        return np.round(np.mean(means, axis=0), DIGITS)  # the correction of bias counts ties
+        return np.round(np.mean(means, axis=0), DIGITS)  # the bias correction counts ties
 
     for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():  # where the first is undefined it says so, and the second is taken
+        with warnings.catch_warnings():  # if the first is undefined, scipy warns and the second is used
             warnings.simplefilter("ignore")
             found = bootstrap(
                 samples,
@@ -284,20 +285,20 @@ def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | No
                 rng=np.random.default_rng(0),
             ).confidence_interval
         if math.isfinite(found.low) and math.isfinite(found.high):
-            low = max(float(found.low), lowest)  # what is rounded may lie outside
+            low = max(float(found.low), lowest)  # rounding may exceed the range
             high = min(float(found.high), highest)
             return center + spread * low, center + spread * high
     return None
 
 
 def sign_flip_p(terms: Sequence[float]) -> float:
-    """Return the two-sided p of a sum of terms, each of which might as well have had the other sign.
+    """Return the two-sided p of a sum of terms under random flips of their signs.
 
     Args:
-        terms: two or more, in a unit in which 1e-10 is nothing.
+        terms: two or more, in a unit in which 1e-10 is negligible.
     Returns:
-        the share of the 2ⁿ choices of signs whose sum is at least as far from 0; of all of them for up to 13 terms,
-        beyond that of 9,999 draws and the observed choice.
+        the share of the 2ⁿ choices of signs whose sum is at least as far from 0; over all choices for up to 13 terms,
+        otherwise over 9,999 random choices and the observed one.
     """
     from scipy.stats import permutation_test
 

@@ -1,4 +1,4 @@
-"""`Store`: the runs of a comparison in one SQLite file, each recorded at once and once."""
+"""`Store`: the runs of a comparison in one SQLite file, each recorded once, as soon as it ends."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CREATE TABLE artifacts (name TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT RO
 """
 _FIXED = ("group", "seed", "point", "config")
 _DETAILS = ("curve", "parts", "error", "seconds", "finished")
-_APPLICATION = 0x43544E47  # tells our files from other SQLite files
+_APPLICATION = 0x43544E47  # marks our files among SQLite files
 
 
 class Store:
-    """The record of a comparison, in one file; safe against kills at any moment and for several processes at once.
+    """The record of a comparison, in one file; safe against kills at any moment and for use by several processes.
 
-    Beside it lies a folder of the same name with ``.files`` behind it: the runs' own folders, and the locks of those
-    who work on it. Without it, what is recorded is still whole.
+    A folder of the same name with the suffix ``.files`` holds the runs' own folders and the locks of processes that
+    work on the store. The record is complete without it.
 
     Use ``open`` and ``close``, or ``with Store.open(…) as store``.
     """
@@ -53,9 +53,9 @@ class Store:
 
         Args:
             path: the file.
-            create: make it if it is not there, and be able to write.
+            create: create it if it does not exist, and open it for writing.
         Raises:
-            ConfigError: there is none, it is something else, or it cannot be used where it lies.
+            ConfigError: when there is no such file, it is not a store, or it cannot be used at this path.
         """
         path = Path(path).expanduser()
         if path.is_dir():
@@ -75,7 +75,7 @@ class Store:
         return cls(path, connection)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._db.close()
 
     def __enter__(self) -> Self:
@@ -86,12 +86,12 @@ class Store:
 
     @property
     def files(self) -> Path:
-        """The folder beside the store."""
+        """The store's folder of files."""
         return self.path.with_name(self.path.name + ".files")
 
     @property
     def locks(self) -> Path:
-        """Where those who work on it hold their locks."""
+        """The folder of the locks of processes that work on the store."""
         return self.files / "locks"
 
     def folder_of(self, run_id: str) -> Path:
@@ -101,21 +101,21 @@ class Store:
     # What is compared
 
     def comparison(self) -> dict[str, Any] | None:
-        """Return what the store is about; ``None`` for a new one."""
+        """Return the store's comparison; ``None`` if the store is new."""
         return self._fact("comparison")
 
     def set_comparison(self, comparison: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Say what the store is about; finished runs that this needs as well are kept, the others set aside.
+        """Set the store's comparison; finished runs that it does not need are set aside.
 
         Raises:
-            ConfigError: another process works on another comparison.
+            ConfigError: when another process is working on another comparison.
         """
         with self._writing():
             before = self._fact("comparison")
             if before is not None and _asked(before) != _asked(json.loads(json.dumps(comparison))):
                 if self._live():
                     raise ConfigError(
-                        f"another process is at work on another comparison in {str(self.path)!r}. "
+                        f"another process is working on another comparison in {str(self.path)!r}. "
                         "Wait for it, or pass another --store."
                     )
                 self._db.execute("UPDATE runs SET position = NULL")
@@ -124,7 +124,7 @@ class Store:
                 self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def plan(self, runs: Iterable[Record]) -> None:
-        """Add runs that are not there yet, and put all of them in this order."""
+        """Add new runs, and put all runs in this order."""
         with self._writing():
             for position, run in enumerate(runs):
                 fixed = {name: value for name, value in run.to_dict().items() if name in _FIXED}
@@ -138,9 +138,9 @@ class Store:
     # Work
 
     def claim(self, owner: Owner, like: Record | None = None) -> Record | None:
-        """Take the next run that nobody works on; those that share their inputs with ``like`` come first.
+        """Claim the next planned run; runs that share their inputs with ``like`` come first.
 
-        Runs whose process has ended without a word are taken over. No run is ever given to two.
+        Runs of a process that no longer exists become available again. A run is never given to two processes.
         """
         with self._writing():
             for run_id, name in self._db.execute(
@@ -163,7 +163,7 @@ class Store:
             return replace(_record(row), state="running")
 
     def finish(self, run: Record, owner: Owner) -> bool:
-        """Record what came of a run; tell whether it was still this owner's."""
+        """Record the result of a run; return whether the run still belonged to this owner."""
         details = {name: value for name, value in run.to_dict().items() if name in _DETAILS}
         details["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         result = None if run.result is None else json.dumps(run.result)
@@ -176,7 +176,7 @@ class Store:
         return done.rowcount == 1
 
     def release(self, run: Record, owner: Owner) -> None:
-        """Give a run back, to be done later."""
+        """Return a run to the plan."""
         with self._writing():
             self._db.execute(
                 "UPDATE runs SET state = 'planned', owner = NULL WHERE id = ? AND state = 'running' AND owner = ?",
@@ -184,7 +184,7 @@ class Store:
             )
 
     def retry_failed(self) -> int:
-        """Let failed runs be done again; return how many there are."""
+        """Plan failed runs again; return their number."""
         with self._writing():
             return self._db.execute(
                 "UPDATE runs SET state = 'planned', details = NULL WHERE state = 'failed'"
@@ -201,7 +201,7 @@ class Store:
         return [_record(row) for row in rows]
 
     def known(self) -> dict[str, Record]:
-        """Return every run that was ever recorded or planned, by id, without the details."""
+        """Return id -> run for every recorded or planned run, without details."""
         with told(self.path):
             rows = self._db.execute("SELECT id, fixed, state, result, NULL AS details FROM runs").fetchall()
         return {row["id"]: _record(row) for row in rows}
@@ -216,12 +216,12 @@ class Store:
         return [_record(row) for row in rows]
 
     def num_running(self) -> int:
-        """Return how many runs are being done, by whomever."""
+        """Return the number of running runs, of all processes."""
         with told(self.path):
             return self._db.execute("SELECT count(*) FROM runs WHERE state = 'running'").fetchone()[0]
 
     def read(self) -> Recorded:
-        """Return everything."""
+        """Return the whole content."""
         with told(self.path), self._reading():
             artifacts = self._db.execute("SELECT name, content FROM artifacts ORDER BY name").fetchall()
             return Recorded(
@@ -266,7 +266,7 @@ class Store:
 
 
 def _check(connection: sqlite3.Connection, path: Path, create: bool) -> None:
-    """Make the tables of a new file; refuse, and leave as they are, files that are not ours or of a later version."""
+    """Create the tables of a new file; refuse files that are not stores or have another version."""
     if create:
         connection.execute("BEGIN IMMEDIATE")
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
@@ -278,10 +278,10 @@ def _check(connection: sqlite3.Connection, path: Path, create: bool) -> None:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != _APPLICATION:
-        raise ConfigError(f"{str(path)!r} is an SQLite file, but no store of runs. Pass another --store.")
+        raise ConfigError(f"{str(path)!r} is an SQLite file, but not a store of runs. Pass another --store.")
     if version != SCHEMA:
         raise ConfigError(
-            f"store {str(path)!r} has the schema {version}, this version of childtuning reads {SCHEMA}. "
+            f"store {str(path)!r} has schema {version}, but this version of childtuning reads {SCHEMA}. "
             "Use the version that wrote it."
         )
     if create:
@@ -289,7 +289,7 @@ def _check(connection: sqlite3.Connection, path: Path, create: bool) -> None:
 
 
 def _asked(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared, however it was typed."""
+    """The comparison without the command that was typed."""
     return {name: value for name, value in comparison.items() if name != "command"}
 
 
@@ -305,7 +305,7 @@ def _record(row: sqlite3.Row) -> Record:
 
 
 def connect(path: Path, create: bool) -> sqlite3.Connection:
-    """Open an SQLite file: to read and write it where it may be made, else to read it."""
+    """Open an SQLite file, for reading and writing if ``create``, else for reading only."""
     if create:
         connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
     else:
@@ -315,7 +315,7 @@ def connect(path: Path, create: bool) -> sqlite3.Connection:
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a file without writing to it; where its folder cannot be written to either, as it lies."""
+    """Open a file read-only; as immutable if its folder is not writable either."""
     address = path.resolve().as_uri()
     options: dict[str, Any] = {
         "timeout": 60,
@@ -334,7 +334,7 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Say what SQLite meets in one line with a remedy."""
+    """Turn SQLite errors into one line with a remedy."""
     try:
         yield
     except sqlite3.Error as fault:
@@ -343,11 +343,11 @@ def told(path: Path) -> Iterator[None]:
 
 def _remedy(fault: str) -> str:
     if "full" in fault:
-        return "Make room on the disk and start again; what is recorded is safe."
+        return "Free space on the disk and start again; recorded runs are safe."
     if "readonly" in fault or "unable to open" in fault:
-        return "Pass a --store that can be written to."
+        return "Pass a --store that is writable."
     if "not a database" in fault or "malformed" in fault:
         return "Pass another --store."
     if "locked" in fault:
-        return "Another process holds it; start again when that is done."
-    return "Check the path and the disk; what is recorded is safe."
+        return "Another process is using it; start again when it has finished."
+    return "Check the path and the disk; recorded runs are safe."

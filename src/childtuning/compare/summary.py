@@ -1,4 +1,4 @@
-"""The rows of a comparison's tables: every method with its scores, its costs, and how it stands beside the baseline."""
+"""The rows of a comparison's tables: the scores and costs of every method, and its comparison with the baseline."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from childtuning.compare.statistics import (
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run takes: medians over the seeds.
+    """The costs of a run: medians over the seeds.
 
     Attributes:
-        trained_parameters: entries, the new head included.
+        trained_parameters: the number of trained entries, including the new head.
         state_bytes: the optimizer's memory.
-        delta_bytes: size of what is saved.
-        peak_memory_bytes: as ``RunResult`` has it.
-        seconds: wall time of Fisher scores and training together.
+        delta_bytes: size of the saved delta.
+        peak_memory_bytes: as in ``RunResult``.
+        seconds: wall time of the Fisher pass and training together.
     """
 
     trained_parameters: int
@@ -45,15 +45,15 @@ class Row:
     """One method on one task, at one size.
 
     Attributes:
-        group: which.
+        group: the method, task and size.
         metric: name of the task's main metric.
-        point: the hyperparameters that were chosen.
-        at_end: those of them whose value is the lowest or the highest of several that were tried.
-        scores: by seed, on the reported examples; NaN for a run without one.
-        description: of the scores.
-        costs: of the runs that are reported.
-        expected_best: of k = 1 … n tried sets of hyperparameters, by the score that they are chosen by.
-        paired: beside the baseline; ``None`` for the baseline itself and where it has no finished run.
+        point: the chosen hyperparameters.
+        at_end: those whose value is the lowest or highest of several that were tried.
+        scores: seed -> score on the reported examples; NaN for a run without one.
+        description: statistics of the scores.
+        costs: costs of the reported runs.
+        expected_best: expected selection score of the best of k = 1 … n sets of hyperparameters.
+        paired: comparison with the baseline; ``None`` for the baseline itself and if it has no finished run.
         p_corrected: ``paired.p_permutation`` after Holm's correction.
     """
 
@@ -69,7 +69,7 @@ class Row:
     p_corrected: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready fields: NaN is null, and seeds are texts."""
+        """Return JSON-ready fields: NaN is null, and seeds are strings."""
         return {
             **asdict(self),
             "scores": {str(seed): _number(score) for seed, score in self.scores.items()},
@@ -84,11 +84,11 @@ class Average:
 
     Attributes:
         method: with its options, as typed.
-        train_size, start: as in ``Group``; methods are averaged apart for each.
-        tasks: those that every method has.
-        mean: of the tasks' means; ``None`` where one of them is, and where metrics point in different directions.
-        paired: over all (task, seed) pairs, as ``compare_stratified`` does; ``None`` for the baseline itself, where it
-            is missing, and where there is no mean of metrics.
+        train_size, start: as in ``Group``; methods are averaged separately for each.
+        tasks: the tasks that every method has.
+        mean: mean of the tasks' means; ``None`` if one of them is, or if metrics have different directions.
+        paired: the result of ``compare_stratified``; ``None`` for the baseline itself, if the baseline is missing, or
+            if metrics have different directions.
         p_corrected: ``paired.p_permutation`` after Holm's correction over all averages that are returned together.
     """
 
@@ -109,11 +109,11 @@ def summarize(choices: Sequence[Choice], baseline: str | None) -> list[Row]:
     """Return a row for every choice.
 
     A method is compared with the baseline of the same task, size and start, over the seeds that both have. The family
-    of Holm's correction is every comparison in the rows that are returned, over all tasks, sizes and starts: who looks
-    for a difference anywhere in the table errs with a probability of at most α. Comparisons without a p do not count.
+    of Holm's correction consists of all comparisons in the returned rows, over all tasks, sizes and starts: the
+    probability of any false positive in the table is at most α. Comparisons without a p are not counted.
 
     Args:
-        choices: of one table.
+        choices: the choices of one table.
         baseline: a method as typed, or ``None`` for no comparison.
     """
     rows = [_row(choice) for choice in choices]
@@ -126,7 +126,7 @@ def summarize(choices: Sequence[Choice], baseline: str | None) -> list[Row]:
 def across_tasks(rows: Sequence[Row], baseline: str | None) -> list[Average]:
     """Return the mean of each method's task means, over the tasks that every method has, for every size and start.
 
-    Different metrics are averaged as they are, as papers do.
+    Different metrics are averaged without scaling, as papers do.
 
     Args:
         rows: as ``summarize`` returns them.

@@ -1,4 +1,4 @@
-"""Do the runs of a comparison, one after another, until none is left."""
+"""Execute the runs of a comparison one after another until none is left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = ("childtuning", "torch", "transformers", "peft", "numpy", "scipy")
 
 
 def environment() -> dict[str, Any]:
-    """Say what results depend on beside the options."""
+    """Return the versions and hardware that results depend on besides the options."""
     import torch
 
     return {
@@ -51,19 +51,19 @@ def _version(package: str) -> str | None:
 
 
 def plan(store: Store, comparison: Comparison) -> None:
-    """Bring the store's plan up to what is recorded in it."""
+    """Update the store's plan from its recorded runs."""
     store.plan(list(needed(comparison, store.known(), store.folder_of)))
 
 
 def work(store: Store, comparison: Comparison) -> None:
-    """Do runs, one after the other, until all are done; any number of processes may do so at once.
+    """Execute runs one after another until all are done; several processes may do so at once.
 
     Args:
-        store: what is done, and by whom; the comparison has been set.
-        comparison: what is needed.
+        store: the store, with its comparison set.
+        comparison: the comparison.
     Raises:
-        ConfigError: the store cannot be written to; what is recorded is safe.
-        OSError: the disk is full or cannot be written to.
+        ConfigError: when the store cannot be written to; recorded runs are safe.
+        OSError: when the disk is full or not writable.
     """
     import torch
 
@@ -78,7 +78,7 @@ def work(store: Store, comparison: Comparison) -> None:
             if run is None:
                 if not store.num_running():
                     return
-                # Another process is at work: its runs may ask for more, or be left to us.
+                # Another process is working: its runs may require more runs, or be left for this process.
                 time.sleep(_POLL_SECONDS)
                 continue
             try:
@@ -92,12 +92,12 @@ def work(store: Store, comparison: Comparison) -> None:
 def _give_back(store: Store, run: Record, owner: Owner) -> None:
     try:
         store.release(run, owner)
-    except Exception:  # the disk may be full: the lock's end says the same
+    except Exception:  # the disk may be full; releasing the lock has the same effect
         return
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it does, however that ends."""
+    """End this process when its parent process ends for any reason."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -108,25 +108,25 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-_OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other run would fare better
+_OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other runs would fail too
 
 
 class DivergedError(Exception):
-    """A run's loss has become no number."""
+    """The loss of a run is not finite."""
 
 
 def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
-    """Train, measure, and return the run with what came of it; an error becomes part of the record.
+    """Train and evaluate, and return the run with its result; an error becomes part of the record.
 
-    A run that was killed goes on from its last checkpoint.
+    A run that was killed continues from its last checkpoint.
 
     Args:
-        run: what to do.
+        run: the run to execute.
         folder: its own folder.
-        inputs: what it shares with the runs before it.
-        keep: leave the folder behind; else it is removed once everything worth recording has been read.
+        inputs: inputs shared with previous runs.
+        keep: keep the folder; otherwise it is removed once its results are recorded.
     Raises:
-        OSError: the disk is full or cannot be written to.
+        OSError: when the disk is full or not writable.
     """
     import torch
 
@@ -158,7 +158,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
 
 
 def _keep_board(folder: Path, name: str) -> None:
-    """Put TensorBoard's files aside, which are to outlive the run's folder."""
+    """Move TensorBoard's files out of the run's folder, which will be removed."""
     if (folder / TENSORBOARD).is_dir():
         boards = folder.parent.parent / TENSORBOARD
         boards.mkdir(exist_ok=True)
@@ -175,7 +175,7 @@ def _one_line(fault: Exception) -> str:
 
 
 def _curve(path: Path) -> list[dict[str, Any]]:
-    """Return what was logged while training, without what is the same for every run."""
+    """Return the training log, without entries that are the same for every run."""
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -187,7 +187,7 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 
 
 def _parts(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return by parameter how many entries were trained, and how many it has."""
+    """Return parameter name -> (trained entries, all entries)."""
     parts = Delta.load(folder).parts
     return {
         name: (part.num_trained, math.prod(part.shape)) for name, part in parts.items() if part.num_trained

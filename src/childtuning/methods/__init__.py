@@ -1,4 +1,4 @@
-"""Layer 3: ways to fine-tune, one a file, by name, and their combinations."""
+"""Layer 3: fine-tuning methods, one per file, their registry, and their combinations."""
 
 from childtuning.methods.adapter import Adapter
 from childtuning.methods.child import ChildD, ChildF, ChildLowest, ChildRandom

@@ -26,23 +26,23 @@ _PLACEMENTS = ("houlsby", "pfeiffer")
 @register
 @dataclass(frozen=True)
 class Adapter(Method):
-    """h becomes h + up(activation(down(h))), with down [size, d] near zero and up [d, size] zero at the start.
+    """Replace h by h + up(activation(down(h))), with down [size, d] near zero and up [d, size] zero at the start.
 
-    ``houlsby`` [Houlsby et al. 2019] puts one behind the attention and one behind the feed-forward of every layer,
-    each before the residual sum; ``pfeiffer`` [Pfeiffer et al. 2021, arXiv 2005.00247] behind the feed-forward alone,
-    with half the parameters; before the sum as well, where configurations in circulation put it behind sum and norm.
-    The network is frozen; adapters, the new head and, as in the first paper, the layers'
-    normalisations are trained. That paper starts ``up`` near zero; at zero, as here, training starts at exactly what
-    the network computes. No gradient reaches ``down`` before ``up`` has moved, so that Fisher information ranks its
-    entries last where a child is chosen among them (``child-d+adapter``).
+    ``houlsby`` [Houlsby et al. 2019] adds one adapter after the attention and one after the feed-forward of every
+    layer, each before the residual sum. ``pfeiffer`` [Pfeiffer et al. 2021, arXiv 2005.00247] adds one after the
+    feed-forward only, with half the parameters; it is also before the sum, whereas common configurations put it after
+    sum and norm. The network is frozen; adapters, the new head and, as in the first paper, the layers' normalisations
+    are trained. That paper initialises ``up`` near zero; here it is zero, so that the initial output is exactly the
+    network's. No gradient reaches ``down`` before ``up`` has changed, so that Fisher information ranks its entries
+    last if a child is chosen among them (``child-d+adapter``).
 
-    In a decoder layer with cross-attention, ``houlsby`` serves that one; the self-attention has no adapter.
+    In a decoder layer with cross-attention, ``houlsby`` adapts the cross-attention and not the self-attention.
 
     Args:
-        size: of the bottleneck.
+        size: the size of the bottleneck.
         placement: ``houlsby`` or ``pfeiffer``.
         activation: ``gelu``, ``relu``, ``silu`` or ``tanh``.
-        norms: train the layers' normalisations; ``None``: with ``houlsby`` they are, with ``pfeiffer`` not.
+        norms: train the layers' normalisations; ``None``: yes for ``houlsby``, no for ``pfeiffer``.
     """
 
     size: int = 64
@@ -64,18 +64,18 @@ class Adapter(Method):
         for option, known in (("placement", _PLACEMENTS), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, option) not in known:
                 raise ConfigError(
-                    f"{option} of 'adapter' is one of {', '.join(known)}, got {getattr(self, option)!r}."
+                    f"{option} of 'adapter' must be one of {', '.join(known)}, got {getattr(self, option)!r}."
                 )
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Insert the adapters and freeze the network.
 
         Raises:
-            ModelError: a layer has no place for them, or the model has no such layers.
+            ModelError: when a layer cannot take them, or the model has no suitable layers.
         """
         model = prepared.model
         if any(isinstance(module, Bottleneck) for module in model.modules()):
-            raise not_for(self.name, model, "it has adapters already")
+            raise not_for(self.name, model, "it already has adapters")
         places = [self._places(model, block) for block in find_layers(model).blocks if _has_linear(block)]
         if not places:
             raise not_for(self.name, model, "none of its layers has linear layers")
@@ -105,14 +105,14 @@ class Adapter(Method):
         if found is None:
             raise not_for(self.name, model, f"{kind} does not end in a feed-forward's output projection")
         if found.attention is None and self.placement == "houlsby":
-            fault = f"{kind} has no linear layer that can be told to be the attention's output projection"
+            fault = f"{kind} has no linear layer that is recognised as the attention's output projection"
             raise not_for(self.name, model, f"{fault}. Use placement=pfeiffer")
         return found
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Refuse: a bottleneck is no change of weights."""
+        """Refuse: a bottleneck is not a change of weights."""
         raise ModelError(
-            "what 'adapter' adds cannot be folded into the base model's weights: it is not linear. "
+            "the modules of 'adapter' cannot be merged into the base model's weights: they are not linear. "
             "Use the run's folder."
         )
 

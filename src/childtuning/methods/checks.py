@@ -1,4 +1,4 @@
-"""What methods refuse: numbers out of range, and models that they do not apply to."""
+"""Checks of methods: numbers out of range, and models to which a method does not apply."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from childtuning.training import Method
 
 
 def check_positive(method: Method) -> None:
-    """Refuse numbers of a method that are not above 0, or not finite.
+    """Check that all float fields of a method are above 0 and finite.
 
     Raises:
-        ConfigError: one of its fields of type float is such a number; the message names all of them.
+        ConfigError: naming all fields that are not.
     """
     numbers = {field: getattr(method, field.name) for field in fields(method) if field.type == "float"}  # type: ignore[arg-type]
     faults = [
@@ -28,7 +28,7 @@ def check_positive(method: Method) -> None:
 
 
 def not_for(method: str, model: nn.Module, why: BaseException | str) -> ModelError:
-    """Return the error that says why a method does not apply to a model, in one line.
+    """Return the error for a method that does not apply to a model, with the reason in one line.
 
     Example:
         >>> from torch import nn
@@ -40,6 +40,6 @@ def not_for(method: str, model: nn.Module, why: BaseException | str) -> ModelErr
 
 
 def check_layers(method: str, asked: int, there: int) -> None:
-    """Raise a ModelError if a method asks for more layers than the model has."""
+    """Raise a ModelError if a method needs more layers than the model has."""
     if asked > there:
-        raise ModelError(f"{method}:{asked} asks for {asked} layers, the model has {there}. Ask for fewer.")
+        raise ModelError(f"{method}:{asked} needs {asked} layers, but the model has {there}. Pass fewer.")

@@ -12,28 +12,28 @@ from childtuning.training import Method
 @register
 @dataclass(frozen=True)
 class ChildD(Method):
-    """The share p of highest Fisher information, and the new head."""
+    """Train the share p of entries with the highest Fisher information, and the new head."""
 
     name = "child-d"
-    summary = "train the entries that matter most to the task, frozen elsewhere (task-driven)"
+    summary = "train the entries that matter most to the task, freeze the rest (task-driven)"
     source = "Xu et al. 2021, arXiv 2109.05687"
     trains = "the top share p by Fisher information, fixed"
-    memory = "3n with AdamW: state and places"
+    memory = "3n with AdamW: state and positions"
     part = "child"
     density = 0.3
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child."""
+        """Return the child's configuration."""
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
 
 
 @register
 @dataclass(frozen=True)
 class ChildF(Method):
-    """A fresh Bernoulli(p) mask on the gradient each step, divided by p."""
+    """Multiply the gradient by a fresh Bernoulli(p) mask in each step, and divide it by p."""
 
     name = "child-f"
-    summary = "train everything under a fresh random gradient mask each step (task-free)"
+    summary = "train everything with a fresh random gradient mask in each step (task-free)"
     source = "Xu et al. 2021, arXiv 2109.05687"
     trains = "everything, a random share p in each step"
     memory = "2n state"
@@ -41,41 +41,41 @@ class ChildF(Method):
     density = 0.3
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child."""
+        """Return the child's configuration."""
         return replace(config, variant="task-free")
 
 
 @register
 @dataclass(frozen=True)
 class ChildLowest(Method):
-    """The share p of lowest Fisher information, and the new head."""
+    """Train the share p of entries with the lowest Fisher information, and the new head."""
 
     name = "child-lowest"
     summary = "train the entries that matter least to the task (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "the bottom share p by Fisher information, fixed"
-    memory = "3n with AdamW: state and places"
+    memory = "3n with AdamW: state and positions"
     part = "child"
     density = 0.3
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child."""
+        """Return the child's configuration."""
         return replace(config, variant="task-driven", scores="fisher", lowest=True)
 
 
 @register
 @dataclass(frozen=True)
 class ChildRandom(Method):
-    """A share p drawn at random once, and the new head."""
+    """Train a share p of entries, drawn at random once, and the new head."""
 
     name = "child-random"
     summary = "train a fixed random share (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "a random share p, fixed"
-    memory = "3n with AdamW: state and places"
+    memory = "3n with AdamW: state and positions"
     part = "child"
     density = 0.3
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child."""
+        """Return the child's configuration."""
         return replace(config, variant="task-driven", scores="random", lowest=False)

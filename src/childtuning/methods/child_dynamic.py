@@ -1,4 +1,4 @@
-"""child-dynamic: a fixed child that is chosen anew at an interval."""
+"""child-dynamic: a child that is chosen again at regular intervals."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from childtuning.training import ChildTraining, Method, MethodCallback, choose_c
 @register
 @dataclass(frozen=True)
 class ChildDynamic(Method):
-    """Child-Tuning_D whose child follows the training, as DPS has it [Zhang et al. 2022].
+    """Child-Tuning_D with a child that is updated during training, as in DPS [Zhang et al. 2022].
 
-    It starts with the child of highest Fisher information. Every ``interval`` steps the child is chosen anew by the
-    squared gradients summed over the steps since. Entries that stay keep their optimizer state; entries that join
-    start with that sum's mean as Adam's second moment; entries that leave keep the value they have. The saved delta
-    holds every entry that was ever in the child. Gradients are formed whole, so that it costs the memory of full
-    gradients and of one statistic beside them.
+    It starts with the child of highest Fisher information. Every ``interval`` steps the child is chosen again by the
+    squared gradients, summed over the steps since the last choice. Entries that stay keep their optimizer state; new
+    entries start with the mean of these squares as Adam's second moment; entries that leave keep their current value.
+    The saved delta contains every entry that was ever in the child. Full gradients are computed, so that it needs
+    memory for them and for one statistic of the same size.
 
     Args:
-        interval: optimizer steps from one choice to the next.
+        interval: the number of optimizer steps between choices.
     """
 
     interval: int = 100
 
     name = "child-dynamic"
-    summary = "child-d that chooses its child anew at an interval, by the gradients seen since"
+    summary = "child-d that chooses its child again at intervals, by the gradients in between"
     source = "Zhang et al. 2022 (DPS), arXiv 2211.01642"
-    trains = "the top share p, chosen anew"
+    trains = "the top share p, chosen again at intervals"
     memory = "3n with AdamW, and a statistic of every gradient"
     part = "child"
     excludes: ClassVar[Mapping[str, str]] = {
         "l2-sp": "entries that join the child late have no pretrained value on record",
         "recadam": "entries that join the child late have no pretrained value on record",
-        "sam": "gradients at the displaced weights are no statistics of the task",
+        "sam": "gradients at the displaced weights are not statistics of the task",
     }
     density = 0.3
     whole_gradients = True
@@ -52,18 +52,18 @@ class ChildDynamic(Method):
             raise ConfigError(f"interval of child-dynamic must be at least 1 step, got {self.interval}.")
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child to start with."""
+        """Return the configuration of the first child."""
         if config.preset is not None:
             raise ConfigError("child-dynamic has no official preset. Leave out preset.")
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
 
     def callback(self, trainer: ChildTraining) -> MethodCallback:
-        """Return what keeps the statistics and chooses."""
+        """Return the callback that keeps the statistics and chooses the child."""
         return _Reselection(trainer, self.interval)
 
 
 class _Reselection(MethodCallback):
-    """Squared gradients since the last choice, and every entry that was ever chosen."""
+    """Accumulate squared gradients, choose the child at intervals, and track every entry that was ever chosen."""
 
     def __init__(self, trainer: ChildTraining, interval: int) -> None:
         self.trainer = trainer
@@ -73,7 +73,7 @@ class _Reselection(MethodCallback):
         self.ever: Child | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have every eligible parameter's gradient formed."""
+        """Request the gradients of all eligible parameters."""
         self._watch()
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class _Reselection(MethodCallback):
         self.num_steps += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose anew where the interval ends, but not behind the last step."""
+        """Choose the child again at the end of an interval, but not after the last step."""
         if state.global_step % self.interval or state.global_step >= state.max_steps or not self.num_steps:
             return
         trainer, now = self.trainer, self._child()
@@ -112,7 +112,7 @@ class _Reselection(MethodCallback):
         self._watch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the statistics, and what was ever chosen."""
+        """Return the statistics, and the entries that were ever chosen."""
         ever = self.ever or self._child()
         return {
             "squares": self.squares,
@@ -121,7 +121,7 @@ class _Reselection(MethodCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict``."""
+        """Restore a state returned by ``state_dict``."""
         device = next(self.trainer.bare_model.parameters()).device
         self.squares = {name: square.to(device) for name, square in state["squares"].items()}
         self.num_steps = state["num_steps"]

@@ -1,4 +1,4 @@
-"""child-pruned: the child alone, in a network whose other weights are zero; the paper's ablation."""
+"""child-pruned: train the child in a network whose other weights are zero; an ablation of the paper."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from childtuning.training import ChildTraining, Method, MethodCallback
 @register
 @dataclass(frozen=True)
 class ChildPruned(Method):
-    """The child of child-d, with every other weight of the matrices that it was chosen from set to zero.
+    """Train the child of child-d, with all other weights of the eligible matrices set to zero.
 
-    What Child-Tuning keeps, the whole network's forward pass, is taken away: the child is all that is left, as in
-    pruning. [Xu et al. 2021, section 5] Vectors (biases, the scales of normalisations) stay as they are outside the
-    child: a network without them computes nothing. The saved delta is as large as the parameters it was chosen from,
-    zeros included, for it overwrites them.
+    Child-Tuning uses the whole network in the forward pass; here only the child is left, as in pruning. [Xu et al.
+    2021, section 5] Vectors (biases, the scales of normalisations) keep their values outside the child: without them a
+    network computes nothing. The saved delta is as large as the eligible parameters, including the zeros, since it
+    overwrites them.
     """
 
     name = "child-pruned"
-    summary = "train child-d's child with all other weights at zero (ablation)"
+    summary = "train child-d's child with all other weights set to zero (ablation)"
     source = "Xu et al. 2021, section 5"
     trains = "the top share p by Fisher information, fixed; the rest is zero"
-    memory = "3n with AdamW: state and places"
+    memory = "3n with AdamW: state and positions"
     part = "child"
     excludes: ClassVar[Mapping[str, str]] = {
-        "mixout": "mixout brings back the weights that were pruned",
+        "mixout": "mixout restores the weights that were pruned",
     }
     density = 0.3
     acts_on_pretrained = True
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child.
+        """Return the child's configuration.
 
         Raises:
-            ConfigError: a preset was given.
+            ConfigError: when a preset is given.
         """
         if config.preset is not None:
             raise ConfigError("child-pruned has no official preset. Leave out preset.")
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
 
     def callback(self, trainer: ChildTraining) -> MethodCallback:
-        """Return what prunes when training begins."""
+        """Return the callback that prunes when training begins."""
         return _Pruning(trainer)
 
 
 class _Pruning(MethodCallback):
-    """Zeros outside the child, and a delta that holds them."""
+    """Set weights outside the child to zero, and include them in the delta."""
 
     def __init__(self, trainer: ChildTraining) -> None:
         self.trainer = trainer
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prune; a resumed training finds its zeros already there."""
+        """Prune; when resuming, the weights are already zero."""
         child = self.trainer.select()
         assert isinstance(child, Child)
         plain = named(self.trainer.bare_model)

@@ -1,4 +1,4 @@
-"""Methods joined by ``+``: what a user types, read and checked, and what it makes of a model."""
+"""Combinations of methods joined by ``+``: parse and check them, and apply them to a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from childtuning.training import PARTS, Method, Prepared
 
 @dataclass(frozen=True)
 class Combination:
-    """One or several methods that are used together.
+    """One or more methods that are used together.
 
     Args:
-        methods: in the order in which they act: what changes the start first, the update last.
+        methods: the methods; they are sorted by ``part``, from ``start`` to ``update``, which is the order of use.
     Raises:
-        ConfigError: two of them do not go together; the message says why.
+        ConfigError: when two of them cannot be combined; the message gives the reason.
     """
 
     methods: tuple[Method, ...]
@@ -36,16 +36,16 @@ class Combination:
                 reason = refusal(type(first), type(second))
                 if reason:
                     raise ConfigError(
-                        f"methods {first.name!r} and {second.name!r} do not go together: {reason}. "
+                        f"methods {first.name!r} and {second.name!r} cannot be combined: {reason}. "
                         "Leave one of them out."
                     )
 
     @classmethod
     def parse(cls, text: str) -> Combination:
-        """Read ``name``, ``name:value``, ``name:key=value,key=value``, and several of these joined by ``+``.
+        """Parse ``name``, ``name:value``, ``name:key=value,key=value``, or several of these joined by ``+``.
 
         Raises:
-            ConfigError: an unknown method or option, a value out of range, or methods that do not go together.
+            ConfigError: for an unknown method or option, a value out of range, or methods that cannot be combined.
 
         Example:
             >>> [method.name for method in Combination.parse("child-d").methods]
@@ -53,12 +53,12 @@ class Combination:
         """
         words = [word.strip() for word in text.split("+")]
         if not all(words):
-            raise ConfigError(f"method {text!r} has an empty part. Write for example child-d+r3f.")
+            raise ConfigError(f"method {text!r} has an empty part. Write child-d+r3f, for example.")
         return cls(tuple(_parse_one(word) for word in words))
 
     @property
     def density(self) -> float:
-        """The density where the user names none."""
+        """The default density."""
         return next((method.density for method in self.methods if method.part == "child"), 1.0)
 
     @property
@@ -68,18 +68,18 @@ class Combination:
 
     @property
     def chooses(self) -> bool:
-        """Whether a method settles what a child is chosen from."""
+        """Whether a method sets the parameters that a child is chosen from."""
         return any(method.chooses for method in self.methods)
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return what is trained, given the user's options.
+        """Return the configuration of the child, given the user's options.
 
         Raises:
-            ConfigError: options that a method does not take.
+            ConfigError: for options that a method does not accept.
         """
         if self.chooses and config.eligible is not None:
             name = next(method.name for method in self.methods if method.chooses)
-            raise ConfigError(f"method {name!r} settles itself what is chosen from. Leave out eligible.")
+            raise ConfigError(f"method {name!r} sets the eligible parameters itself. Leave out eligible.")
         children = [method for method in self.methods if method.part == "child"]
         if not children and config.density != 1.0:
             raise ConfigError(
@@ -91,13 +91,13 @@ class Combination:
         return config
 
     def prepare(self, model: nn.Module, always: Iterable[str]) -> Prepared:
-        """Change a pretrained model as the methods do before training.
+        """Apply the methods' changes to a pretrained model before training.
 
         Args:
-            model: with a new head.
-            always: names of the head's parameters, which are trained whole.
+            model: the model with a new head.
+            always: names of the head's parameters, which are trained in full.
         Raises:
-            ModelError: a method does not apply to this model.
+            ModelError: when a method does not apply to this model.
         """
         prepared = Prepared(model, tuple(always))
         for method in self.methods:
@@ -108,14 +108,14 @@ class Combination:
         """Return a tuned model in the base model's own architecture.
 
         Raises:
-            ModelError: what was added cannot be folded into it.
+            ModelError: when the added modules cannot be merged into it.
         """
         for method in reversed(self.methods):
             model = method.merge(model)
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write what the methods leave beside the delta."""
+        """Save the methods' files for other libraries, in addition to the delta."""
         for method in self.methods:
             method.save(model, folder)
 
@@ -157,15 +157,15 @@ def _typed(method: str, key: str, value: str, kind: str) -> Any:
 def refusal(first: type[Method], second: type[Method]) -> str | None:
     """Return why two methods cannot be used together, or ``None`` if they can.
 
-    Whatever is not refused composes: terms of the loss add up, and what starts, chooses and updates is independent.
+    All other methods compose: terms of the loss are added; start, child and update are independent.
     """
     if first.name == second.name:
-        return "it stands twice"
+        return "it is given twice"
     if first.part == second.part and first.part in ("child", "modules"):
         what = (
             "which parameters are trained" if first.part == "child" else "what is added to a frozen network"
         )
-        return f"each says {what}"
+        return f"each sets {what}"
     for one, other in ((first, second), (second, first)):
         if one.part == "modules" and other.acts_on_pretrained:
             return f"{other.name!r} acts on the pretrained weights, which {one.name!r} freezes"

@@ -1,4 +1,4 @@
-"""How far two predictions for the same batch lie apart. Shapes: B examples, P positions, N predictions, C classes."""
+"""Divergence of two predictions for the same batch. Shapes: B examples, P positions, N predictions, C classes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from childtuning.training import IGNORED, LossStep, predicted_labels
 
 
 def divergence(step: LossStep, first: Tensor, second: Tensor, *, share: float = 1.0) -> Tensor:
-    """Return the mean over the batch's predictions of the symmetric divergence of two outputs for it.
+    """Return the symmetric divergence of two outputs for a batch, averaged over its predictions.
 
-    Classes: share · [KL(p‖q) + KL(q‖p)] = share · Σ_c (p_c − q_c)(log p_c − log q_c). The product never is negative and
-    keeps its digits where p is nearly q, as it is beside a small perturbation; the sum of the two KLs loses them.
-    Several labels at a time: the same of each label's yes or no, summed over the labels.
-    Regression: the squared difference. It is one if the model's configuration says so, if there is a single output, or
-    if labels are floating point.
+    Classes: share · [KL(p‖q) + KL(q‖p)] = share · Σ_c (p_c − q_c)(log p_c − log q_c). The product is never negative and
+    stays accurate if p is close to q, as after a small perturbation; the sum of the two KLs does not.
+    Multi-label: the same for the two outcomes of each label, summed over the labels.
+    Regression: the squared difference. The task is a regression if the model's configuration specifies it, if there is
+    a single output, or if labels are floating point.
 
-    A prediction is an example's [B, C], or that of a position with a label [B, P, C]: −100 is none, and a causal
-    language model predicts the next token's. Half precision is computed in float32. Gradients flow into both.
+    There is one prediction per example [B, C], or per position with a label [B, P, C]: −100 is no label, and a causal
+    language model predicts the next token's label. Half precision is computed in float32. Gradients flow into both.
 
     Args:
-        step: whose inputs hold the labels.
+        step: the pass whose inputs contain the labels.
         first, second: logits of two passes over them.
         share: the factor of KL in each direction.
     Raises:
-        ModelError: the logits have no such shape.
+        ModelError: when the logits have another shape.
     """
     first, second = _at_least_single(first), _at_least_single(second)
     kind = _kind(step, first)
@@ -55,7 +55,7 @@ def _kind(step: LossStep, logits: Tensor) -> Literal["regression", "several labe
 
 
 def _predictions(step: LossStep, logits: Tensor) -> Tensor:
-    """The logits of what is predicted: [N, C]."""
+    """The logits of all predictions: [N, C]."""
     labels = step.inputs.get("labels")
     if logits.ndim == 2:
         return logits
@@ -64,7 +64,7 @@ def _predictions(step: LossStep, logits: Tensor) -> Tensor:
             "" if labels is None else f" and labels of shape {list(labels.shape)}"
         )
         raise ModelError(
-            f"a divergence is taken of one prediction an example or one a token, got {shapes}. "
+            f"a divergence needs one prediction per example or one per token, got {shapes}. "
             "Leave out the method that adds it."
         )
     if labels is None:

@@ -22,21 +22,21 @@ from childtuning.training import Method
 @register
 @dataclass(frozen=True)
 class L2SP(Method):
-    """Pull what is trained towards its pretrained value before each step: w ← w − lr·λ·(w − w0).
+    """Decay trained weights towards their pretrained values before each step: w ← w − lr·λ·(w − w0).
 
-    The penalty λ/2·‖w − w0‖² of the paper, as decoupled decay, so that the moments do not see it. New heads have no
-    pretrained value and are not pulled. It acts beside weight decay.
+    The penalty λ/2·‖w − w0‖² of the paper, as decoupled decay, so that it does not affect the moments. New heads have
+    no pretrained value and are not decayed. It is used in addition to weight decay.
 
     Args:
-        weight: λ, at least 0. Over a run the pull is about lr·λ·steps: 1 to 100 at AdamW's rates. The paper's
-            0.001 to 0.1 belong to SGD's, some hundred times larger.
+        weight: λ, at least 0. Over a run the total decay is about lr·λ·steps: 1 to 100 at AdamW's rates. The paper's
+            0.001 to 0.1 are for SGD's rates, which are about a hundred times larger.
     """
 
     name = "l2-sp"
     summary = "decay towards the pretrained values instead of towards zero"
     source = "Li et al. 2018, arXiv 1802.01483"
-    trains = "what the child says, pulled to its start"
-    memory = "n more: the start"
+    trains = "the child's entries, decayed towards their initial values"
+    memory = "n more: the initial values"
     part = "update"
     excludes: ClassVar[Mapping[str, str]] = {
         "recadam": "both pull the weights towards the pretrained ones",
@@ -53,44 +53,44 @@ class L2SP(Method):
     def inner(
         self, inner: type[Optimizer], options: dict[str, Any]
     ) -> tuple[type[Optimizer], dict[str, Any]]:
-        """Let the inner optimizer pull."""
+        """Return the inner optimizer with decay towards the initial values."""
         return anchored(inner), {**options, "anchor": self.weight}
 
     def group_options(
         self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Leave heads alone."""
+        """Turn the decay off for heads."""
         return {name: {"anchor": 0.0} for name in always}
 
 
 def remember_start(state: MutableMapping[str, Any], parameter: Tensor) -> None:
-    """Keep a copy of a parameter in its optimizer state, if there is none yet."""
+    """Store a copy of a parameter in its optimizer state, unless there is one."""
     if START not in state:
         state[START] = parameter.detach().clone(memory_format=torch.preserve_format)
 
 
 def pull_(parameter: Tensor, start: Tensor, rate: float) -> None:
-    """Move a parameter by a share of the way back to its start, in place: w ← w − rate·(w − w0).
+    """Move a parameter towards its initial value, in place: w ← w − rate·(w − w0).
 
-    A rate above 1 would throw the parameter past its start, further at every step, and counts as 1.
+    A rate above 1 is reduced to 1: it would move the parameter past its initial value, further in every step.
     """
     parameter.lerp_(start, min(rate, 1.0))
 
 
 @cache
 def anchored(inner: type[Optimizer]) -> type[Optimizer]:
-    """Make of an optimizer one that pulls parameters towards where they started. [Li et al. 2018, arXiv 1802.01483]
+    """Return an optimizer class that decays parameters towards their initial values. [Li et al. 2018, arXiv 1802.01483]
 
         w ← w − lr·anchor·(w − w0),   then the inner optimizer's own step
 
-    with w0 the value before the parameter's first update. Like decoupled weight decay the pull does not pass through
-    the moments, and the gradient is the one at w. The state holds w0, so that it costs what is trained and resumes
-    with it; at ``anchor=0`` there is no w0 and the step is the inner one's.
+    with w0 the value before the parameter's first update. As with decoupled weight decay, the decay does not affect the
+    moments, and the gradient is the one at w. w0 is part of the state: it needs memory for the trained entries only,
+    and is saved in checkpoints. With ``anchor=0`` there is no w0 and the step is the inner optimizer's.
 
     Args:
         inner: any class of ``torch.optim``.
     Returns:
-        a subclass with the option ``anchor`` (λ, default 0), which groups may set for themselves.
+        a subclass with the option ``anchor`` (λ, default 0), which each group may set.
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
         >>> opt = anchored(torch.optim.SGD)([w], lr=0.5, anchor=0.5)
@@ -124,7 +124,10 @@ def anchored(inner: type[Optimizer]) -> type[Optimizer]:
                     else:
                         remember_start(new.setdefault(parameter, {}), parameter)
             super().step()
-            for parameter, start in new.items():  # not before: inner optimizers set up a state that is empty
+            for (
+                parameter,
+                start,
+            ) in new.items():  # after the step: inner optimizers initialise only an empty state
                 self.state[parameter].update(start)
             return loss
 
@@ -134,5 +137,5 @@ def anchored(inner: type[Optimizer]) -> type[Optimizer]:
     rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     Anchored.__signature__ = own.replace(parameters=[*others, option, *rest])  # type: ignore[attr-defined]
     Anchored.__name__ = Anchored.__qualname__ = f"Anchored{inner.__name__}"
-    Anchored.__doc__ = f"{inner.__name__} that pulls parameters towards where they started."
+    Anchored.__doc__ = f"{inner.__name__} that decays parameters towards their initial values."
     return Anchored

@@ -18,17 +18,17 @@ from childtuning.training import Method, find_layers
 class LayerwiseDecay(Method):
     """Train depth d of a network of L layers at the rate lr·decay^(L + 1 − d).
 
-    What lies behind the last layer (depth L + 1) and every new parameter has the full rate, the last layer decay times
-    it, and embeddings (depth 0) the smallest. Schedules multiply all of these alike.
+    Parameters after the last layer (depth L + 1) and all new parameters have the full rate, the last layer decay times
+    the full rate, and embeddings (depth 0) the smallest. Schedules multiply all rates by the same factor.
 
     Args:
-        decay: by layer, in (0, 1]; 1 changes nothing. Usual are 0.75 to 0.95.
+        decay: the factor per layer, in (0, 1]; 1 changes nothing. Typical values are 0.75 to 0.95.
     """
 
     name = "llrd"
     summary = "lower learning rates for layers nearer the input"
     source = "Howard & Ruder 2018, arXiv 1801.06146"
-    trains = "what the child says, lower layers more slowly"
+    trains = "the child's entries, lower layers more slowly"
     memory = "nothing"
     part = "update"
     acts_on_pretrained = True
@@ -42,7 +42,7 @@ class LayerwiseDecay(Method):
     def group_options(
         self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Return each parameter's rate."""
+        """Return each parameter's learning rate."""
         found = find_layers(model)
         behind = len(found.layers) + 1
         rates = {name: options["lr"] * self.decay ** (behind - d) for name, d in found.depth().items()}

@@ -1,4 +1,4 @@
-"""lora: low-rank updates of the weight matrices, by PEFT."""
+"""lora: low-rank updates of the weight matrices, with PEFT."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _ALL = "all-linear"
 @register
 @dataclass(frozen=True)
 class Lora(PeftMethod):
-    """W x becomes W x + (alpha / rank) B A x with W frozen, A [rank, in] random and B [out, rank] zero at the start.
+    """Replace W x by W x + (alpha / rank) B A x with W frozen, A [rank, in] random and B [out, rank] zero at the start.
 
-    The new head is trained whole. ``merge`` adds B A to W, which gives the base model's own architecture.
+    The new head is trained in full. ``merge`` adds (alpha / rank) B A to W, which restores the base model's
+    architecture.
 
-    Beside a child (``child-d+lora``) the child is chosen among the entries of A and B. While B is zero no gradient
-    reaches A, so that Fisher information ranks every entry of A last.
+    In a combination such as ``child-d+lora`` the child is chosen among the entries of A and B. While B is zero, no
+    gradient reaches A, so that Fisher information ranks every entry of A last.
 
     Args:
-        rank: of the update.
-        alpha: its factor, times the rank.
-        dropout: of its input while training.
-        targets: which layers: ``all-linear`` for all but the head, or a pattern over module names (``*.query``).
+        rank: the rank of the update.
+        alpha: the factor of the update, times the rank.
+        dropout: dropout of the input of A in training.
+        targets: the layers: ``all-linear`` for all but the head, or a pattern over module names (``*.query``).
     """
 
     name = "lora"
@@ -66,12 +67,12 @@ class Lora(PeftMethod):
             lora_dropout=self.dropout,
             target_modules=self._targets(model, head),
             modules_to_save=to_save(task_type, head),
-            # Whether a layer keeps its weight as [in, out]; PEFT corrects a wrong word with a warning.
+            # Whether weights are stored as [in, out]; PEFT corrects a wrong value with a warning.
             fan_in_fan_out=any(is_conv1d(module) for module in model.modules()),
         )
 
     def _targets(self, model: nn.Module, head: list[str]) -> str | list[str]:
-        """PEFT's word where it has one, else the names of the layers."""
+        """PEFT's ``all-linear`` if possible, else the names of the layers."""
         from transformers import PreTrainedModel
 
         layers = {
@@ -89,9 +90,9 @@ class Lora(PeftMethod):
         ]
         if not found:
             known = f" such as {next(iter(layers))!r}" if layers and not everything else ""
-            raise not_for(self.name, model, f"targets {self.targets!r} fits none of its layers{known}")
+            raise not_for(self.name, model, f"targets {self.targets!r} matches none of its layers{known}")
         return _ALL if everything and isinstance(model, PreTrainedModel) else found
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Return the base model with B A added to its weights, and the tuned head in place of its own."""
+        """Return the base model with the update added to its weights, and with the tuned head."""
         return model.merge_and_unload()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""mixout: weights that jump back to the pretrained ones at random, in place of dropout."""
+"""mixout: randomly replace weights by the pretrained ones in training, in place of dropout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _begun: WeakKeyDictionary[nn.Module, MixedLayers] = WeakKeyDictionary()
 @register
 @dataclass(frozen=True)
 class Mixout(Method):
-    """While training, each use of a linear layer's weight W replaces a random share p of it by the pretrained W0.
+    """In training, replace a random share p of a linear layer's weight W by the pretrained W0 in each call.
 
-    W' = [(1−B) W0 + B W − p W0] / (1−p) with B ~ Bernoulli(1−p) for each entry, so that W is its mean. [Lee et al.
-    2020] Biases, embeddings, normalisations, weights that an embedding shares, and the new head, which has no
-    pretrained value, are trained plainly. Dropout is zero meanwhile, attention's too, where it is a module or a
-    number that a module holds; a rate that a forward pass reads from the configuration stays. What is saved and what
-    predicts is W itself.
+    W' = [(1−B) W0 + B W − p W0] / (1−p) with B ~ Bernoulli(1−p) for each entry, so that its mean is W. [Lee et al.
+    2020] Biases, embeddings, normalisations, weights shared with an embedding, and the new head, which has no
+    pretrained value, are trained as usual. Dropout is set to zero in training, including attention dropout, if it is a
+    module or a float attribute of a module; a rate that a forward pass reads from the configuration is not changed.
+    Saved weights and predictions use W itself.
 
     Args:
         p: the share, in (0, 1). The paper finds 0.7 to 0.9 best for BERT-large.
@@ -35,39 +35,39 @@ class Mixout(Method):
     p: float = 0.7
 
     name = "mixout"
-    summary = "mix weights with pretrained ones at random while training, instead of dropout"
+    summary = "randomly mix weights with pretrained ones in training, instead of dropout"
     source = "Lee et al. 2020, arXiv 1909.11299"
-    trains = "what is trained beside it"
+    trains = "as set by the other methods"
     memory = "a copy of the linear layers' weights"
     part = "start"
     acts_on_pretrained = True
-    whole_gradients = True  # gradients of rows alone would come from layers that do not mix
+    whole_gradients = True  # layers that compute gradients for rows only do not mix
 
     def __post_init__(self) -> None:
         if not 0 < self.p < 1:
             raise ConfigError(f"p of 'mixout' must be in (0, 1), got {self.p}. Pass a share: 0.7.")
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Make sure that there is something to mix.
+        """Check that there is a layer to mix.
 
         Raises:
-            ModelError: the model has no linear layer but its head.
+            ModelError: when the model has no linear layer except its head.
         """
         if not mixable(prepared.model, _names(prepared.model, prepared.always)):
-            raise not_for(self.name, prepared.model, "it has no linear layer but the head")
+            raise not_for(self.name, prepared.model, "it has no linear layer except the head")
         return prepared
 
     def begin(self, model: nn.Module, always: tuple[str, ...]) -> None:
-        """Let the layers mix."""
+        """Start mixing."""
         _begun[model] = mix(model, self.p, _names(model, always))
 
     def end(self, model: nn.Module) -> None:
-        """Let the layers be what they were."""
+        """Restore the layers."""
         mixed = _begun.pop(model, None)
         if mixed is not None:
             mixed.remove()
 
 
 def _names(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
-    """The names of the model's own parameters that fit."""
+    """The names of the model's parameters that match the patterns."""
     return {name for name, _ in model.named_parameters() if matches(canonical_name(name), patterns)}

@@ -1,4 +1,4 @@
-"""What the methods that come from PEFT share: wrapping a model, its head, what is saved."""
+"""The base class of methods that use PEFT: wrap a model, train its head, save PEFT's files."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _COPY = ".modules_to_save."
 
 @dataclass(frozen=True)
 class PeftMethod(Method, ABC):
-    """A method whose modules are PEFT's: it freezes the network, adds them, and trains them and the head.
+    """A method that freezes the network, adds modules of PEFT, and trains these and the head.
 
-    The head is trained in a copy, beside the untouched one, as PEFT has it.
+    As usual in PEFT, a copy of the head is trained; the original is kept but not used.
     """
 
     part: ClassVar[Part] = "modules"
@@ -44,16 +44,16 @@ class PeftMethod(Method, ABC):
 
         Args:
             model: the model before it is wrapped.
-            task_type: PEFT's word for the model's task; ``None`` if it has none for it.
-            head: paths of the modules that are trained whole.
+            task_type: PEFT's name for the model's task; ``None`` if it has none.
+            head: paths of the modules that are trained in full.
         """
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Wrap the model.
 
         Raises:
-            ModelError: PEFT cannot, or a parameter that is trained whole is only a part of its module.
-            ConfigError: PEFT is not installed.
+            ModelError: when PEFT cannot wrap it, or a module has parameters that are trained in full and others.
+            ConfigError: when PEFT is not installed.
         """
         return self._wrapped(prepared, task_type(prepared.model))
 
@@ -66,18 +66,18 @@ class PeftMethod(Method, ABC):
             ) from None
         if isinstance(prepared.model, PeftModel):
             raise ModelError(
-                f"method {self.name!r} got a model that PEFT has wrapped already. Merge it first."
+                f"method {self.name!r} got a model that PEFT has already wrapped. Merge it first."
             )
         head = _head_modules(self.name, prepared.model, prepared.always)
         set_aside = [p for name, p in prepared.model.named_parameters() if name in set(prepared.always)]
         try:
-            with warnings.catch_warnings():  # it asks transformers for a property by an old name
+            with warnings.catch_warnings():  # it uses the old name of a property of transformers
                 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
                 model = get_peft_model(prepared.model, self.peft_config(prepared.model, task, head))  # type: ignore[arg-type]
         except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as fault:
             raise not_for(self.name, prepared.model, fault) from None
-        # PEFT keeps the new head beside the copy that it trains, and never uses it. As zeros it is the same on every
-        # machine, also on those that draw other random numbers from a seed.
+        # PEFT keeps the original new head but never uses it. Set to zero, it is the same on every machine, even if
+        # machines draw different random numbers from the same seed.
         with torch.no_grad():
             for parameter in set_aside:
                 parameter.zero_()
@@ -91,23 +91,24 @@ class PeftMethod(Method, ABC):
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return PEFT's word for what a transformers model is for."""
+    """Return PEFT's name for the task of a transformers model."""
     if not hasattr(model, "config"):
         return None
     return next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)
 
 
 def to_save(task: str | None, head: list[str]) -> list[str] | None:
-    """Return the modules that PEFT has to be told to train whole: the head, but for what it trains unasked.
+    """Return PEFT's ``modules_to_save``: the head, except modules that PEFT trains by default.
 
-    For other tasks than this it adds its names after it has chosen its targets, and would wrap the head twice.
+    For tasks other than SEQ_CLS, PEFT adds the default names after it has chosen its targets; it would then wrap the
+    head twice.
     """
     own = ("classifier", "score") if task == "SEQ_CLS" else ()
     return [path for path in head if path not in own] or None
 
 
 def _head_modules(method: str, model: nn.Module, always: Iterable[str]) -> list[str]:
-    """The outermost modules that hold nothing but parameters which are trained whole."""
+    """The outermost modules whose parameters are all trained in full."""
     wanted = set(always)
     found: list[str] = []
     covered: set[str] = set()
@@ -118,5 +119,5 @@ def _head_modules(method: str, model: nn.Module, always: Iterable[str]) -> list[
             found.append(path)
             covered |= names
     if wanted - covered:
-        raise not_for(method, model, f"{min(wanted - covered)!r} is trained whole, but its module is not")
+        raise not_for(method, model, f"{min(wanted - covered)!r} is trained in full, but its module is not")
     return found

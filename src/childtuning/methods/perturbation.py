@@ -1,4 +1,4 @@
-"""A pass over what a network reads, with something added. Shapes: B examples, T tokens, H width."""
+"""A forward pass with noise on the network's input. Shapes: B examples, T tokens, H width."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ NoiseFn = Callable[[Tensor, int], Tensor]
 
 
 def perturbed_logits(step: LossStep, noise_fn: NoiseFn) -> Tensor:
-    """Return the logits of another pass over a batch, with noise on what the network reads; nothing of it stays.
+    """Return the logits of another pass over a batch, with noise added to the network's input.
 
-    With token ids that is what the input embeddings return, wherever they are looked up: also where an
-    encoder-decoder looks up the decoder's tokens. Otherwise it is the batch's ``inputs_embeds`` or ``pixel_values``, or
-    its only floating-point entry beside labels and masks. The sum has the precision of what the noise is added to, and
-    the layers behind it have theirs: bfloat16 loses a noise below 1/256 of it.
+    For token ids, noise is added to the output of the input embeddings in every look-up, including the decoder's tokens
+    of an encoder-decoder. Otherwise it is added to the batch's ``inputs_embeds`` or ``pixel_values``, or to its only
+    floating-point entry besides labels and masks. The sum has the input's precision, and later layers have their own:
+    bfloat16 loses noise below 1/256 of the value. The model is left unchanged.
 
     Args:
-        step: the pass whose inputs are taken.
+        step: the pass whose inputs are used.
         noise_fn: called with x, [B, T, H] or the shape of the batch's entry, and the axis of the examples, which a few
-            models move; returns the noise, of x's shape. Once a look-up, in their order.
+            models move; returns noise of x's shape. Called once per look-up, in order.
     Raises:
-        ModelError: there is nothing that noise can be added to.
+        ModelError: when there is no input to which noise can be added.
     """
     ids = step.inputs.get("input_ids")
     if isinstance(ids, Tensor) and not ids.is_floating_point():
@@ -40,7 +40,7 @@ def perturbed_logits(step: LossStep, noise_fn: NoiseFn) -> Tensor:
 
 
 def noise_like(x: Tensor) -> Tensor:
-    """Return an empty tensor of x's shape for noise on it, in single precision at least."""
+    """Return an empty tensor of x's shape for noise, in at least single precision."""
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32), requires_grad=False)
 
 
@@ -61,14 +61,14 @@ def _with_noisy_embeddings(step: LossStep, tables: list[nn.Module], ids: Tensor,
             handle.remove()
     if not num_lookups:
         raise ModelError(
-            f"{type(step.bare_model).__name__} does not call its input embeddings where noise could be added to them. "
-            "If it is compiled in place, compile it by torch.compile(model)."
+            f"{type(step.bare_model).__name__} does not call its input embeddings in a way that allows adding noise. "
+            "If it is compiled in place, compile it with torch.compile(model)."
         )
     return logits
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The modules that look tokens up by the input embeddings' weight; none if the model does not name them."""
+    """The modules that use the input embeddings' weight; none if the model has no ``get_input_embeddings``."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -81,16 +81,16 @@ def _input_embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def _example_axis(looked_up: Any, ids: Tensor) -> int:
-    """0, or 1 where a model looks up the transpose of the batch's ids."""
+    """0, or 1 if the model looks up the transpose of the batch's ids."""
     if not isinstance(looked_up, Tensor) or ids.ndim != 2 or looked_up.shape != ids.t().shape:
         return 0
-    # Only a square batch is compared by its values, which makes a GPU wait.
+    # Only square batches are compared by value, since this synchronises with the GPU.
     same = looked_up.shape == ids.shape and torch.equal(looked_up, ids)
     return 0 if same else int(torch.equal(looked_up, ids.t()))
 
 
 def _floating_entry(inputs: Mapping[str, Any]) -> str:
-    """The name of what the network reads, where that is no token ids."""
+    """The name of the network's input if it is not token ids."""
     floating = [
         name
         for name, value in inputs.items()
@@ -102,7 +102,7 @@ def _floating_entry(inputs: Mapping[str, Any]) -> str:
         if name in floating:
             return name
     raise ModelError(
-        "noise is added to input embeddings, which this model does not name, or to the one floating-point entry of a "
+        "noise needs input embeddings, which this model does not name, or a single floating-point entry in the "
         f"batch, got {', '.join(floating) or 'none'}. Give the model a method get_input_embeddings."
     )
 

@@ -1,4 +1,4 @@
-"""prefix: trained keys and values in front of every layer's, by PEFT."""
+"""prefix: train keys and values that are prepended in every layer, with PEFT."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from childtuning.training import ChildTraining
 @register
 @dataclass(frozen=True)
 class Prefix(VirtualTokens):
-    """Every layer's attention also sees keys and values of ``tokens`` virtual tokens, which are trained directly.
+    """Prepend trained keys and values of ``tokens`` virtual tokens in every layer's attention.
 
-    The new head is trained whole. The paper trains them through a wider network first, for stability; here, as
-    in PEFT's default, they are the parameters themselves.
+    The new head is trained in full. The paper reparametrises them by a wider network, for stability; here, as in
+    PEFT's default, they are trained directly.
 
     Args:
-        tokens: how many virtual tokens.
+        tokens: the number of virtual tokens.
     """
 
     name = "prefix"
@@ -40,7 +40,7 @@ class Prefix(VirtualTokens):
         return PrefixTuningConfig(
             task_type=task_type,  # type: ignore[arg-type]
             num_virtual_tokens=self.tokens,
-            # PEFT looks for these under fewer names than configurations have for them.
+            # PEFT does not know all the names that configurations use for these.
             num_layers=model.config.num_hidden_layers,
             token_dim=model.config.hidden_size,
             num_attention_heads=model.config.num_attention_heads,
@@ -48,13 +48,13 @@ class Prefix(VirtualTokens):
         )
 
     def training_step(self, trainer: ChildTraining, step: Callable[[], Tensor]) -> Tensor:
-        """Run the pass, unless layers recompute their activations: these leave the prefix out, silently.
+        """Run the step; refuse gradient checkpointing, with which layers silently ignore the prefix.
 
         Raises:
-            ModelError: they do.
+            ModelError: when gradient checkpointing is on.
         """
         if any(getattr(module, "gradient_checkpointing", False) for module in trainer.bare_model.modules()):
             raise not_for(
-                self.name, trainer.bare_model, "with gradient checkpointing its layers leave the prefix out"
+                self.name, trainer.bare_model, "with gradient checkpointing its layers ignore the prefix"
             )
         return step()

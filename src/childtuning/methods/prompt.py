@@ -1,4 +1,4 @@
-"""prompt: trained embeddings in front of the input's, by PEFT."""
+"""prompt: train embeddings that are prepended to the input, with PEFT."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STARTS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 @register
 @dataclass(frozen=True)
 class Prompt(VirtualTokens):
-    """The embeddings of ``tokens`` virtual tokens stand before the input's; they alone are trained, and the new head.
+    """Prepend embeddings of ``tokens`` virtual tokens to the input; train only these and the new head.
 
     Args:
-        tokens: how many virtual tokens.
-        start: ``vocabulary``: embeddings of words drawn at random, which the paper finds better; ``random``:
-            normal with variance 1, PEFT's default, far from what embeddings look like.
+        tokens: the number of virtual tokens.
+        start: ``vocabulary``: embeddings of randomly drawn words, which the paper finds better; ``random``:
+            normal with variance 1, PEFT's default, unlike typical embeddings.
     """
 
     name = "prompt"

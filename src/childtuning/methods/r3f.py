@@ -1,4 +1,4 @@
-"""r3f: the prediction beside a noisy copy of the input stays the same."""
+"""r3f: keep predictions the same when noise is added to the input."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _NOISES = ("uniform", "normal")
 @register
 @dataclass(frozen=True)
 class R3F(Method):
-    """Add λ·[KL(p‖q) + KL(q‖p)] to the loss, q being the prediction from input embeddings with noise.
+    """Add λ·[KL(p‖q) + KL(q‖p)] to the loss, where q is the prediction from input embeddings with noise.
 
     The noise is uniform in [−eps, eps], or normal with standard deviation eps; in regression the term is λ·(ŷ − ŷ′)².
-    Mean over the batch's predictions, gradients through both passes, as in the authors' code. That one averages over
-    a batch's sentences also where a prediction is one token's, and leaves regression alone.
+    The term is averaged over the batch's predictions and has gradients through both passes, as in the authors' code.
+    That code averages over sentences even for token-level predictions, and does not support regression.
 
     Args:
         weight: λ, above 0; 1, and 0.7 for RTE.
-        eps: the noise's size, in units of the embeddings; 1e-5 in the paper.
+        eps: the size of the noise, in units of the embeddings; 1e-5 in the paper.
         noise: "uniform" or "normal".
     """
 
     name = "r3f"
     summary = "keep predictions the same under noise on the input embeddings"
     source = "Aghajanyan et al. 2020, arXiv 2008.03156"
-    trains = "what the child says"
+    trains = "the child's entries"
     memory = "a second pass's activations"
     part = "loss"
 
@@ -45,7 +45,7 @@ class R3F(Method):
     def __post_init__(self) -> None:
         check_positive(self)
         if self.noise not in _NOISES:
-            raise ConfigError(f"noise of 'r3f' is one of {', '.join(_NOISES)}, got {self.noise!r}.")
+            raise ConfigError(f"noise of 'r3f' must be one of {', '.join(_NOISES)}, got {self.noise!r}.")
 
     def loss(self, loss: Tensor, step: LossStep) -> Tensor:
         """Add the term."""

@@ -1,4 +1,4 @@
-"""r-drop: the predictions of two passes with dropout agree."""
+"""r-drop: make the predictions of two passes with dropout agree."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from childtuning.training import LossStep, Method
 @register
 @dataclass(frozen=True)
 class RDrop(Method):
-    """Pass each batch through twice with fresh dropout: ½(L₁ + L₂) + α·½[KL(p₁‖p₂) + KL(p₂‖p₁)].
+    """Run each batch twice with fresh dropout and use the loss ½(L₁ + L₂) + α·½[KL(p₁‖p₂) + KL(p₂‖p₁)].
 
-    In regression the second term is α·(ŷ₁ − ŷ₂)². The paper sums the two task losses, its code averages them, which
-    keeps the learning rate's meaning; so does this. That code sums the divergence over the batch, where the paper's
-    equations and this take the mean over its predictions. The reported loss is the whole of it.
+    In regression the second term is α·(ŷ₁ − ŷ₂)². The paper sums the two task losses; its code and this method average
+    them, so that learning rates stay comparable. Its code sums the divergence over the batch; the paper's equations
+    and this method average it over the batch's predictions. The reported loss includes all terms.
 
     Args:
-        weight: α, above 0; usual are 1 to 5.
+        weight: α, above 0; typical values are 1 to 5.
     """
 
     name = "r-drop"
-    summary = "two passes with fresh dropout a batch, whose predictions are to agree"
+    summary = "run each batch twice with fresh dropout and make the predictions agree"
     source = "Liang et al. 2021, arXiv 2106.14448"
-    trains = "what the child says"
+    trains = "the child's entries"
     memory = "a second pass's activations"
     part = "loss"
 
@@ -38,8 +38,8 @@ class RDrop(Method):
         check_positive(self)
 
     def loss(self, loss: Tensor, step: LossStep) -> Tensor:
-        """Average the task's loss with that of a second pass, and add the term."""
+        """Average the task loss with that of a second pass, and add the term."""
         task_loss, logits = step.task_again()
-        # Not half of the loss as it came in, which may hold other methods' terms.
+        # Not half of the given loss, which may include other methods' terms.
         loss = loss + (task_loss - step.task_loss) / 2
         return loss + self.weight * step.weight * divergence(step, step.logits, logits, share=0.5)

@@ -1,4 +1,4 @@
-"""recadam: recall of the pretrained values that fades while the task's objective fades in."""
+"""recadam: decay towards the pretrained values that fades out while the task objective fades in."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _OF_ADAMW = ("lr", "betas", "eps", "weight_decay")
 @register
 @dataclass(frozen=True)
 class RecallAdam(Method):
-    """Fade from a pull towards the pretrained values to AdamW, with λ(t) = σ(k·(t − t0)) of the t-th step.
+    """Fade from decay towards the pretrained values to AdamW, with weight λ(t) = σ(k·(t − t0)) in step t.
 
         w ← w − lr·λ(t)·Adam(g);   w ← w − lr·(1 − λ(t))·γ·(w − w0)
 
-    New heads are trained by plain AdamW. Before about t0 − 5/k steps hardly anything but the head moves, so t0 belongs
-    below the number of steps.
+    New heads are trained with plain AdamW. Before about t0 − 5/k steps hardly anything but the head changes, so t0
+    should be below the number of steps.
 
     Args:
-        k: how steeply λ rises, above 0; the paper tries 0.05 to 1.
-        t0: the step at which λ is a half; the paper tries 100 to 1000.
+        k: the steepness of λ, above 0; the paper tries 0.05 to 1.
+        t0: the step at which λ is 0.5; the paper tries 100 to 1000.
         weight: γ, at least 0.
     """
 
     name = "recadam"
-    summary = "AdamW that fades in over a pull towards the pretrained values"
+    summary = "AdamW that fades in while decay towards the pretrained values fades out"
     source = "Chen et al. 2020, arXiv 2004.12651"
-    trains = "what the child says, pulled to its start at first"
-    memory = "n more: the start"
+    trains = "the child's entries, at first decayed towards their initial values"
+    memory = "n more: the initial values"
     part = "update"
     excludes: ClassVar[Mapping[str, str]] = {
         "mixout": "both pull the weights towards the pretrained ones",
@@ -65,43 +65,43 @@ class RecallAdam(Method):
     def inner(
         self, inner: type[Optimizer], options: dict[str, Any]
     ) -> tuple[type[Optimizer], dict[str, Any]]:
-        """Take AdamW's place.
+        """Replace AdamW.
 
         Raises:
-            ConfigError: another optimizer was asked for.
+            ConfigError: when another optimizer is selected.
         """
         if inner is not torch.optim.AdamW:
-            raise ConfigError(f"'recadam' takes AdamW's place, got {inner.__name__}. Leave optim out.")
+            raise ConfigError(f"'recadam' replaces AdamW, got {inner.__name__}. Leave optim out.")
         kept = {name: value for name, value in options.items() if name in _OF_ADAMW}
         return RecAdam, {**kept, "k": self.k, "t0": self.t0, "weight": self.weight}
 
     def group_options(
         self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Train heads by plain AdamW."""
+        """Train heads with plain AdamW."""
         return {name: {"anchored": False} for name in always}
 
 
 class RecAdam(Optimizer):
-    """AdamW whose step fades in while a pull towards the start fades out. [Chen et al. 2020, arXiv 2004.12651]
+    """AdamW whose step fades in while decay towards the initial values fades out. [Chen et al. 2020, arXiv 2004.12651]
 
         λ(t) = 1 / (1 + exp(−k·(t − t0)))
         w ← w − lr·weight_decay·w
         w ← w − lr·λ(t)·m̂ / (√v̂ + eps)
         w ← w − lr·(1 − λ(t))·weight·(w − w0)
 
-    with w0 the value before the first update, and m̂, v̂ Adam's corrected moments, which see the task's gradient whole.
-    Where ``anchored`` is false, λ is 1: AdamW. It departs from the authors' code in that decay comes first and eps
-    inside the bias correction, as in ``torch.optim.AdamW``, and in that a pull with lr·(1 − λ)·weight above 1 goes to
-    w0 and no further; theirs diverges from 2 on, that is at the default weight with a rate above 4e-4.
+    with w0 the value before the first update, and m̂, v̂ Adam's corrected moments of the task gradient, without λ.
+    With ``anchored=False``, λ is 1: plain AdamW. There are two differences from the authors' code. Weight decay comes
+    first and eps is inside the bias correction, as in ``torch.optim.AdamW``. A decay with lr·(1 − λ)·weight above 1
+    stops at w0; theirs diverges from 2 on, that is at the default weight with a learning rate above 4e-4.
 
     Args:
         params: parameters or groups; a group may set each of the options.
         lr, betas, eps, weight_decay: as in the equations.
-        k: how steeply λ rises.
-        t0: the step, counted from 1, at which λ is a half.
-        weight: γ, the strength of the pull.
-        anchored: whether there is a pull.
+        k: the steepness of λ.
+        t0: the step, counted from 1, at which λ is 0.5.
+        weight: γ, the strength of the decay towards w0.
+        anchored: whether to decay towards w0.
     """
 
     def __init__(
@@ -149,6 +149,6 @@ class RecAdam(Optimizer):
 
 
 def _sigmoid(x: float) -> float:
-    """1 / (1 + exp(−x)), which does not overflow far from 0."""
+    """1 / (1 + exp(−x)), without overflow far from 0."""
     small = math.exp(-abs(x))
     return (1.0 if x >= 0 else small) / (1 + small)

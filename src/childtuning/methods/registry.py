@@ -1,4 +1,4 @@
-"""Which methods there are: those of this folder, those that packages declare, and those that a program registers."""
+"""The registry of methods: those of this folder, of installed packages, and those registered by a program."""
 
 from __future__ import annotations
 
@@ -17,29 +17,34 @@ M = TypeVar("M", bound=Method)
 
 
 def register(method: type[M]) -> type[M]:
-    """Make a method known by its name; a class decorator, above ``@dataclass(frozen=True)``.
+    """Register a method under its name; a class decorator, above ``@dataclass(frozen=True)``.
 
-    A package makes its methods known without being imported first by the entry-point group ``childtuning.methods``.
+    A package can register methods without being imported, through the entry-point group ``childtuning.methods``.
 
     Raises:
-        ConfigError: the name is taken or holds a sign that combinations use, or the class does not describe itself.
+        ConfigError: when the name is taken or contains a character reserved for combinations, or a class attribute is
+            missing.
     """
     missing = [name for name in _NEEDED if not hasattr(method, name)]
     if missing:
         raise ConfigError(
-            f"method {method.__name__} says nothing of its {missing[0]}. Set the class attribute {missing[0]!r}."
+            f"method {method.__name__} has no {missing[0]}. Set the class attribute {missing[0]!r}."
         )
     if any(sign in method.name for sign in "+:,= "):
-        raise ConfigError(f"a method's name holds none of '+:,= ', got {method.name!r}. Use letters and '-'.")
+        raise ConfigError(
+            f"a method's name must contain none of '+:,= ', got {method.name!r}. Use letters and '-'."
+        )
     if method.part not in PARTS:
-        raise ConfigError(f"a method's part is one of {', '.join(PARTS)}, got {method.part!r}. Set another.")
+        raise ConfigError(
+            f"a method's part must be one of {', '.join(PARTS)}, got {method.part!r}. Set another."
+        )
     known = _methods.get(method.name)
     if known is not None and (known.__module__, known.__qualname__) != (
         method.__module__,
         method.__qualname__,
     ):
-        raise ConfigError(f"there is a method {method.name!r} already. Choose another name.")
-    fields(method)  # type: ignore[arg-type]  # a TypeError here says that it is no dataclass
+        raise ConfigError(f"there is already a method {method.name!r}. Choose another name.")
+    fields(method)  # type: ignore[arg-type]  # raises TypeError if it is not a dataclass
     _methods[method.name] = method
     return method
 
@@ -48,7 +53,7 @@ def find_method(name: str) -> type[Method]:
     """Return the method of this name.
 
     Raises:
-        ConfigError: there is none; the nearest is suggested.
+        ConfigError: when there is none; the message suggests the closest name.
     """
     _load_declared()
     if name not in _methods:
@@ -57,13 +62,13 @@ def find_method(name: str) -> type[Method]:
 
 
 def all_methods() -> list[type[Method]]:
-    """Return every registered method, by name."""
+    """Return all registered methods, sorted by name."""
     _load_declared()
     return [_methods[name] for name in sorted(_methods)]
 
 
 def described() -> list[dict[str, Any]]:
-    """Return what every registered method says of itself, JSON-ready, by name."""
+    """Return the description of every registered method, JSON-ready, sorted by name."""
     listed = []
     for method in all_methods():
         facts = {name: getattr(method, name) for name in (*_NEEDED, "density")}
@@ -84,6 +89,6 @@ def _load_declared() -> None:
             ) from fault
         if not (isinstance(declared, type) and issubclass(declared, Method)):
             raise ConfigError(
-                f"{entry.value}, declared as method {entry.name!r}, is no Method. Declare a class."
+                f"{entry.value}, declared as method {entry.name!r}, is not a subclass of Method. Declare one."
             )
         register(declared)

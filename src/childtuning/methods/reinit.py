@@ -1,4 +1,4 @@
-"""reinit: the top layers start anew."""
+"""reinit: re-initialise the top layers."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Initialise = Callable[[Any], object]
 @register
 @dataclass(frozen=True)
 class Reinit(Method):
-    """The top layers, and what lies between them and the head (a pooler), start from random values.
+    """Re-initialise the top layers, and any modules between them and the head (a pooler).
 
-    They are drawn as the model draws them before pretraining, and trained whole. [Zhang et al. 2021] What stands in one
-    module with the layers stays: a last norm, or a part that serves all of them. The paper's other advice is AdamW
+    They are initialised as before pretraining, and trained in full. [Zhang et al. 2021] Other parameters of the module
+    that contains the layers are kept: a final norm, or a part shared by all layers. The paper also recommends AdamW
     with bias correction, which this library's AdamW has, and more steps (``epochs``).
 
     Args:
-        layers: how many; 0 for the pooler alone.
+        layers: the number of layers; 0 for the pooler only.
     """
 
     layers: int = 2
 
     name = "reinit"
-    summary = "draw the top layers and the pooler anew before training"
+    summary = "re-initialise the top layers and the pooler before training"
     source = "Zhang et al. 2021, arXiv 2006.05987"
-    trains = "what is trained beside it, and the new layers whole"
+    trains = "as set by the other methods, and the new layers in full"
     memory = "—"
     part = "start"
     acts_on_pretrained = True
@@ -45,14 +45,14 @@ class Reinit(Method):
     def __post_init__(self) -> None:
         if self.layers < 0:
             raise ConfigError(
-                f"layers of 'reinit' must not be negative, got {self.layers}. Pass 0 for the pooler alone."
+                f"layers of 'reinit' must not be negative, got {self.layers}. Pass 0 for the pooler only."
             )
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Draw the values.
+        """Re-initialise the layers.
 
         Raises:
-            ModelError: the model has fewer layers, or does not say how one of them is initialised.
+            ModelError: when the model has fewer layers, or one of them cannot be initialised.
         """
         model, found = prepared.model, find_layers(prepared.model)
         head = {*prepared.always, *task_head(model)}
@@ -65,7 +65,7 @@ class Reinit(Method):
         drawn |= {name for name in _behind(model, found) if name not in head}
         new = tuple(name for name in plain if name in drawn)
         if not new:
-            raise ModelError("reinit:0 draws the pooler anew, and the model has none. Ask for a layer.")
+            raise ModelError("reinit:0 re-initialises the pooler, but the model has none. Pass at least 1.")
         _draw(model, {name: plain[name] for name in new})
         always = (*prepared.always, *(name for name in new if name not in prepared.always))
         eligible = prepared.eligible
@@ -75,7 +75,7 @@ class Reinit(Method):
 
 
 def _behind(model: nn.Module, found: Layers) -> list[str]:
-    """What lies behind the module that holds the layers; what it holds beside them may serve every layer."""
+    """The parameters after the module that contains the layers; its own parameters may be shared by all layers."""
     last = next(path for path, module in model.named_modules() if module is found.blocks[-1])
     holder = ".".join(last.split(".")[:-2])
     return [name for name in found.after if not holder or not name.startswith(holder + ".")]
@@ -83,7 +83,7 @@ def _behind(model: nn.Module, found: Layers) -> list[str]:
 
 @torch.no_grad()
 def _draw(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """Initialise every module that holds nothing but these parameters, inner ones first, as it was at its birth."""
+    """Initialise every module whose parameters are all among these, inner modules first."""
     wanted = {id(parameter) for parameter in parameters.values()}
     before = {name: parameter.clone() for name, parameter in parameters.items()}
     flags = [(p, vars(p).pop("_is_hf_initialized", None)) for p in parameters.values()]
@@ -96,11 +96,11 @@ def _draw(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
             parameter._is_hf_initialized = flag  # type: ignore[attr-defined]
     for name, parameter in parameters.items():
         if parameter.ndim > 1 and torch.equal(parameter, before[name]):
-            raise not_for("reinit", model, f"its module of {name!r} has no method reset_parameters")
+            raise not_for("reinit", model, f"the module of {name!r} has no method reset_parameters")
 
 
 def _initialisers(model: nn.Module) -> Iterator[tuple[nn.Module, Initialise]]:
-    """Every module and what initialises it: the transformers model it lies in, else itself."""
+    """Every module and its initialiser: of the transformers model that contains it, else its own."""
     from transformers import PreTrainedModel
 
     def visit(module: nn.Module, initialise: Initialise) -> Iterator[tuple[nn.Module, Initialise]]:

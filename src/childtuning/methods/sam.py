@@ -1,4 +1,4 @@
-"""sam: the gradient where the loss is worst nearby."""
+"""sam: use the gradient at the nearby weights with the highest loss."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _Displaced = list[tuple[nn.Parameter, Runs | None, Tensor]]
 @register
 @dataclass(frozen=True)
 class Sam(Method):
-    """Take each batch's gradient at w + ρ·g/‖g‖ instead of at w, with g the gradient at w.
+    """Compute each batch's gradient at w + ρ·g/‖g‖ instead of at w, where g is the gradient at w.
 
-    Only what is trained is displaced, and ‖g‖ is taken over it: a fixed child's entries, or everything under the
-    unmasked gradient of a task-free one. The second pass draws fresh dropout. Running statistics of normalisation
-    layers, and the loss that is reported, are those of the first. Where ‖g‖ is zero or not finite nothing is displaced.
+    Only trained entries are displaced and count in ‖g‖: the entries of a fixed child, or all entries, with the
+    unmasked gradient, for a task-free child. The second pass uses fresh dropout. Running statistics of normalisation
+    layers and the reported loss are those of the first pass. If ‖g‖ is zero or not finite, nothing is displaced.
 
     Args:
-        radius: ρ, above 0; usual are 0.02 to 0.1.
+        radius: ρ, above 0; typical values are 0.02 to 0.1.
     """
 
     name = "sam"
-    summary = "step by the gradient at nearby weights where the loss is highest (two passes a batch)"
+    summary = "use the gradient at the nearby weights with the highest loss (two passes per batch)"
     source = "Foret et al. 2021, arXiv 2010.01412"
-    trains = "what the child says"
-    memory = "2n during a step; whole gradients"
+    trains = "the child's entries"
+    memory = "2n during a step; full gradients"
     part = "update"
     whole_gradients = True
 
@@ -43,7 +43,7 @@ class Sam(Method):
         check_positive(self)
 
     def training_step(self, trainer: ChildTraining, step: Callable[[], Tensor]) -> Tensor:
-        """Run the batch twice; what was accumulated before it stays out of the displacement."""
+        """Run the batch twice; previously accumulated gradients do not affect the displacement."""
         trained = trainer.child_optimizer.trained()
         accumulated = [parameter.grad for parameter, _ in trained]
         for parameter, _ in trained:
@@ -52,7 +52,7 @@ class Sam(Method):
         statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(trainer.bare_model)]
         displaced = self._displace_(trained)
         try:
-            # Put back before the second pass and not after it: processes average the sum.
+            # Restored before the second pass, not after it, since the processes average the sum.
             for (parameter, _), gradient in zip(trained, accumulated, strict=True):
                 parameter.grad = gradient
             step()
@@ -66,7 +66,7 @@ class Sam(Method):
 
     @torch.no_grad()
     def _displace_(self, trained: list[tuple[nn.Parameter, Runs | None]]) -> _Displaced:
-        """Move the trained entries up the gradient; return what they were."""
+        """Move the trained entries along the gradient; return their previous values."""
         ascent: _Displaced = []
         for parameter, runs in trained:
             if parameter.grad is not None:
@@ -84,7 +84,7 @@ class Sam(Method):
 
 
 def _entries(tensor: Tensor, runs: Runs | None) -> Tensor:
-    """Copy the entries at these runs, or all, in single precision at least, which keeps the bits of less."""
+    """Copy the entries in these runs, or all, in at least single precision, which is lossless."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     if runs is None:
         return tensor.detach().to_dense().to(dtype, copy=True)

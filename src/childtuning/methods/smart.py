@@ -1,4 +1,4 @@
-"""smart: the prediction stays the same under the worst small change of the input embeddings."""
+"""smart: keep predictions the same under the worst small change of the input embeddings."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _NORMS = ("inf", "l2")
 class Smart(Method):
     """Add α·ℓ(f(x̃), f(x)) to the loss: the smoothness-inducing regularisation of SMART, with its algorithm 1.
 
-    x̃ = x + Π(ν + η·g/‖g‖) with ν ~ N(0, σ²) and g = ∇_x̃ ℓ(f(x + ν), f(x)), in which f(x) is held fixed; Π projects onto
-    the ball ‖x̃ − x‖ ≤ ε. x are the input embeddings, and norms are an example's. ℓ is KL(p‖q) + KL(q‖p), or the squared
-    difference in regression. The added term has gradients through both passes. The paper's other half, the Bregman
-    proximal point method, is not part of it.
+    x̃ = x + Π(ν + η·g/‖g‖) with ν ~ N(0, σ²) and g = ∇_x̃ ℓ(f(x + ν), f(x)), where f(x) is held fixed; Π projects onto
+    the ball ‖x̃ − x‖ ≤ ε. x are the input embeddings, and norms are per example. ℓ is KL(p‖q) + KL(q‖p), or the squared
+    difference in regression. The added term has gradients through both passes. The second part of the paper, the
+    Bregman proximal point method, is not included.
 
-    The code that is in wide use does otherwise: it normalises the sum ν + η·g of each token after the step and projects
-    nothing, so that every token moves by about 1 in its largest coordinate, a million times ε and much more than an
-    embedding. There ε only keeps a division from zero. The step of this method is the paper's, for which its
-    hyperparameters have a meaning; with the defaults nearly every coordinate ends at ±ε. That code also holds fixed the
-    distribution before each bar, p in KL(p‖q), where the paper differentiates the whole.
+    The widely used code differs: it normalises the sum ν + η·g of each token after the step and does not project, so
+    that every token moves by about 1 in its largest coordinate, a million times ε and much more than an embedding.
+    There ε only prevents division by zero. This method uses the paper's step, for which its hyperparameters are
+    meaningful; with the defaults nearly every coordinate ends at ±ε. That code also holds p in KL(p‖q) fixed, whereas
+    the paper differentiates both distributions.
 
-    Dropout is fresh in each of the three passes, also within g, as in that code. Gradient checkpointing has to be of
-    the kind that is not reentrant, which is the default of transformers.
+    Dropout is fresh in each of the three passes, including the one for g, as in that code. Gradient checkpointing must
+    be non-reentrant, which is the default of transformers.
 
     Args:
-        weight: α (the paper's λ_s), above 0; usual are 1 to 5.
+        weight: α (the paper's λ_s), above 0; typical values are 1 to 5.
         step: η, the length of the ascent step before the projection.
-        noise_variance: σ, the standard deviation of the start; named as that code names it.
+        noise_variance: σ, the standard deviation of the initial noise; the name is that of the widely used code.
         epsilon: ε, the radius of the ball, in units of the embeddings.
         norm: "inf" or "l2".
     """
@@ -47,7 +47,7 @@ class Smart(Method):
     name = "smart"
     summary = "keep predictions the same under adversarial noise on the input embeddings"
     source = "Jiang et al. 2020, arXiv 1911.03437"
-    trains = "what the child says"
+    trains = "the child's entries"
     memory = "a second pass's activations, after a third's"
     part = "loss"
 
@@ -60,7 +60,7 @@ class Smart(Method):
     def __post_init__(self) -> None:
         check_positive(self)
         if self.norm not in _NORMS:
-            raise ConfigError(f"norm of 'smart' is one of {', '.join(_NORMS)}, got {self.norm!r}.")
+            raise ConfigError(f"norm of 'smart' must be one of {', '.join(_NORMS)}, got {self.norm!r}.")
 
     def loss(self, loss: Tensor, step: LossStep) -> Tensor:
         """Add the term."""
@@ -80,7 +80,7 @@ class Smart(Method):
 
     @torch.no_grad()
     def _ascended(self, noise: Tensor, gradient: Tensor | None, example_axis: int) -> Tensor:
-        """One step up the gradient, and back into the ball."""
+        """Take one ascent step and project onto the ball."""
         moved = noise.detach()
         if gradient is not None:
             length = self._length(gradient, example_axis).clamp_min(torch.finfo(gradient.dtype).tiny)

@@ -1,4 +1,4 @@
-"""What prefix and prompt tuning share: a number of trained virtual tokens, and whether they reach a model's output."""
+"""The base class of prefix and prompt tuning: trained virtual tokens, and a check that they affect the output."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from childtuning.training import Prepared
 
 @dataclass(frozen=True)
 class VirtualTokens(PeftMethod):
-    """A method that trains virtual tokens in front of the input.
+    """A method that trains virtual tokens before the input.
 
-    They take positions: where these are learned, the input may be that much shorter than the network allows.
+    They use positions: if positions are learned, the maximum input length is reduced by their number.
     """
 
     tokens: int = 20
@@ -28,14 +28,14 @@ class VirtualTokens(PeftMethod):
             raise ConfigError(f"tokens of {self.name!r} must be at least 1, got {self.tokens}.")
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Wrap the model, and try on two tokens whether that works.
+        """Wrap the model, and test it on an input of two tokens.
 
         Raises:
-            ModelError: the model takes no such tokens, or its output would depend on padding.
+            ModelError: when the model does not support virtual tokens, or its output would depend on padding.
         """
         base = prepared.model
         if not hasattr(base, "config") or getattr(base, "main_input_name", "input_ids") != "input_ids":
-            raise not_for(self.name, base, "it has no token embeddings to put virtual tokens beside")
+            raise not_for(self.name, base, "it has no token embeddings to add virtual tokens to")
         wrapped = self._wrapped(prepared, task_type(base) or "FEATURE_EXTRACTION")
         was_training = base.training
         try:
@@ -43,7 +43,7 @@ class VirtualTokens(PeftMethod):
                 self._try(wrapped, base)
         except ModelError:
             raise
-        except Exception as fault:  # whatever a forward pass may raise: it does not work
+        except Exception as fault:  # a forward pass may raise anything
             raise not_for(self.name, base, fault) from None
         finally:
             wrapped.model.train(was_training)
@@ -62,9 +62,9 @@ class VirtualTokens(PeftMethod):
                 else ()
             )
         if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
-            raise not_for(self.name, base, "the virtual tokens do not reach its output")
+            raise not_for(self.name, base, "the virtual tokens do not affect its output")
         if ours.shape != theirs.shape and task_type(base) in ("TOKEN_CLS", "QUESTION_ANS"):
-            raise not_for(self.name, base, "its output would have a place for each virtual token")
+            raise not_for(self.name, base, "its output would include positions for the virtual tokens")
         if padded is None:
             return
         with torch.no_grad():
@@ -72,19 +72,19 @@ class VirtualTokens(PeftMethod):
                 raise not_for(
                     self.name,
                     base,
-                    "behind virtual tokens it takes padding for text, since it finds it by token id",
+                    "after virtual tokens it treats padding as text, since it finds padding by token id",
                 )
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Refuse: virtual tokens are not a change of weights."""
         raise ModelError(
-            f"what {self.name!r} trains cannot be folded into the base model's weights. "
+            f"the virtual tokens of {self.name!r} cannot be merged into the base model's weights. "
             "Use the run's folder, or load its folder method/ with PEFT."
         )
 
 
 def _inputs(base: Any) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Two tokens, and the same with a third of padding where the model has a word for it."""
+    """An input of two tokens, and the same with a padding token if the model has one."""
     config, embeddings = base.config, base.get_input_embeddings().weight
     device, known = embeddings.device, range(len(embeddings))
     pad, end = (
@@ -113,7 +113,7 @@ def _output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _same(short: Tensor, padded: Tensor) -> bool:
-    """Whether what stands at real tokens, or for the whole text, is the same to rounding."""
+    """Whether outputs at real tokens, or for the whole text, are equal up to rounding."""
     if padded.ndim > 2:
         padded = padded[:, : short.shape[1]]
     return bool((short - padded).abs().max() <= 1e-2 * short.abs().max())

@@ -1,4 +1,4 @@
-"""Methods that train whole parameters, chosen by where they stand: full, head, last-k, bitfit, freeze."""
+"""Methods that train whole parameters, chosen by their place: full, head, last-k, bitfit, freeze."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from childtuning.training import Method, Prepared, find_layers
 
 
 class WholeParameters(Method):
-    """A method whose child consists of whole parameters: nothing is chosen entry by entry."""
+    """A method whose child consists of whole parameters, without a choice of entries."""
 
     memory = "2n state"
     part = "child"
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return the child that is whole.
+        """Return the configuration of a child of whole parameters.
 
         Raises:
-            ConfigError: a density was given.
+            ConfigError: when a density is given.
         """
         if config.density != 1.0:
             raise ConfigError(
-                f"method {self.name!r} trains parameters whole, got density {config.density}. Leave it out."
+                f"method {self.name!r} trains whole parameters, got density {config.density}. Leave it out."
             )
         return replace(config, variant="task-driven", rescale=False)
 
@@ -38,7 +38,7 @@ class WholeParameters(Method):
 def output_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a network's output layer: its output embeddings, or the last module with parameters.
 
-    Output embeddings that are tied to the input's are trained as both.
+    Output embeddings may be tied to the input embeddings; both are then trained.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is None:
@@ -49,10 +49,10 @@ def output_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def train_only(prepared: Prepared, names: Iterable[str]) -> Prepared:
-    """Return the prepared model with these parameters, as far as they are eligible, and what is always trained.
+    """Restrict the eligible parameters of a prepared model to these names.
 
     Raises:
-        ModelError: that would be nothing.
+        ModelError: when no parameter would be trained.
     """
     wanted = set(names)
     plain = named(prepared.model)
@@ -67,7 +67,7 @@ def train_only(prepared: Prepared, names: Iterable[str]) -> Prepared:
 @register
 @dataclass(frozen=True)
 class Full(WholeParameters):
-    """Every parameter that requires a gradient, by the inner optimizer as it is: the child is the network itself."""
+    """Train every parameter that requires a gradient, with the inner optimizer: the child is the whole network."""
 
     name = "full"
     summary = "train every parameter (vanilla fine-tuning)"
@@ -78,37 +78,37 @@ class Full(WholeParameters):
 @register
 @dataclass(frozen=True)
 class Head(WholeParameters):
-    """The new head, or the output layer of a network without a new one: a linear probe of the pretrained features."""
+    """Train the new head, or the output layer if there is none: a linear probe of the pretrained features."""
 
     name = "head"
     summary = "train the last layer only, on frozen features"
     source = "—"
     trains = "the new head"
     excludes: ClassVar[Mapping[str, str]] = {
-        "mixout": "only the head is trained, and mixout mixes pretrained weights",
-        "llrd": "there is one layer to train, so that no rate decays over layers",
+        "mixout": "only the head is trained, but mixout mixes pretrained weights",
+        "llrd": "only one layer is trained, so that no rate decays over layers",
     }
     chooses = True
     acts_on_pretrained = True
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Leave the head alone to be trained."""
+        """Freeze everything except the head."""
         return train_only(prepared, () if prepared.always else output_names(prepared.model))
 
 
 @register
 @dataclass(frozen=True)
 class LastK(WholeParameters):
-    """Top-K tuning: the last k layers, what lies behind them, and the head; all before them is frozen.
+    """Top-K tuning: train the last k layers, everything after them, and the head; freeze everything before.
 
     Args:
-        layers: k; a Transformer's layers, or a CNN's blocks.
+        layers: k; counts the layers of a Transformer, or the blocks of a CNN.
     """
 
     layers: int = 3
 
     name = "last-k"
-    summary = "train the last k layers and the head, frozen below (Top-K tuning)"
+    summary = "train the last k layers and the head, freeze the rest (Top-K tuning)"
     source = "Houlsby et al. 2019, arXiv 1902.00751"
     trains = "the last k layers and the head"
     chooses = True
@@ -117,7 +117,7 @@ class LastK(WholeParameters):
     def __post_init__(self) -> None:
         if self.layers < 1:
             raise ConfigError(
-                f"last-k trains at least 1 layer, got {self.layers}. For the head alone use 'head'."
+                f"last-k trains at least 1 layer, got {self.layers}. To train only the head, use 'head'."
             )
 
     def prepare(self, prepared: Prepared) -> Prepared:
@@ -131,29 +131,29 @@ class LastK(WholeParameters):
 @register
 @dataclass(frozen=True)
 class BitFit(WholeParameters):
-    """Every bias, those of norms among them, and the head. [Ben Zaken et al. 2022]"""
+    """Train every bias, including those of norms, and the head. [Ben Zaken et al. 2022]"""
 
     name = "bitfit"
     summary = "train the biases and the head"
     source = "Ben Zaken et al. 2022, arXiv 2106.10199"
     trains = "the biases and the head"
     excludes: ClassVar[Mapping[str, str]] = {
-        "mixout": "only biases are trained, and mixout mixes weights",
+        "mixout": "only biases are trained, but mixout mixes weights",
     }
     chooses = True
     acts_on_pretrained = True
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Freeze everything that is no bias.
+        """Freeze everything except biases.
 
         Raises:
-            ModelError: the network has none.
+            ModelError: when the network has no biases.
         """
         names = named(prepared.model)
         biases = [n for n in names if n.rpartition(".")[2].endswith("bias") and n not in prepared.always]
         if not biases:
             raise ModelError(
-                "bitfit trains biases, and this model's pretrained layers have none. Use another method."
+                "bitfit trains biases, but this model's pretrained layers have none. Use another method."
             )
         return train_only(prepared, biases)
 
@@ -161,16 +161,16 @@ class BitFit(WholeParameters):
 @register
 @dataclass(frozen=True)
 class Freeze(Method):
-    """An ingredient for the methods that choose parameters: embeddings or stem, and the first layers, are frozen.
+    """Freeze embeddings or stem, and the first layers; to be combined with methods that choose parameters.
 
     Args:
-        layers: how many layers behind the embeddings; 0 freezes the embeddings alone.
+        layers: the number of layers after the embeddings; 0 freezes only the embeddings.
     """
 
     layers: int = 0
 
     name = "freeze"
-    summary = "freeze the embeddings and the first layers (to be joined with others)"
+    summary = "freeze the embeddings and the first layers (combine with other methods)"
     source = "—"
     trains = "—"
     memory = "—"
@@ -181,14 +181,14 @@ class Freeze(Method):
     def __post_init__(self) -> None:
         if self.layers < 0:
             raise ConfigError(
-                f"freeze counts layers from 0, got {self.layers}. Pass 0 for the embeddings alone."
+                f"freeze needs a number of layers of at least 0, got {self.layers}. Pass 0 for only the embeddings."
             )
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Take what is below out of what can be chosen.
+        """Remove the frozen layers from the eligible parameters.
 
         Raises:
-            ModelError: the model has fewer layers.
+            ModelError: when the model has fewer layers.
         """
         found = find_layers(prepared.model)
         check_layers(self.name, self.layers, len(found.layers))

@@ -1,4 +1,4 @@
-"""Layer 4: runs: configured, executed, recorded, resumed, and opened again."""
+"""Layer 4: configure, execute, record, resume and reopen runs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ _HOMES = {"FinishedRun": "predict", "RunConfig": "config", "score_run": "run", "
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is asked for: options are read without torch."""
+    """Import a name on first access, so that options can be read without torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,7 +1,7 @@
-"""Everything that decides a run: four sections of options, which a flat TOML file can hold.
+"""All options of a run, in four sections; a flat TOML file can hold them.
 
-An option is a field of a section and nothing else: the command line, the check of a value and the table of the
-documentation follow from it.
+An option is declared once, as a field of a section: the command line, the checks of values and the table in the
+documentation are derived from it.
 """
 
 from __future__ import annotations
@@ -23,44 +23,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on and measured on."""
+    """Training and evaluation data."""
 
     task: str | None = option(None, "A task by name: a GLUE name, a folder of --data-dir, or docstrings.")
     task_kind: str | None = option(
         None,
         "classification, regression, token-classification, causal-lm or image-classification.",
-        unset="as the training file looks",
+        unset="inferred from the training file",
     )
     train: str | None = option(
         None,
         "Training examples: csv, tsv, jsonl, parquet, conll or txt, each also .gz; or images: a folder, npz or idx.",
     )
-    eval: str | None = option(None, "Examples to measure on, in the same form.")
+    eval: str | None = option(None, "Evaluation examples, in the same form.")
     text: str | None = option(None, "Column of the text, tokens or prompt; guessed when left out.")
     text_pair: str | None = option(None, "Column of the second text, for pairs.")
     label: str | None = option(None, "Column of the label, tags or response.", unset="label, tags, response")
     label_type: Literal["auto", "class", "number"] = option("auto", "class, number, or auto.")
-    data_dir: str | None = option(None, "Folder that holds TASK/ with both splits; asked before the hub.")
-    train_limit: int | None = option(None, "Use this many training examples at most.", within="(0, inf)")
+    data_dir: str | None = option(
+        None, "Folder that contains TASK/ with both splits; searched before the hub."
+    )
+    train_limit: int | None = option(None, "Maximum number of training examples.", within="(0, inf)")
     eval_limit: int | None = option(
         None,
-        "Measure on this many evaluation examples at most, and of those held out and each --elsewhere.",
+        "Maximum number of evaluation examples; also for the held-out ones and each --elsewhere.",
         within="(0, inf)",
     )
     data_seed: int = option(
-        0, "Of what --train-limit, --eval-limit and --held-out draw.", within="[0, 4294967296)"
+        0, "Seed of the draws of --train-limit, --eval-limit and --held-out.", within="[0, 4294967296)"
     )
     held_out: float = option(
-        0.0, "Share of the training examples to set aside and score apart.", within="[0, 1)"
+        0.0, "Share of the training examples to hold out and score separately.", within="[0, 1)"
     )
     elsewhere: tuple[str, ...] | None = option(
-        None, "Score on another task of --data-dir as well, by label mapping: sick, snli/test; repeatable."
+        None, "Also score on another task of --data-dir, with mapped labels: sick, snli/test; repeatable."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is tuned."""
+    """The model to tune."""
 
     model: str | None = option(None, "Model folder or hub name.", unset="packaged all-MiniLM-L6-v2")
     init_from: str | None = option(
@@ -70,21 +72,21 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Child(ChildOptions):
-    """How it is tuned."""
+    """The fine-tuning method."""
 
     method: str = option("child-d", "See `childtuning methods`.")
     density: float | Literal["auto"] | None = option(
         None,
-        "Share of the entries in the child, in (0, 1]; auto: what --mass needs.",
+        "Share of the entries in the child, in (0, 1]; auto: the smallest that reaches --mass.",
         check=density_fault,
-        unset="the method's",
+        unset="the method's default",
     )
     fisher_labels: Literal["data", "sampled"] = option("data", "Labels for Fisher: data or sampled.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, how fast, in what numbers. The defaults are the paper's protocol where it names a value."""
+    """Training hyperparameters. The defaults are those of the paper's protocol, if it specifies them."""
 
     learning_rate: float = option(
         2e-5,
@@ -97,21 +99,21 @@ class Train:
         3.0, "Passes over the training set.", within="(0, inf)", argument="num_train_epochs"
     )
     batch_size: int = option(
-        16, "Examples a batch.", within="(0, inf)", argument="per_device_train_batch_size"
+        16, "Examples per batch.", within="(0, inf)", argument="per_device_train_batch_size"
     )
     gradient_accumulation: int = option(
-        1, "Batches an optimizer step.", within="(0, inf)", argument="gradient_accumulation_steps"
+        1, "Batches per optimizer step.", within="(0, inf)", argument="gradient_accumulation_steps"
     )
     warmup_ratio: float = option(
-        0.1, "Share of the steps to warm up.", within="[0, 1)", argument="warmup_steps"
+        0.1, "Share of the steps used for warm-up.", within="[0, 1)", argument="warmup_steps"
     )
     weight_decay: float = option(
-        0.01, "Decay of trained weights.", within="[0, inf)", argument="weight_decay"
+        0.01, "Weight decay of the trained weights.", within="[0, inf)", argument="weight_decay"
     )
     max_grad_norm: float = option(
         1.0, "Clip gradients to this norm; 0: never.", within="[0, inf)", argument="max_grad_norm"
     )
-    max_length: int = option(128, "Tokens an example.", within="(0, inf)")
+    max_length: int = option(128, "Maximum number of tokens per example.", within="(0, inf)")
     precision: Literal["fp32", "bf16", "auto"] = option(
         "fp32", "fp32, bf16 autocast, or auto: bf16 where native."
     )
@@ -121,16 +123,16 @@ class Train:
         flags=("--compile/--no-compile",),
         argument="torch_compile",
     )
-    seed: int = option(0, "Of head, order, dropout and masks.", within="[0, 4294967296)", argument="seed")
+    seed: int = option(
+        0, "Seed of the head, the data order, dropout and masks.", within="[0, 4294967296)", argument="seed"
+    )
     save_steps: int | None = option(
         None, "Steps between checkpoints.", within="(0, inf)", unset="every epoch"
     )
-    report_to: tuple[str, ...] | None = option(
-        None, "Log to tensorboard, wandb, mlflow, … as well; repeatable."
-    )
+    report_to: tuple[str, ...] | None = option(None, "Also log to tensorboard, wandb, mlflow, …; repeatable.")
 
     def arguments(self) -> dict[str, Any]:
-        """Return what ``TrainingArguments`` takes of these options, by its own names."""
+        """Return the options that ``TrainingArguments`` takes, under its own names."""
         declared = options_of(Train).values()
         return {one.argument: getattr(self, one.name) for one in declared if one.argument}
 
@@ -143,7 +145,7 @@ class RunConfig(Train, Child, Model, Data):
     """One run: data, model, child, training.
 
     Raises:
-        ConfigError: all the faults there are, in one line.
+        ConfigError: listing all faults in one line.
     """
 
     def __post_init__(self) -> None:
@@ -157,7 +159,7 @@ class RunConfig(Train, Child, Model, Data):
             given += ["label_type"] if self.label_type != "auto" else []
             if given:
                 faults.append(
-                    f"a named task has its own columns, got {', '.join(given)}. Leave out, or pass files."
+                    f"a named task has its own columns, got {', '.join(given)}. Leave them out, or pass files."
                 )
         if not faults:
             self.child()
@@ -165,10 +167,10 @@ class RunConfig(Train, Child, Model, Data):
             raise ConfigError(" ".join(faults))
 
     def child(self) -> ChildConfig:
-        """Return what the method trains under these options.
+        """Return the configuration of the child that the method trains with these options.
 
         Raises:
-            ConfigError: an unknown method, or options outside their range.
+            ConfigError: for an unknown method, or options outside their range.
         """
         methods = self.methods()
         density = methods.density if self.density is None else self.density
@@ -177,17 +179,17 @@ class RunConfig(Train, Child, Model, Data):
         return methods.child(ChildConfig(**options))
 
     def methods(self) -> Combination:
-        """Return the methods that are used.
+        """Return the methods of the run.
 
         Raises:
-            ConfigError: an unknown method, or methods that do not go together.
+            ConfigError: for an unknown method, or methods that cannot be combined.
         """
         from childtuning.methods import Combination
 
         return Combination.parse(self.method)
 
     def resolved(self) -> RunConfig:
-        """Return the same run with what depends on method and machine filled in: density, precision, full paths."""
+        """Return the same run with density, precision and full paths filled in for its method and this machine."""
         paths = {
             name: str(Path(value).expanduser().resolve())
             for name in ("train", "eval", "data_dir", "init_from")
@@ -203,7 +205,7 @@ class RunConfig(Train, Child, Model, Data):
         return replace(self, density=self.child().density, precision=precision, **paths)
 
     def to_toml(self) -> str:
-        """Return the options that are set, as TOML."""
+        """Return the options that are not None, as TOML."""
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
@@ -213,10 +215,10 @@ class RunConfig(Train, Child, Model, Data):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Make a run from option names and values, those that are texts as they are typed.
+        """Make a run from option names and values; a density may be text, as typed.
 
         Raises:
-            ConfigError: an unknown option, a value of the wrong type, or outside its range.
+            ConfigError: for an unknown option, or a value of the wrong type or outside its range.
         """
         known = options_of(cls)
         values: dict[str, Any] = {}
@@ -230,7 +232,7 @@ class RunConfig(Train, Child, Model, Data):
 
 
 def json_ready(value: Any) -> Any:
-    """Return a value in which numbers that are not finite, which JSON does not have, are ``None``."""
+    """Return a value with ``None`` in place of non-finite numbers, which JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -242,7 +244,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Read the options of a TOML file.
 
     Raises:
-        ConfigError: it is missing or not TOML.
+        ConfigError: when it is missing or not TOML.
     """
     try:
         return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -255,10 +257,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def option_of_text(name: str, text: str) -> Any:
-    """Return an option's value as a user types it: ``2e-5``, ``row``, ``true``.
+    """Parse an option's value as typed by a user: ``2e-5``, ``row``, ``true``.
 
     Raises:
-        ConfigError: a run has no such option, or the text is no value of its type.
+        ConfigError: when a run has no such option, or the text is not a value of its type.
     """
     known = options_of(RunConfig)
     if name not in known:

@@ -1,4 +1,4 @@
-"""Run a model over examples: what it says of them, how right it is, and everything that a run is measured on."""
+"""Run a model over examples: predictions, metrics, and all evaluation sets of a run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from childtuning.training import num_positions
 
 @dataclass(frozen=True)
 class Predictor:
-    """A kind of task and what it needs to put examples to a model.
+    """Run models over the examples of one kind of task.
 
     Attributes:
         kind: the kind of task.
         processor: the tokenizer or image processor.
-        label_names: class names in the order of their ids.
-        max_length: the most tokens of an example.
+        label_names: class names in order of id.
+        max_length: the maximum number of tokens per example.
         progress: draw a bar on standard error.
         tell: called with lines for the user.
     """
@@ -39,7 +39,7 @@ class Predictor:
     tell: Callable[[str], None] = lambda line: None
 
     def encode(self, split: Split, where: str) -> Any:
-        """Turn examples into rows of numbers; the user is told what the length limit cuts."""
+        """Convert examples to model inputs; report how many were truncated."""
         encoded = self.kind.encode(
             self.processor, split, max_length=self.max_length, label_names=self.label_names
         )
@@ -52,7 +52,7 @@ class Predictor:
     def measure(
         self, model: Any, split: Split, metrics: Sequence[str], encoded: Any = None
     ) -> dict[str, float]:
-        """Return the metrics of a model on labelled examples, which may be encoded already."""
+        """Return the metrics of a model on labelled examples; pass ``encoded`` if they are already encoded."""
         encoded = self.encode(split, "the examples") if encoded is None else encoded
         outputs = self._over(model, encoded, self.kind.outputs)
         return self.kind.measure(metrics, outputs, encoded, split, self.label_names)
@@ -60,13 +60,13 @@ class Predictor:
     def predict(
         self, model: Any, split: Split, options: Answers, encoded: Any = None
     ) -> list[dict[str, Any]]:
-        """Return by example what a model answers, as it is written for users; they may be encoded already."""
+        """Return the prediction for each example, as written for users; pass ``encoded`` if already encoded."""
         encoded = self.encode(split, "the input") if encoded is None else encoded
         answer = partial(self.kind.answers, processor=self.processor, options=options)
         return self.kind.predictions(self._over(model, encoded, answer), encoded, split, self.label_names)
 
     def _over(self, model: Any, encoded: Any, read_fn: Callable[[Any, Any], list[Any]]) -> list[Any]:
-        """Put consecutive examples to a model, padded to their longest, and return what is read of each."""
+        """Apply ``read_fn`` to batches of consecutive examples, padded to the longest, and join the results."""
         batches = LengthBucketBatches(encoded.lengths, self.kind.batch_size, seed=0, shuffle=False)
         loader = DataLoader(
             encoded, batch_sampler=batches, collate_fn=self.kind.collator(self.processor, exact=True)
@@ -86,37 +86,37 @@ class Predictor:
 
 
 def cut_at(config: RunConfig, kind: Kind, model: Any) -> int:
-    """Return the most tokens of an example: ``max_length``, or as many as the model has positions for."""
+    """Return the maximum number of tokens per example: ``max_length``, or the model's positions if fewer."""
     room = num_positions(model) if kind.auto_processor == "AutoTokenizer" else None
     return config.max_length if room is None else min(config.max_length, room)
 
 
 def check_tokens(model: Any, encoded: Any) -> None:
-    """Refuse examples with tokens that the model has no embedding for.
+    """Check that the model has an embedding for every token of the examples.
 
     Raises:
-        ModelError: tokenizer and model do not belong together.
+        ModelError: when the tokenizer does not match the model.
     """
     largest = getattr(encoded, "largest_token", None)
     size = None if largest is None else getattr(model.get_input_embeddings(), "num_embeddings", None)
     if largest is not None and size is not None and largest >= size:
         raise ModelError(
-            f"the tokenizer makes token {largest} of these texts, and the model has no embedding from {size} on. "
+            f"the tokenizer returned the token id {largest}, but the model has only {size} embeddings. "
             "Pass the model with its own tokenizer, or enlarge it first: model.resize_token_embeddings(len(tokenizer))."
         )
 
 
 class RunTests:
-    """The reported examples, those that training set aside, and those of other tasks; read before training starts.
+    """All evaluation sets of a run: dev, held-out training examples, other tasks; read before training starts.
 
     Args:
         config: the run.
         task: its examples.
-        held_out: what training set aside; ``None`` for nothing.
-        predictor: puts them to a model.
-        inputs: where they come from.
+        held_out: the held-out training examples; ``None`` if there are none.
+        predictor: runs a model over them.
+        inputs: loads and caches them.
     Raises:
-        DataError: an example's label cannot be measured.
+        DataError: when the label of an example cannot be evaluated.
     """
 
     def __init__(
@@ -137,17 +137,17 @@ class RunTests:
 
     @property
     def encoded(self) -> list[Any]:
-        """All that a model is measured on, as numbers."""
+        """All evaluation sets, encoded."""
         aside = [] if self._aside is None else [self._aside]
         return [self._dev, *aside, *self._elsewhere_encoded]
 
     @property
     def num_cut(self) -> int:
-        """How much of the reported examples the length limit has cut."""
+        """How many words or rows of the dev examples were truncated by the length limit."""
         return self._dev.num_cut
 
     def measure(self, model: Any) -> dict[str, Any]:
-        """Return the fields of ``RunResult`` that say how good a model is."""
+        """Return the fields of ``RunResult`` with a model's scores."""
         names, predictor, dev = self.task.metrics, self.predictor, self.task.dev
         constant = self.task.rules.constant_output(self.task.train, self.task.label_names)
         return {
@@ -168,7 +168,7 @@ class RunTests:
         }
 
     def nothing(self) -> dict[str, Any]:
-        """Return the fields that ``measure`` returns, of a model that says nothing."""
+        """Return the fields of ``measure`` for a model without scores."""
         metrics = dict.fromkeys(self.task.metrics, float("nan"))
         return {"metrics": metrics, "eval_examples": len(self._dev)}
 

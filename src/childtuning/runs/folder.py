@@ -1,16 +1,16 @@
-"""The files of a run's folder: their names, how they are written, and who may write where.
+"""The files of a run's folder: their names, how they are written, and checks before writing.
 
 config.toml            the resolved options
 labels.json            kind of task, label names, metrics, columns, the base model's hash
 delta.json, delta.safetensors   the trained values
-child.safetensors      which entries they are (fixed children)
-tokenizer/             the tokenizer; image_processor/ where the examples are images
-method/                what a method leaves for others (an adapter in PEFT's own format)
-start/                 how the run it started from differs from the base model, a delta (--init-from)
-log.jsonl              what was logged while training
+child.safetensors      the positions of these entries (fixed children)
+tokenizer/             the tokenizer; image_processor/ for image tasks
+method/                a method's files for other libraries (an adapter in PEFT's own format)
+start/                 the delta from the base model to the run it started from (--init-from)
+log.jsonl              the training log
 tensorboard/           the same for TensorBoard (--report-to tensorboard)
 metrics.json           the result; written last, so that it marks a finished run
-checkpoints/           while the run is going on
+checkpoints/           exists only during training
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ _NOT_IDENTITY = ("save_steps", "report_to")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, complete or not at all."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> None:
-    """Make sure that a run may write to a folder; nothing is changed.
+    """Check that a run may write to a folder; nothing is changed.
 
     Raises:
-        ConfigError: it holds something that would be lost, or a run with other options is to be resumed.
+        ConfigError: when files would be lost, or when resuming a run with other options.
     """
     if resume and overwrite:
-        raise ConfigError("--resume goes on with a run and --overwrite removes it. Pass one of them.")
+        raise ConfigError("--resume continues a run and --overwrite removes it. Pass one of them.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {str(folder)!r} is a file. Pass a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -87,12 +87,12 @@ def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bo
         )
     elif not is_run:
         raise ConfigError(
-            f"{str(folder)!r} holds files that are not a run's, so it is not overwritten. Pass another."
+            f"{str(folder)!r} contains files that are not a run's, so it is not overwritten. Pass another."
         )
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether all there is in a folder is the empty one that a run makes first."""
+    """Whether a folder contains only the empty checkpoints folder that a run creates first."""
     return all(
         path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()) for path in folder.iterdir()
     )
@@ -130,14 +130,14 @@ def clear_run(folder: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a run's folder that the trainer made and nothing was written to."""
+    """Remove a run's folder if the trainer created it and nothing was written to it."""
     for path in (folder / CHECKPOINTS, folder):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; broken ones are left where they are."""
+    """Return the newest complete checkpoint; incomplete ones are kept."""
     found = sorted(
         (folder / CHECKPOINTS).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])
     )
@@ -155,28 +155,28 @@ def _is_json(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run reports.
+    """The result of a run.
 
     Attributes:
         task, method, seed: as configured.
         metric: name and value of the task's main metric on the dev split.
         metrics: all of the task's metrics.
-        held_out: the same on the training examples that were set aside; ``None`` where there were none.
-        constant: the same for always giving the most frequent answer of the training examples; ``None`` where a kind of
-            task has no such thing.
-        elsewhere: by other task, its metrics under a mapping of labels.
+        held_out: the same on the held-out training examples; ``None`` if there are none.
+        constant: the same for the constant baseline, the most frequent answer of the training examples; ``None`` if
+            the kind of task has no such baseline.
+        elsewhere: for each other task, its metrics with mapped labels.
         density: the share of the eligible entries in the child.
-        trained_parameters: entries that were trained, the new head included.
-        child_parameters: those of them that are eligible.
-        eligible_parameters: entries that the selection could choose from.
-        state_bytes: the optimizer's memory beside the model and its gradients.
+        trained_parameters: the number of trained entries, including the new head.
+        child_parameters: how many of them are eligible.
+        eligible_parameters: the number of entries that the child is chosen from.
+        state_bytes: the optimizer's memory, without the model and its gradients.
         delta_bytes: size of the delta's two files.
-        fisher_seconds, train_seconds: wall time of the scores and of training.
-        peak_memory_bytes: of the GPU where there is one, else of the process, during choice and training.
+        fisher_seconds, train_seconds: wall time of the Fisher pass and of training.
+        peak_memory_bytes: of the GPU if there is one, else of the process, during choice and training.
         train_examples, eval_examples, empty_texts: counts.
-        cut_by_length: what ``max_length`` cut in both splits: words or rows, as the kind of task counts them.
+        cut_by_length: the number of words or rows (by kind of task) that ``max_length`` truncated in both splits.
         output: the run's folder.
-        diverged_at: the first logged step whose loss was no finite number, where training stopped; ``None``: none.
+        diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.
     """
 
     task: str
@@ -205,11 +205,11 @@ class RunResult:
 
     @property
     def fault(self) -> str | None:
-        """What went wrong in training, in one line; ``None`` for nothing."""
+        """What went wrong in training, in one line; ``None`` if nothing did."""
         if self.diverged_at is None:
             return None
         return (
-            f"training diverged and was stopped: the loss is no finite number at step {self.diverged_at}. "
+            f"training diverged and was stopped: the loss is not finite at step {self.diverged_at}. "
             f"Lower the learning rate (--lr), or train in fp32; the log is {self.output}/log.jsonl."
         )
 
@@ -219,13 +219,13 @@ class RunResult:
 
 
 class RunFolder:
-    """The folder of a finished run: what it holds, read and checked.
+    """The folder of a finished run, with its files read and checked.
 
     Args:
         path: the folder.
     Raises:
-        ConfigError: there is no such folder, it is no run, or the run is not finished.
-        CorruptFileError: its files are damaged.
+        ConfigError: when there is no such folder, it is not a run, or the run is not finished.
+        CorruptFileError: when its files are damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -240,7 +240,7 @@ class RunFolder:
             )
         if not (self.path / METRICS).is_file():
             raise ConfigError(
-                f"the run in {str(path)!r} is not finished. Go on with `childtuning train … --resume`."
+                f"the run in {str(path)!r} is not finished. Continue with `childtuning train … --resume`."
             )
         self.config = RunConfig.from_options(read_toml(self.path / CONFIG))
         self.about = self._json(
@@ -249,7 +249,7 @@ class RunFolder:
         self.metrics = self._json(METRICS, "metrics", "density", "delta_bytes")
         if not (self.path / self.kind.processor_folder).is_dir():
             raise CorruptFileError(
-                f"{self.path} has no folder {self.kind.processor_folder!r}. Copy the run's folder anew."
+                f"{self.path} has no folder {self.kind.processor_folder!r}. Copy the run's folder again."
             )
 
     def _json(self, name: str, *keys: str) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class RunFolder:
             return content
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise CorruptFileError(
-                f"{self.path / name} cannot be read ({fault}). Copy the run's folder anew."
+                f"{self.path / name} cannot be read ({fault}). Copy the run's folder again."
             ) from None
 
     @property
@@ -275,7 +275,7 @@ class RunFolder:
 
     @cached_property
     def delta(self) -> Delta:
-        """The trained values, verified against their hashes."""
+        """The trained values, checked against their hashes."""
         return Delta.load(self.path)
 
     def processor(self) -> Any:

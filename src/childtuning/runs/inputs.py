@@ -1,4 +1,4 @@
-"""What a run starts from: its examples and its model."""
+"""The inputs of a run: its examples and its model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from childtuning.training import LoadedModel, Method, Prepared, load_model
 
 
 def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
-    """Load the examples that a run trains on and is measured on, and those of training that it sets aside."""
-    # What is set aside comes first, so that it is the same for every training size; docstrings draw from a pool.
+    """Load a run's training and evaluation examples, and its held-out training examples."""
+    # Hold out before limiting, so that the held-out examples are the same for every training size; the docstrings task
+    # is the exception: it draws from a pool.
     draw_first = config.task == "docstrings" or not config.held_out
     drawn: dict[str, Any] = {
         "kind": config.task_kind,
@@ -52,22 +53,20 @@ def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
 
 
 def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) -> LoadedModel:
-    """Load the base model with what the kind of task needs.
+    """Load the base model for a kind of task.
 
     Raises:
-        ModelError: it is no model for this kind of task.
+        ModelError: when the model does not support this kind of task.
     """
     name = config.model
     if config.init_from is not None and is_model_folder(config.init_from):
         if name is not None:
             raise ConfigError(
-                f"init_from {config.init_from!r} is a model folder, as is model {name!r}. Pass one of them."
+                f"init_from {config.init_from!r} is a model folder, and model is {name!r}. Pass one of them."
             )
         name = config.init_from
     if name is None and not kind.takes_packaged:
-        raise ModelError(
-            f"{kind.name} needs a model of its own, got none. Pass --model FOLDER or a hub name."
-        )
+        raise ModelError(f"{kind.name} has no default model, got none. Pass --model FOLDER or a hub name.")
     loaded = load_model(
         name,
         auto_model=kind.auto_model,
@@ -80,19 +79,19 @@ def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) ->
     if loaded.new_parameters and not kind.has_new_head:
         raise ModelError(
             f"model {loaded.name!r} is not pretrained for {kind.name}: its checkpoint lacks "
-            f"{loaded.new_parameters[0]!r}. Pass a model that holds it."
+            f"{loaded.new_parameters[0]!r}. Pass a model that has it."
         )
     return loaded
 
 
 def prepare_run_model(config: RunConfig, methods: Combination, loaded: LoadedModel) -> Prepared:
-    """Let the methods change the loaded model, under the run's seed.
+    """Apply the methods' ``prepare`` to the loaded model, with the run's seed.
 
-    What the user names to be trained whole stands in the new head's place from here on.
+    The option ``always``, if given, replaces the new head.
 
     Raises:
-        ModelError: a method does not apply to this model.
-        ParameterError: a pattern matches no parameter.
+        ModelError: when a method does not apply to this model.
+        ParameterError: when a pattern matches no parameter.
     """
     import transformers
 
@@ -110,19 +109,19 @@ Scores = dict[str, Tensor]
 
 _DATA = tuple(name for name in options_of(Data) if name != "elsewhere")
 _MODEL = tuple(options_of(Model))
-# What scores depend on beside the data, the model, and the child that is asked for.
+# Options that scores depend on, besides the data, the model and the child's configuration.
 _PASS = ("seed", "always", "batch_size", "max_length", "precision")
-# What of a child's configuration they do not depend on.
+# Fields of the child's configuration that scores do not depend on.
 _NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
-_KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # entries of each sort
+_KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # the number of entries kept
 
 
 class Inputs:
-    """What a run starts from.
+    """Load the inputs of runs.
 
     Args:
-        keep: keep what the next run may need as well, so that runs on the same data, or of the same seed, read,
-            tokenise, load and score once. It is never changed by a run, and makes no difference to its result.
+        keep: cache inputs for the next run, so that runs with the same data or the same seed read, tokenise, load and
+            score only once. Runs never change cached inputs, and caching does not affect their results.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
@@ -130,7 +129,7 @@ class Inputs:
         self._kept: dict[str, OrderedDict[Any, Any]] = {sort: OrderedDict() for sort in _KEPT}
 
     def task(self, config: RunConfig) -> tuple[Task, Split | None]:
-        """Return a run's examples, and those of training that it sets aside."""
+        """Return a run's examples, and its held-out training examples."""
         return self._once("task", _options(config, _DATA), lambda: read_run_task(config))
 
     def elsewhere(self, name: str, config: RunConfig, task: Task) -> TransferTask:
@@ -144,18 +143,18 @@ class Inputs:
     def encoded(
         self, config: RunConfig, encode_fn: Callable[[Split, str], Any], split: Split, where: str
     ) -> Any:
-        """Return examples as numbers; ``where`` says which they are."""
+        """Return encoded examples; ``where`` names them."""
         key = (_options(config, (*_DATA, *_MODEL, "max_length")), where)
         return self._once("encoded", key, lambda: encode_fn(split, where))
 
     def model(self, config: RunConfig, task: Task) -> LoadedModel:
-        """Return the base model with a new head, to be changed at will."""
+        """Return the base model with a new head; the caller may modify it."""
         key = (_options(config, (*_MODEL, "seed")), task.kind, task.label_names)
         loaded = self._once("model", key, lambda: load_run_model(config, task.rules, task.label_names))
         return replace(loaded, model=copy.deepcopy(loaded.model)) if self._keep else loaded
 
     def scores(self, config: RunConfig) -> Callable[[Callable[[], Scores]], Scores]:
-        """Return what a trainer asks for scores: a function of the pass that finds them."""
+        """Return a function that takes the Fisher pass and returns its scores, or cached ones."""
         changed = tuple(m for m in config.methods().methods if type(m).prepare is not Method.prepare)
         child = {k: v for k, v in asdict(config.child()).items() if k not in _NOT_SCORES}
         key = (_options(config, (*_DATA, *_MODEL, *_PASS)), changed, tuple(child.items()))
@@ -167,7 +166,7 @@ class Inputs:
         kept = self._kept[sort]
         if key not in kept:
             while len(kept) >= _KEPT[sort]:
-                kept.popitem(last=False)  # before the new one is made: the two may be large
+                kept.popitem(last=False)  # before the new one is made: both may be large
             kept[key] = make_fn()
         kept.move_to_end(key)
         return kept[key]
@@ -178,17 +177,17 @@ def _options(config: RunConfig, names: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def apply_start(config: RunConfig, loaded: LoadedModel, folder: Path | None = None) -> Delta | None:
-    """Bring a loaded model to where the run starts; the new head is left as it is.
+    """Set a loaded model to the values that the run starts from (``init_from``); the new head is not changed.
 
     Args:
-        config: names what to start from; a model folder was loaded as the model itself.
+        config: the run; if ``init_from`` is a model folder, it was already loaded as the model.
         loaded: the base model with a head for the task.
-        folder: of a run that was begun: what it started from is there, whatever has become of the other run.
+        folder: the folder of an interrupted run: its start is read from there, even if the other run is gone.
     Returns:
-        what was changed in the base model, to be kept with the run; ``None`` where it starts from the base model.
+        the changes to the base model, to be saved with the run; ``None`` if it starts from the base model.
     Raises:
-        ConfigError: there is no such run, or it is not finished.
-        ModelError: its model is another one than the run's.
+        ConfigError: when there is no such run, or it is not finished.
+        ModelError: when its model differs from this run's.
     """
     if config.init_from is None:
         return None
@@ -221,27 +220,27 @@ def apply_start(config: RunConfig, loaded: LoadedModel, folder: Path | None = No
 
 
 def base_model(run: RunFolder) -> LoadedModel:
-    """Return the model that a run started from, with a random head, its base verified.
+    """Return the model that a run started from, with a random head; the base model's weights are verified.
 
     Raises:
-        BaseMismatchError: the base model's weights are not those of then.
+        BaseMismatchError: when the base model's weights have changed since the run.
     """
     loaded = load_run_model(run.config, run.kind, run.label_names)
     if loaded.base_hash != run.about["base_hash"]:
         raise BaseMismatchError(
-            f"the delta was made for another base model: {loaded.name!r} has other weights than when the run was "
-            "trained. Put the original model back there."
+            f"the delta was made for another base model: the weights of {loaded.name!r} have changed since the run was "
+            "trained. Restore the original model."
         )
     apply_start(run.config, loaded, run.path)
     return loaded
 
 
 def tuned_model(run: RunFolder, base: LoadedModel | None = None) -> Any:
-    """Return a run's tuned model: the base with what the methods add and the delta applied.
+    """Return a run's tuned model: the base model with the methods' modules and the delta applied.
 
     Args:
         run: a finished run.
-        base: its ``base_model``, which is changed; by default it is loaded.
+        base: its ``base_model``, which is modified; by default it is loaded.
     """
     model = prepare_run_model(run.config, run.config.methods(), base or base_model(run)).model
     run.delta.apply_(model)
@@ -252,17 +251,17 @@ def merged_model(run: RunFolder) -> Any:
     """Return a run's tuned model in the base model's own architecture.
 
     Raises:
-        ModelError: a method added what cannot be folded into it.
+        ModelError: when the modules added by a method cannot be merged into it.
     """
     return run.config.methods().merge(tuned_model(run)).eval()
 
 
 def is_model_folder(path: str) -> bool:
-    """Tell a model folder from a run's, or from nothing."""
+    """Return whether a path is a model folder, and not a run's folder."""
     folder = Path(path).expanduser()
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's bytes by entry, uint8 [entries, bytes]: what bitwise equality compares."""
+    """Return the bytes of each entry of a tensor, uint8 [entries, bytes], for bitwise comparison."""
     return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""A finished run, opened again: asked, measured and verified."""
+"""Predict with, evaluate and verify a finished run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from childtuning.tasks import Answers, Columns, Source, Split, check_labels
 
 
 class FinishedRun(RunFolder):
-    """A finished run, opened again: asked, measured and verified.
+    """A finished run, for prediction, evaluation and verification.
 
     Args:
         path: its folder.
         progress: draw bars on standard error.
         tell: called with lines for the user.
     Raises:
-        ConfigError: there is no such folder, it is no run, or the run is not finished.
-        CorruptFileError: its files are damaged.
+        ConfigError: when there is no such folder, it is not a run, or the run is not finished.
+        CorruptFileError: when its files are damaged.
     """
 
     def __init__(
@@ -39,22 +39,23 @@ class FinishedRun(RunFolder):
         """Return the tuned model in the base model's own architecture.
 
         Raises:
-            ModelError: a method added what cannot be folded into it.
+            ModelError: when the modules added by a method cannot be merged into it.
         """
         return merged_model(self)
 
     def read_input(self, path: str | Path, *, labelled: bool) -> Split:
-        """Read examples from a file or folder with the run's own columns."""
+        """Read examples from a file or folder, with the run's columns."""
         columns = Columns(**self.about["columns"])
         return self.kind.read(Source(Path(path).expanduser()), columns, part="dev", labelled=labelled)
 
     def predict(self, examples: Split, options: Answers | None = None) -> list[dict[str, Any]]:
-        """Answer examples.
+        """Return predictions for examples.
 
         Returns:
-            by example a dict: "prediction" (the label, the number, …) and what else the kind of task gives.
+            for each example a dict with "prediction" (the label, the number, …) and other keys that depend on the kind
+            of task.
         Raises:
-            DataError: the examples are of another form than the run's.
+            DataError: when the form of the examples differs from the run's.
         """
         self._check_form(examples)
         model = tuned_model(self)
@@ -64,7 +65,7 @@ class FinishedRun(RunFolder):
         """Return the run's metrics on labelled examples.
 
         Raises:
-            DataError: labels that training never saw, or examples of another form.
+            DataError: for labels that did not occur in training, or examples of another form.
         """
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
@@ -76,7 +77,7 @@ class FinishedRun(RunFolder):
         wanted = self.about["form"]
         if examples.form != wanted:
             raise DataError(
-                f"the run was trained on {wanted}, got {examples.form}. Pass input of the same columns."
+                f"the run was trained on {wanted}, got {examples.form}. Pass input with the same columns."
             )
 
     def _predictor(self, model: Any) -> Predictor:
@@ -85,12 +86,12 @@ class FinishedRun(RunFolder):
         return Predictor(self.kind, processor, names, most, progress=self.progress, tell=self.tell)
 
     def verify(self) -> dict[str, int]:
-        """Prove against the base model what the delta changes.
+        """Compare the tuned model with the base model, bitwise.
 
         Returns:
-            counts: parameters and entries in the model; entries in the delta, how many of those differ from the
-            base, and how many entries outside the delta differ from the base (0 if all is well). What the base
-            does not have, the new head and added modules, is counted on its own.
+            counts: parameters and entries in the model; entries in the delta, how many of them differ from the
+            base, and how many entries outside the delta differ from the base (0 if all is well). Entries that the
+            base does not have (the new head and added modules) are counted separately.
         """
         loaded = base_model(self)
         new = set(loaded.new_parameters)

@@ -1,4 +1,4 @@
-"""Execute one run: load, choose the child, train, measure, and leave a folder behind."""
+"""Execute one run: load, choose the child, train, evaluate, and save the run's folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def build_trainer(
     progress: bool,
     scores: ScoreFn | None = None,
 ) -> ChildTrainer:
-    """Return the trainer of a run, ready to be started."""
+    """Return the trainer of a run, ready to start."""
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
@@ -80,8 +80,8 @@ def build_trainer(
         save_strategy="epoch" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
-        logging_steps=max(1, min(10, num_steps // 20)),  # some twenty points also of a short run
-        logging_nan_inf_filter=False,  # it would log 0 for what is no number
+        logging_steps=max(1, min(10, num_steps // 20)),  # about twenty points even in a short run
+        logging_nan_inf_filter=False,  # it would log 0 for a non-finite loss
         disable_tqdm=not progress,
         report_to="none",
         run_name=folder.name,
@@ -89,7 +89,7 @@ def build_trainer(
     )
     methods = config.methods()
     prepared = prepare_run_model(config, methods, loaded)
-    child = replace(config.child(), always=None)  # it is in what was prepared
+    child = replace(config.child(), always=None)  # prepared.always includes it
     if prepared.eligible is not None:
         child = replace(child, eligible=prepared.eligible)
     trainer = ChildTrainer(
@@ -110,7 +110,7 @@ def build_trainer(
 
 
 class _Begun(NamedTuple):
-    """What a run has before anything is chosen: examples, model, what it started from, and who reads examples."""
+    """The state of a run before the child is chosen: examples, model, start, and predictor."""
 
     task: Task
     held_out: Split | None
@@ -120,7 +120,7 @@ class _Begun(NamedTuple):
 
 
 def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -> _Begun:
-    """Read examples and model, and settle what one says about the other."""
+    """Load examples and model, and align the order of labels and the maximum length."""
     task, held_out = inputs.task(config)
     if task.num_empty:
         tell(f"{task.num_empty} rows have empty text; they are kept")
@@ -131,7 +131,7 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     start = apply_start(config, loaded, folder)
     max_length = cut_at(config, task.rules, loaded.model)
     if max_length < config.max_length:
-        tell(f"texts are cut at {max_length} tokens: {loaded.name!r} has positions for no more")
+        tell(f"texts are cut at {max_length} tokens: {loaded.name!r} has no more positions")
     predictor = Predictor(task.rules, loaded.processor, task.label_names, max_length, tell=tell)
     return _Begun(task, held_out, loaded, start, predictor)
 
@@ -150,22 +150,21 @@ def train_run(
     tell: Tell = lambda line: None,
     inputs: Inputs | None = None,
 ) -> RunResult:
-    """Execute a run and leave its folder behind.
+    """Execute a run and save its folder.
 
-    Everything that can be wrong with the input is found before anything is written. Of several processes, rank 0
-    writes the folder and tells. A run that was stopped at any
-    moment goes on with ``resume`` and ends bitwise as it would have.
+    All input is checked before anything is written. With several processes, only rank 0 writes the folder and calls
+    ``tell``. A run that was interrupted at any moment continues with ``resume``; its result is bitwise the same.
 
     Args:
         config: the options.
         output: the run's folder; new or empty, unless ``overwrite`` (an earlier run's) or ``resume``.
         progress: draw bars on standard error.
         tell: called with lines for the user.
-        inputs: where data, model and scores come from; by default they are made for this run alone.
+        inputs: loads data, model and scores; by default, without caching.
     Returns:
-        the result, as it also stands in ``metrics.json``.
+        the result, also saved in ``metrics.json``.
     Raises:
-        ConfigError, DataError, ModelError, ParameterError: see there.
+        ConfigError, DataError, ModelError, ParameterError: for faulty options, data, model or patterns.
     """
     import transformers
 
@@ -176,7 +175,7 @@ def train_run(
     folder = Path(output).expanduser()
     check_output(folder, config, overwrite=overwrite, resume=resume)
     if resume and (folder / METRICS).is_file():
-        tell("the run is finished already; this is its result")
+        tell("the run is already finished; this is its result")
         return RunResult(**RunFolder(folder).metrics)
     begun = _begin(config, inputs, folder if resume else None, tell)
     task, loaded = begun.task, begun.loaded
@@ -209,7 +208,7 @@ def train_run(
         write_text(folder / CONFIG, config.to_toml())
     wait_for_all()
     if checkpoint is not None:
-        tell(f"going on from {checkpoint.name}")
+        tell(f"continuing from {checkpoint.name}")
     start = time.perf_counter()
     transformers.set_seed(config.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -227,7 +226,7 @@ def train_run(
     }
     if is_main:
         _save(config, task.rules, loaded, labels, trainer, folder)
-    wait_for_all()  # the delta is there, and nobody writes a checkpoint any more
+    wait_for_all()  # the delta is saved, and no process writes checkpoints any more
     result = _result(config, task, trainer, folder, facts)
     if is_main:
         write_json(folder / METRICS, result.to_dict())
@@ -243,7 +242,7 @@ def _save(
     trainer: ChildTrainer,
     folder: Path,
 ) -> None:
-    """Write everything by which the trained model is had again."""
+    """Save everything needed to restore the trained model."""
     child = trainer.select()
     trainer.delta().save(folder)
     if isinstance(child, Child):
@@ -305,7 +304,7 @@ def _describe(child: Any) -> str:
 
 
 class RunLog(TrainerCallback):
-    """Append every log of the trainer to a file.
+    """Append every log entry of the trainer to a file.
 
     Args:
         path: the file; its folder exists once training starts.
@@ -315,7 +314,7 @@ class RunLog(TrainerCallback):
         self._path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop what a run that was stopped had logged after the checkpoint it now goes on from."""
+        """Remove entries that an interrupted run logged after the checkpoint it now resumes from."""
         if state.is_world_process_zero and self._path.is_file():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [
@@ -328,7 +327,7 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Write one line; stop a training whose loss is no number any more."""
+        """Write one line; stop training if the loss is not finite."""
         if state.is_world_process_zero and logs:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(json_ready({"step": state.global_step, **logs})) + "\n")
@@ -337,13 +336,13 @@ class RunLog(TrainerCallback):
 
 
 def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """Return what logs to TensorBoard and its like while training; TensorBoard's files are the run's own.
+    """Return callbacks that log to TensorBoard and similar trackers; TensorBoard's files are in the run's folder.
 
     Args:
-        names: as the Trainer's ``report_to`` takes them.
-        folder: the run's.
+        names: as in the Trainer's ``report_to``.
+        folder: the run's folder.
     Raises:
-        ConfigError: the Trainer does not know one of them, or it is not installed.
+        ConfigError: when a tracker is unknown to the Trainer or not installed.
     """
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -351,7 +350,7 @@ def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = sorted(INTEGRATION_TO_CALLBACK)
-            raise ConfigError(f"report_to knows no {name!r}. {did_you_mean(name, known)}")
+            raise ConfigError(f"report_to has no tracker {name!r}. {did_you_mean(name, known)}")
         try:
             callback = INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as fault:
@@ -369,7 +368,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory() -> None:
-    """Start counting anew; where the system cannot, the peak stays that of the whole process."""
+    """Reset the peak; if the system does not support it, the peak remains that of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -380,7 +379,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak since ``reset_peak_memory``, in bytes; 0 where the system does not tell."""
+    """Return the peak since ``reset_peak_memory``, in bytes; 0 if the system does not report it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -405,12 +404,13 @@ def score_run(
     """Estimate Fisher information on a run's training set and write it to a safetensors file.
 
     Args:
-        config: a run's options; those of training are not used.
+        config: a run's options; the training options are not used.
         output: the file.
         progress: count examples on standard error.
         tell: called with lines for the user.
     Returns:
-        JSON-ready: the file, counts, and by parameter its mean score and its share in a child of the run's density.
+        JSON-ready: the file, counts, and for each parameter its mean score and its share in a child of the run's
+        density.
     """
     config = replace(config.resolved(), method="child-d", density=config.density)
     found: dict[str, Tensor] = {}

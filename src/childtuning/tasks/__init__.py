@@ -1,4 +1,4 @@
-"""Tasks: kinds of them, examples from files, GLUE or the embedded task, their batches and metrics."""
+"""Tasks: their kinds; examples from files, GLUE or the embedded task; batches and metrics."""
 
 from __future__ import annotations
 

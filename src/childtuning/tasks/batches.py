@@ -1,4 +1,4 @@
-"""From examples to padded batches: tokenise once, bucket by length, pad to the longest of a batch."""
+"""From examples to padded batches: tokenise once, bucket by length, pad to the longest row in the batch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCHES_IN_BUCKET = 50
-IGNORED = -100  # what losses leave out
+IGNORED = -100  # the label that losses ignore
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class EncodedExamples(Dataset[dict[str, Any]]):
-    """Tokenised examples: row i is a dict of lists (input_ids, attention_mask, …) and perhaps `labels`.
+    """Tokenised examples: row i is a dict of lists (input_ids, attention_mask, …) and, optionally, `labels`.
 
     Args:
-        columns: input name -> one list of token numbers a row, of the row's own length.
-        labels: class ids (int) or targets (float), one a row or one a token; or None.
-        num_cut: how many words or rows the length limit has cut, where that is counted.
+        columns: input name -> one list of token ids per row, unpadded.
+        labels: class ids (int) or targets (float), one per row or one per token; or None.
+        num_cut: how many words or rows were truncated by the length limit, if counted.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class EncodedExamples(Dataset[dict[str, Any]]):
 
     @property
     def largest_token(self) -> int:
-        """The largest token number that occurs; −1 for none."""
+        """The largest token id that occurs; −1 if there are no tokens."""
         return max((max(tokens, default=-1) for tokens in self._columns["input_ids"]), default=-1)
 
     @property
@@ -71,17 +71,17 @@ def encode(
 ) -> EncodedExamples:
     """Tokenise examples without padding.
 
-    Of a pair that is too long, tokens are taken from the longer text first. A text of no tokens, which
-    some tokenizers make of "", becomes one end-of-text token, since models take no empty sequence.
+    A pair that is too long loses tokens from the longer text first. Some tokenizers return no tokens
+    for ""; such a text becomes one end-of-text token, since models accept no empty sequence.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         examples: one split, labelled or not.
-        max_length: the most tokens of a row, special tokens included.
+        max_length: the maximum number of tokens per row, special tokens included.
         label_ids: class name -> id (`Task.label_ids`); None for regression and unlabelled examples.
     Raises:
         ConfigError: when max_length leaves no room for text.
-        DataError: for a label that `label_ids` lacks, or class labels without `label_ids`.
+        DataError: for a label missing from `label_ids`, or class labels without `label_ids`.
     """
     check_max_length(tokenizer, max_length, pair=examples.text_pair is not None)
     labels = _label_column(examples, label_ids)
@@ -104,16 +104,16 @@ def encode(
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, *, pair: bool = False) -> None:
-    """Make sure that a row has room beside its special tokens.
+    """Check that a row has room for text besides its special tokens.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: when there is no room.
     """
     num_special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= num_special:
         raise ConfigError(
             f"max_length must be above the {num_special} special tokens of a row, got {max_length}. "
-            f"Pass for example max_length=128."
+            f"Pass max_length=128, for example."
         )
 
 
@@ -123,13 +123,13 @@ class PaddingCollator:
     Args:
         tokenizer: gives the padding token and the side.
         pad_to_multiple_of: round the length up (8 suits tensor cores); None pads to the longest row exactly.
-        max_length: rounding up stops here, so that no batch is longer than the model's positions; by
+        max_length: the limit for rounding up, so that no batch exceeds the model's positions; by
             default the tokenizer's `model_max_length`.
         side: where to pad; by default the tokenizer's side.
     Returns:
-        On a call, input_ids, attention_mask (and token_type_ids): int64, shape (B, T); labels: shape (B,),
-        int64 for class ids and float32 for targets; or (B, T), int64, where every token has one, padded
-        with −100, which losses ignore.
+        When called, input_ids, attention_mask (and token_type_ids): int64, shape (B, T); labels: shape (B,),
+        int64 for class ids and float32 for targets; or, for one label per token, shape (B, T), int64,
+        padded with −100, which losses ignore.
     Raises:
         ConfigError: when the tokenizer has no padding token.
     """
@@ -193,18 +193,18 @@ class PaddingCollator:
 
 
 class LengthBucketBatches(Sampler[list[int]]):
-    """Batches of row numbers whose rows are of similar length, every row exactly once an epoch.
+    """Batches of indices of rows of similar length; each epoch yields every row exactly once.
 
     Rows are shuffled and cut into buckets of 50 batches; a bucket is sorted by length and cut into
     batches; the batches are shuffled. The order is a pure function of (lengths, batch_size, seed, epoch)
-    and draws from no global random stream, so that a resumed run sees the same data.
+    and uses no global random state, so that a resumed run sees the same data.
 
     Args:
         lengths: the number of tokens of each row.
-        batch_size: rows a batch; the last batch may be smaller.
+        batch_size: rows per batch; the last batch may be smaller.
         seed: any integer.
-        shuffle: False keeps the rows in their order, so that predictions come in order.
-        drop_last: leave the smaller batch out.
+        shuffle: False keeps the rows in their original order, for predictions.
+        drop_last: drop the last batch if it is smaller.
     Raises:
         ConfigError: when batch_size is below 1.
     """
@@ -220,7 +220,7 @@ class LengthBucketBatches(Sampler[list[int]]):
     ) -> None:
         if batch_size < 1:
             raise ConfigError(
-                f"batch_size must be at least 1, got {batch_size}. Pass for example batch_size=16."
+                f"batch_size must be at least 1, got {batch_size}. Pass batch_size=16, for example."
             )
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -230,7 +230,7 @@ class LengthBucketBatches(Sampler[list[int]]):
         self._shuffle = shuffle
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes, counted from 0."""
+        """Set the epoch, counted from 0, that determines the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -261,7 +261,7 @@ class LengthBucketBatches(Sampler[list[int]]):
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """Return a seed such that neighbouring (seed, epoch) pairs share no stream."""
+    """Return a seed that gives neighbouring (seed, epoch) pairs unrelated random streams."""
     digest = hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -274,12 +274,14 @@ def _label_column(examples: Examples, label_ids: Mapping[str, int] | None) -> li
         return [label_ids[str(label)] for label in examples.labels]
     for row, label in enumerate(examples.labels, start=1):
         if isinstance(label, str):
-            raise DataError(f"Row {row} has the class label {label!r} and no ids are known. Pass label_ids.")
+            raise DataError(
+                f"Row {row} has the class label {label!r}, but no label ids were given. Pass label_ids."
+            )
     return [float(label) for label in examples.labels]
 
 
 def _fill_empty(columns: dict[str, list[list[int]]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give every row without a token one, in place."""
+    """Add one token to every empty row, in place."""
     choices = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
     filler = {
         "input_ids": next((token for token in choices if isinstance(token, int)), 0),

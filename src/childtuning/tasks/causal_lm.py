@@ -1,4 +1,4 @@
-"""Text to continue, by a causal language model: responses to prompts, and running text."""
+"""Text generation with a causal language model: responses to prompts, and running text."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from childtuning.tasks.sentences import looks_like_conll
 
 @register
 class CausalLM(Kind):
-    """The next token, by cross entropy over the tokens of responses, or of running text.
+    """Next-token prediction, trained with cross entropy over the tokens of responses or of running text.
 
-    A row is prompt, response and the end-of-text token, each tokenised by itself and joined as they stand,
-    so that a model is asked in the very tokens it was trained on. The prompt carries no loss. A row that
-    is too long loses tokens at the left of its prompt; only a response that does not fit by itself is cut
-    at its end. Running text is cut into blocks that overlap by one token, so that every token but the
-    first is predicted once.
+    A row is the prompt, the response and the end-of-text token. Each is tokenised separately and the tokens
+    are concatenated, so that a prompt has the same tokens in training and in generation. The prompt carries
+    no loss. A row that is too long is truncated at the left of its prompt; a response that does not fit by
+    itself is truncated at its end. Running text is cut into blocks that overlap by one token, so that every
+    token but the first is predicted once.
     """
 
     name = "causal-lm"
@@ -45,7 +45,7 @@ class CausalLM(Kind):
     batch_size: ClassVar[int] = 8  # logits over a vocabulary are large
 
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Take text files, and tables with prompts and responses or with conversations."""
+        """Accept text files, and tables with prompts and responses or with conversations."""
         if source.is_named(".txt"):
             return not looks_like_conll(source.text)
         if not source.is_table:
@@ -56,7 +56,7 @@ class CausalLM(Kind):
         return named and {"prompt", "response"} <= set(source.columns)
 
     def settle(self, source: Source, columns: Columns) -> Columns:
-        """Take the customary columns."""
+        """Use the default columns unless others are named."""
         text = columns.text
         if text is None:
             text = "messages" if source.is_table and "messages" in source.columns else "prompt"
@@ -65,7 +65,7 @@ class CausalLM(Kind):
     def read(
         self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
     ) -> Instructions | RunningText:
-        """Read prompts and responses, or a text; without responses, a text file holds one prompt a line."""
+        """Read prompts and responses, or a text; an unlabelled text file holds one prompt per line."""
         if source.is_named(".txt"):
             return RunningText(source.text) if labelled else read_prompts(source)
         return read_instructions(
@@ -73,19 +73,19 @@ class CausalLM(Kind):
         )
 
     def of_text(self, text: str, text_pair: str | None) -> Instructions:
-        """Return a prompt."""
+        """Return one prompt."""
         return Instructions([text])
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
-        """Return the loss in nats a token, and its exponential."""
+        """Return the loss in nats per token, and its exponential."""
         return ("loss", "perplexity")
 
     def num_outputs(self, label_names: Sequence[str]) -> int:
-        """None of its own: the vocabulary is the model's."""
+        """Return 0: there is no new head, and the model sets the vocabulary."""
         return 0
 
     def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Nothing: the pretrained head stays."""
+        """Return nothing: the pretrained head is kept."""
         return {}
 
     def encode(
@@ -96,7 +96,7 @@ class CausalLM(Kind):
         max_length: int,
         label_names: Sequence[str] = (),
     ) -> EncodedExamples:
-        """Tokenise; labels are −100 in prompts, and the tokens themselves elsewhere."""
+        """Tokenise; labels are −100 in prompts and the token ids elsewhere."""
         start = _start(processor)
         if max_length < len(start) + 2:
             raise ConfigError(
@@ -106,13 +106,13 @@ class CausalLM(Kind):
             return _blocks(_tokens(processor, [split.text])[0], start, max_length)
         shown = [self._shown(processor, prompt) for prompt in split.prompts]
         prompts = [
-            [*start, *tokens] if isinstance(prompt, str) else tokens  # a template writes the start itself
+            [*start, *tokens] if isinstance(prompt, str) else tokens  # a template adds the start token itself
             for prompt, tokens in zip(split.prompts, _tokens(processor, shown), strict=True)
         ]
         if split.responses is None:
             kept = [tokens[-max_length:] for tokens in prompts]
             num_cut = sum(len(tokens) > max_length for tokens in prompts)
-            # A prompt without a token still needs one for a model to go on from.
+            # An empty prompt still needs one token for the model to continue from.
             return EncodedExamples(
                 {"input_ids": [tokens or [_end(processor)] for tokens in kept]}, None, num_cut=num_cut
             )
@@ -140,29 +140,29 @@ class CausalLM(Kind):
         if not getattr(processor, "chat_template", None):
             raise ModelError(
                 "the model's tokenizer has no chat template, which rows of messages need. "
-                "Pass a model that has one, or rows with prompt and response."
+                "Pass a model that has one, or rows with a prompt and a response."
             )
         return processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
     def _written(self, processor: Any, prompt: str | Messages, shown: str, response: str) -> str:
-        """The response as text that goes on from the prompt's."""
+        """The response as the text that follows the prompt's text."""
         if isinstance(prompt, str):
             return response
         messages = [*prompt, {"role": "assistant", "content": response}]
         whole = processor.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(shown):
             raise ModelError(
-                "the tokenizer's chat template does not continue a prompt by its response. "
-                "Pass rows with prompt and response, or another model."
+                "the tokenizer's chat template does not continue a prompt with its response. "
+                "Pass rows with a prompt and a response, or another model."
             )
         return whole[len(shown) :]
 
     def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
-        """Pad at the right, whatever the tokenizer does: positions are counted from the left."""
+        """Pad on the right, whatever the tokenizer's side: positions are counted from the left."""
         return PaddingCollator(processor, None if exact else 8, side="right")
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[tuple[float, int]]:
-        """Return by row the summed loss in nats, and how many tokens it is of."""
+        """Return for each row the summed loss in nats and the number of tokens in the sum."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         found = []
         for row, labels in zip(logits[:, :-1], batch["labels"][:, 1:], strict=True):
@@ -188,7 +188,7 @@ class CausalLM(Kind):
     def answers(
         self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers
     ) -> list[dict[str, Any]]:
-        """Let a model write the likeliest token after each prompt, one after another, to the end of text."""
+        """Generate greedily after each prompt, until the end-of-text token or `max_new_tokens`."""
         room = _num_positions(model) - options.max_new_tokens
         if room < 1:
             raise ConfigError(
@@ -229,11 +229,11 @@ class CausalLM(Kind):
         split: Any,
         label_names: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """Return the text, its number of tokens, and whether the model ended it itself."""
+        """Return the text, its number of tokens, and whether the model ended it with an end-of-text token."""
         return list(answers)
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
-        """Return prompt and response."""
+        """Return the prompt and the response."""
         return f"{shown}\t{' '.join(prediction['prediction'].split())}"
 
 
@@ -242,12 +242,12 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _tokens(processor: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text by itself."""
+    """The tokens of each text, without special tokens."""
     return [list(processor(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
 
 
 def _start(processor: Any) -> list[int]:
-    """The token that begins every text, where the tokenizer sets one."""
+    """The token that begins every text, if the tokenizer adds one."""
     first = processor.bos_token_id
     return [first] if first is not None and list(processor("a")["input_ids"])[:1] == [first] else []
 
@@ -255,7 +255,7 @@ def _start(processor: Any) -> list[int]:
 def _end(processor: Any) -> int:
     if not isinstance(processor.eos_token_id, int):
         raise ModelError(
-            "the model's tokenizer has no end-of-text token. Set tokenizer.eos_token and save it anew."
+            "the model's tokenizer has no end-of-text token. Set tokenizer.eos_token and save it again."
         )
     return processor.eos_token_id
 
@@ -269,6 +269,6 @@ def _blocks(tokens: list[int], start: list[int], max_length: int) -> EncodedExam
     tokens = [*start, *tokens]
     if len(tokens) < 2:
         raise DataError("a text must have at least two tokens to learn from. Pass a longer file.")
-    # One token of overlap: the last of a block is the first context of the next.
+    # One token of overlap: the last token of a block is the first context of the next.
     blocks = [tokens[at : at + max_length] for at in range(0, len(tokens) - 1, max_length - 1)]
     return EncodedExamples({"input_ids": blocks}, [list(block) for block in blocks])

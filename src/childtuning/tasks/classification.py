@@ -1,4 +1,4 @@
-"""Texts with classes."""
+"""Text classification."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from childtuning.tasks.text import TextKind
 
 @register
 class Classification(TextKind):
-    """One class a text or pair of texts, by cross entropy."""
+    """One class per text or pair of texts, trained with cross entropy."""
 
     name = "classification"
-    summary = "one class a text, or a pair of texts"
+    summary = "one class per text or pair of texts"
     metric_names = metrics_of("classification")
     label_kind = "class"
 
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Nothing by itself: it is what is left when no other kind claims a file."""
+        """Return False: this is the default when no other kind claims a file."""
         return False
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ class Classification(TextKind):
         return default_metrics("classification")
 
     def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return class names, and that each text has one of them."""
+        """Return the class names and the problem type: one class per text."""
         return {**super().model_options(label_names), "problem_type": "single_label_classification"}
 
     def measure(
@@ -45,7 +45,7 @@ class Classification(TextKind):
         split: Examples,
         label_names: Sequence[str],
     ) -> dict[str, float]:
-        """Compare the likeliest class with the label."""
+        """Compare the most likely class with the label."""
         ids = {name: index for index, name in enumerate(label_names)}
         truth = [ids[str(label)] for label in split.labels or ()]
         return compute_metrics(metrics, likeliest(outputs), truth)
@@ -57,29 +57,29 @@ class Classification(TextKind):
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Return class, softmax probability and logits."""
+        """Return the class, its softmax probability and the logits."""
         return class_predictions(answers, label_names)
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
-        """Return class, probability and text."""
+        """Return the class, its probability and the text."""
         return class_line(prediction, shown)
 
 
 def likeliest(logits: Sequence[Any]) -> np.ndarray:
-    """Return the class of the largest logit by example; NaN for all where a logit is not finite."""
+    """Return the class with the largest logit for each example; all NaN if any logit is not finite."""
     rows = np.stack(logits)
     return rows.argmax(1) if np.isfinite(rows).all() else np.full(len(rows), np.nan)
 
 
 def most_frequent(labels: Iterable[Any], label_names: Sequence[str]) -> np.ndarray:
-    """Return logits [num_labels], float32, of the class that most labels name; of equals, the first by id."""
+    """Return logits [num_labels], float32, for the most frequent class; ties go to the lowest id."""
     counts = Counter(map(str, labels))
     best = max(label_names, key=lambda name: counts[name])
     return np.asarray([float(name == best) for name in label_names], dtype=np.float32)
 
 
 def class_predictions(logits: Sequence[Any], label_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return by example the likeliest class, its softmax probability and the logits."""
+    """Return for each example the most likely class, its softmax probability and the logits."""
     rows = []
     for row in logits:
         best = int(row.argmax())
@@ -89,5 +89,5 @@ def class_predictions(logits: Sequence[Any], label_names: Sequence[str]) -> list
 
 
 def class_line(prediction: Mapping[str, Any], shown: str) -> str:
-    """Return class, probability and example."""
+    """Return the class, its probability and the example."""
     return f"{prediction['prediction']}\t{prediction['confidence']:.3f}\t{shown}"

@@ -1,8 +1,8 @@
 """The embedded task: docstrings of Python's standard library, labelled by the topic of their module.
 
-It needs no download, so that a demonstration and a first run work on every machine. Modules go wholly
-to train or to dev, so that a model has to know the topic and not the module; docstrings whose first
-sentence also occurs in training are left out of dev. Sources are parsed, never imported.
+It needs no download, so that the demo and a first run work on every machine. All docstrings of a module
+are in one split, so that a model has to learn the topic and not the module. A docstring is left out of
+dev if its first sentence also occurs in training. Sources are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from childtuning.tasks.kind import Task
 
 DEFAULT_TRAIN_LIMIT = 400
 _DEV_LIMIT_AN_AREA = 22
-_MIN_WORDS = 10  # shorter ones ("Return True if it is set.") seldom tell their topic
+_MIN_WORDS = 10  # shorter ones ("Return True if it is set.") rarely reveal their topic
 _MAX_WORDS = 60
 
-# area -> (modules to train on, modules to measure on). A name is a file or a whole package; a module
-# that a Python version lacks is skipped, and none is listed that Python 3.13 removed.
+# area -> (modules for train, modules for dev). A name is a file or a whole package. Modules that a
+# Python version lacks are skipped; modules that Python 3.13 removed are not listed.
 AREAS: Mapping[str, tuple[str, str]] = {
     "archives": ("tarfile gzip zipapp", "zipfile bz2 lzma"),
     "collections": (
@@ -71,24 +71,25 @@ _SENTENCE_END = re.compile(r"[.!?:;](?:\s|$)")
 
 
 def load_docstring_task(*, seed: int = 0, train_limit: int | None = DEFAULT_TRAIN_LIMIT) -> Task:
-    """Build the task "docstrings": tell the topic area of a standard-library docstring, by accuracy.
+    """Build the task "docstrings": predict the topic area of a standard-library docstring; metric accuracy.
 
-    A pure function of (Python's own source files, seed, train_limit). The seed draws the training rows
-    only: dev is the same for every seed, so that runs over seeds are measured on the same rows.
+    A pure function of (Python's own source files, seed, train_limit). The seed draws only the training
+    rows: dev is the same for every seed, so that all runs are measured on the same rows.
 
     Args:
         seed: any integer.
-        train_limit: the most training rows, spread evenly over the areas as far as they last; None keeps all.
+        train_limit: the maximum number of training rows, spread over the areas as evenly as possible;
+            None keeps all.
     Raises:
         ConfigError: when train_limit is below the number of areas.
-        DataError: when this Python comes without the sources of its standard library.
+        DataError: when this Python lacks the sources of its standard library.
     """
     train_pool, dev_pool = _pools(sysconfig.get_paths()["stdlib"])
     areas = sorted(train_pool)
     if train_limit is not None and train_limit < len(areas):
         raise ConfigError(
-            f"train_limit must be at least {len(areas)}, one row an area, got {train_limit}. "
-            f"Pass for example train_limit={DEFAULT_TRAIN_LIMIT}."
+            f"train_limit must be at least {len(areas)}, one row per area, got {train_limit}. "
+            f"Pass train_limit={DEFAULT_TRAIN_LIMIT}, for example."
         )
     return Task(
         name="docstrings",
@@ -103,7 +104,7 @@ def load_docstring_task(*, seed: int = 0, train_limit: int | None = DEFAULT_TRAI
 def _draw(
     pool: Mapping[str, list[str]], seed: str, *, limit: int | None = None, limit_an_area: int | None = None
 ) -> Examples:
-    """Shuffle each area and take from them in turn, so that a smaller draw is the beginning of a larger."""
+    """Shuffle each area and take rows from the areas in turn; a smaller draw is a prefix of a larger one."""
     shuffled: dict[str, list[str]] = {}
     for area in sorted(pool):
         shuffled[area] = random.Random(f"{seed} {area}").sample(pool[area], len(pool[area]))[:limit_an_area]
@@ -117,10 +118,10 @@ def _draw(
 
 @lru_cache(maxsize=1)
 def _pools(stdlib: str) -> tuple[Mapping[str, list[str]], Mapping[str, list[str]]]:
-    """Return area -> texts for train and for dev, of the areas that have both."""
+    """Return area -> texts for train and for dev, for the areas that have both."""
     seen: set[str] = set()
     train = {area: _fresh_texts(Path(stdlib), modules, seen) for area, (modules, _) in AREAS.items()}
-    # After all of training, so that what training could draw under any seed is kept out of dev.
+    # After all training areas: no text that training may draw under any seed gets into dev.
     dev = {area: _fresh_texts(Path(stdlib), modules, seen) for area, (_, modules) in AREAS.items()}
     both = [area for area in AREAS if train[area] and dev[area]]
     if len(both) < 2:
@@ -132,7 +133,7 @@ def _pools(stdlib: str) -> tuple[Mapping[str, list[str]], Mapping[str, list[str]
 
 
 def _fresh_texts(stdlib: Path, modules: str, seen: set[str]) -> list[str]:
-    """Return the docstrings of modules, leaving out (and adding to) the first sentences already seen."""
+    """Return the docstrings whose first sentence is not in `seen`; add their first sentences to it."""
     texts: list[str] = []
     for module in modules.split():
         for file in _files_of(stdlib, module):
@@ -155,7 +156,7 @@ def _files_of(stdlib: Path, module: str) -> list[Path]:
 def _docstrings(file: Path) -> list[str]:
     """Return the docstrings of a file's functions, classes and methods, in order of appearance."""
     try:
-        with warnings.catch_warnings():  # old files may hold escapes that newer Pythons warn of
+        with warnings.catch_warnings():  # old files may contain escapes that newer Pythons warn about
             warnings.simplefilter("ignore")
             tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -177,7 +178,7 @@ def _definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFu
 
 
 def _clean(docstring: str) -> str | None:
-    """Return a docstring as one line of prose, or None where it is too short, code or a signature."""
+    """Return a docstring as one line of prose, or None if it is too short, code or a signature."""
     prose = docstring.split(">>>")[0].strip()
     first_line, _, rest = prose.partition("\n")
     if _SIGNATURE.search(first_line):
@@ -187,6 +188,6 @@ def _clean(docstring: str) -> str | None:
 
 
 def _first_sentence(text: str) -> str:
-    """Return the first sentence as bare lower-case words, by which near-duplicates are told."""
+    """Return the first sentence as lower-case words without punctuation, to detect near-duplicates."""
     sentence = _SENTENCE_END.split(text, maxsplit=1)[0]
     return " ".join(re.findall(r"[a-z]+", sentence.lower()))

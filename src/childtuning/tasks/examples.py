@@ -9,15 +9,15 @@ from typing import Any, cast
 from childtuning.errors import DataError
 from childtuning.tasks.split import Split
 
-_MAX_NAMED = 5  # labels a message lists before it only counts
+_MAX_NAMED = 5  # the number of labels that a message lists by name
 
 
 @dataclass(frozen=True)
 class Examples(Split):
-    """One split of texts, or pairs of them, and labels where they are known.
+    """One split of texts or pairs of texts, with labels if known.
 
     Args:
-        text: one text a row; empty texts are kept and counted by `num_empty`.
+        text: one text per row; empty texts are kept and counted by `num_empty`.
         text_pair: the second text of each row, or None for single-text data.
         labels: class names (str) or targets (float), or None for unlabelled rows.
     Raises:
@@ -36,7 +36,7 @@ class Examples(Split):
         for name, column in (("text_pair", self.text_pair), ("labels", self.labels)):
             if column is not None and len(column) != len(self.text):
                 raise DataError(
-                    f"{name} must have one entry a row, got {len(column)} for {len(self.text)} texts. "
+                    f"{name} must have one entry per row, got {len(column)} for {len(self.text)} texts. "
                     f"Pass lists of equal length."
                 )
 
@@ -50,7 +50,7 @@ class Examples(Split):
 
     @property
     def num_empty(self) -> int:
-        """The number of rows whose text is empty or only whitespace."""
+        """The number of rows whose text is empty or whitespace."""
         return sum(not text.strip() for text in self.text)
 
     @property
@@ -77,5 +77,5 @@ class Examples(Split):
 
 
 def rows_of(column: list[Any] | None, rows: Iterable[int]) -> list[Any] | None:
-    """Return the entries of a column at some rows; None of a column that is not there."""
+    """Return the entries of a column at `rows`; None if the column is None."""
     return None if column is None else [column[row] for row in rows]

@@ -13,7 +13,7 @@ from childtuning.tasks.kind import Columns, Task, check_metrics, find_kind, infe
 from childtuning.tasks.labels import LabelKind, convert_labels, infer_label_kind
 from childtuning.tasks.rows import Row, Source
 
-# Pairs before single texts: QNLI's (question, sentence) must not be taken for a single sentence.
+# Pairs before single texts: QNLI's (question, sentence) must not be read as a single sentence.
 _KNOWN_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("text1", "text2"),
     ("sentence1", "sentence2"),
@@ -27,12 +27,12 @@ _KNOWN_COLUMNS: tuple[tuple[str, str | None], ...] = (
 
 
 def guess_columns(columns: Sequence[str]) -> tuple[str, str | None]:
-    """Return the text column and, for pairs, the second text column, by their customary names.
+    """Return the text column and, for pairs, the second text column, by their usual names.
 
     Args:
-        columns: the names there are; upper and lower case do not matter.
+        columns: the file's column names; case is ignored.
     Raises:
-        DataError: when none of the customary names is there.
+        DataError: when no column has a usual name.
     Example:
         >>> guess_columns(["idx", "premise", "hypothesis"]), guess_columns(["Text", "label"])
         (('premise', 'hypothesis'), ('Text', None))
@@ -43,7 +43,7 @@ def guess_columns(columns: Sequence[str]) -> tuple[str, str | None]:
             return by_lower[text], None if pair is None else by_lower[pair]
     customary = ", ".join(text if pair is None else f"{text}/{pair}" for text, pair in _KNOWN_COLUMNS)
     raise DataError(
-        f"No column has a customary name for text ({customary}), got {', '.join(columns) or 'none'}. "
+        f"No column has a usual name for text ({customary}), got {', '.join(columns) or 'none'}. "
         f"Name the text column."
     )
 
@@ -60,14 +60,14 @@ def read_examples(
 
     Args:
         path: csv, tsv, jsonl or parquet, each also .gz.
-        text: the text column; None guesses it (see `guess_columns`), and the second one with it.
-        text_pair: the column of second texts; None for single texts where `text` is named.
+        text: the text column; None guesses it and the second one (see `guess_columns`).
+        text_pair: the column of second texts; None means single texts if `text` is named.
         label: the label column; None reads unlabelled examples.
         label_kind: "class" or "number"; None infers it from the column.
     Returns:
         Labels as class names (str) or numbers (float); a missing text is "".
     Raises:
-        DataError: for what `read_rows` refuses, an unknown column, or a row without a usable label.
+        DataError: for a file that `read_rows` rejects, an unknown column, or a row without a usable label.
     """
     source = path if isinstance(path, Source) else Source(path)
     path, rows = source.path, source.rows
@@ -104,19 +104,19 @@ def task_from_files(
     train_limit: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """Build a task from what to train on and what to measure on, files or folders.
+    """Build a task from a training and an evaluation file or folder.
 
     Args:
-        train, dev: the files, of any two types that fit the kind; or one file that holds both splits.
+        train, dev: the files, whose types may differ; or one file that holds both splits.
         kind: the kind of task; None infers it from `train`.
-        text, text_pair, label: columns; None takes the customary ones of the kind.
-        label_type: of texts: "class", "number", or "auto" to infer it from the training labels.
-        name: what reports call the task.
-        metric: the metric of the run; None takes the kind's first.
-        train_limit: the most training rows to keep, drawn by `seed`; None keeps all.
-        seed: of that draw.
+        text, text_pair, label: columns; None uses the kind's defaults.
+        label_type: for texts: "class", "number", or "auto" to infer it from the training labels.
+        name: the task's name in reports.
+        metric: the metric of the run; None uses the kind's first.
+        train_limit: the maximum number of training rows, drawn with `seed`; None keeps all.
+        seed: the seed of that draw.
     Raises:
-        DataError: for what the kind and `Task` refuse.
+        DataError: for data that the kind or `Task` rejects.
         ConfigError: for an unknown metric or label type, or a metric that does not fit the labels.
     """
     if label_type not in ("auto", "class", "number"):
@@ -144,10 +144,10 @@ def task_from_files(
 
 
 def texts_of(rows: list[Row], column: str, path: Path) -> list[str]:
-    """Return a column as text; what is missing is "".
+    """Return a column as text; a missing value is "".
 
     Raises:
-        DataError: a value is no text.
+        DataError: when a value is not text.
     """
     return [text_of(row.get(column), path, column, number) for number, row in enumerate(rows, start=1)]
 
@@ -156,7 +156,7 @@ def text_of(value: Any, path: Path, column: str, row: int) -> str:
     """Return one value of a table as text.
 
     Raises:
-        DataError: it is none, naming the row (counted from 1).
+        DataError: when the value is not text; the message names the row (counted from 1).
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -167,5 +167,5 @@ def text_of(value: Any, path: Path, column: str, row: int) -> str:
         )
     if isinstance(value, bool):
         return str(value).lower()
-    # JSON can spell half of a surrogate pair, which no tokenizer takes: it becomes "?".
+    # JSON may contain a lone surrogate, which no tokenizer accepts: it becomes "?".
     return str(value).encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The GLUE tasks as a table, and `load_task`: a task by its name, from a folder or from the hub."""
+"""The table of GLUE tasks, and `load_task`, which loads a task by name from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -55,21 +55,22 @@ def load_task(
 ) -> Task:
     """Load a task by name.
 
-    `data_dir/name/{train,dev}.jsonl.gz` (or .jsonl; MNLI's dev may be dev_matched) come before the hub,
-    columns and labels as `read_examples` takes them; GLUE labels may also be the official ids. A folder
-    of data_dir that is no GLUE task loads too, with the splits that `splits_of` finds, as
-    `task_from_files` takes them. "docstrings" is the task that every machine has (`load_docstring_task`).
+    `data_dir/name/{train,dev}.jsonl.gz` (or .jsonl; MNLI's dev may be dev_matched) takes precedence over
+    the hub. Columns and labels are as for `read_examples`; GLUE labels may also be the official ids. A
+    folder of data_dir that is not a GLUE task is loaded as by `task_from_files`, with the splits that
+    `splits_of` finds. "docstrings" is available on every machine (`load_docstring_task`).
 
     Args:
         name: a GLUE name, a folder of data_dir, or "docstrings".
-        data_dir: where local copies lie; None goes to the hub.
-        kind: the kind of task; None infers that of a folder.
-        train_limit: the most training rows, drawn by `seed`; None keeps all (400 for "docstrings").
-        seed: of that draw.
+        data_dir: the folder of local copies; None uses the hub.
+        kind: the kind of task; None infers it for a folder.
+        train_limit: the maximum number of training rows, drawn with `seed`; None keeps all (400 for
+            "docstrings").
+        seed: the seed of that draw.
     Raises:
         DataError: for an unknown name, a missing split, a label that is not the task's, or when neither
-            a local copy nor the hub can be had.
-        ConfigError: when train_limit is below 1, or a named task is of another kind.
+            a local copy nor the hub is available.
+        ConfigError: when train_limit is below 1, or the named task is of another kind.
     """
     if kind is not None:
         find_kind(kind)
@@ -111,7 +112,7 @@ def _load(
 
 
 def _task_folders(data_dir: str | Path | None) -> dict[str, Path]:
-    """Return the folders of data_dir that may be tasks: with examples or a GLUE name."""
+    """Return the folders of data_dir that contain examples or have a GLUE name."""
     if data_dir is None:
         return {}
     root = Path(data_dir)
@@ -122,7 +123,7 @@ def _task_folders(data_dir: str | Path | None) -> dict[str, Path]:
 
 
 def _with_official_names(rows: Examples, glue: GlueTask) -> Examples:
-    """Replace official ids ("0", "1", …) by the names they stand for."""
+    """Replace official ids ("0", "1", …) with class names."""
     if not glue.label_names or rows.labels is None:
         return rows
     by_id = {str(index): name for index, name in enumerate(glue.label_names)}
@@ -136,7 +137,7 @@ def _hub_splits(name: str, glue: GlueTask, data_dir: str | Path | None) -> list[
 
         loaded = datasets.load_dataset(_HUB_DATASET, name)
         splits = [loaded["train"], loaded[glue.dev_split]]  # type: ignore[index]
-    except Exception as error:  # whatever the network or the hub's client raises, the remedy is one
+    except Exception as error:  # the remedy is the same whatever the network or the hub's client raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise DataError(
             f"Task {name!r} cannot be loaded: no network (or no such data there) and {looked} ({reason}). "

@@ -1,4 +1,4 @@
-"""Images with classes."""
+"""Image classification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from childtuning.tasks.text import logits_by_example
 
 
 class EncodedImages(Dataset[dict[str, Any]]):
-    """Images as a model takes them, made when they are asked for: row i is pixel_values and perhaps labels.
+    """Images as model inputs, processed on access: row i has pixel_values and, optionally, labels.
 
     Args:
         processor: a Hugging Face image processor.
@@ -50,16 +50,16 @@ class EncodedImages(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """One each: all images are of one size."""
+        """1 for every image: all have the same size."""
         return [1] * len(self)
 
 
 @register
 class ImageClassification(Kind):
-    """One class an image, by cross entropy."""
+    """One class per image, trained with cross entropy."""
 
     name = "image-classification"
-    summary = "one class an image: a folder a class, npz arrays, or idx files"
+    summary = "one class per image: a folder per class, npz arrays, or idx files"
     auto_model = "AutoModelForImageClassification"
     auto_processor = "AutoImageProcessor"
     processor_folder = "image_processor"
@@ -67,7 +67,7 @@ class ImageClassification(Kind):
     metric_names = metrics_of("classification")
 
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Take folders, arrays and idx files of images."""
+        """Accept folders, arrays and idx files of images."""
         return holds_images(source)
 
     def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Images:
@@ -79,11 +79,11 @@ class ImageClassification(Kind):
         return default_metrics("classification")
 
     def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return class names, and that each image has one of them."""
+        """Return the class names and the problem type: one class per image."""
         return {**super().model_options(label_names), "problem_type": "single_label_classification"}
 
     def default_processor(self, config: Any) -> Any:
-        """Return one that resizes to the model's size and scales pixels to [−1, 1]; None if the size is not known."""
+        """Return a processor that resizes to the model's size and scales to [−1, 1]; None if the size is unknown."""
         size = getattr(config, "image_size", None)
         if size is None:
             return None
@@ -96,7 +96,7 @@ class ImageClassification(Kind):
     def encode(
         self, processor: Any, split: Images, *, max_length: int, label_names: Sequence[str] = ()
     ) -> EncodedImages:
-        """Process images one by one as they are needed."""
+        """Return a dataset that processes images on access."""
         ids = {name: index for index, name in enumerate(label_names)}
         labels = None if split.labels is None else [ids[label] for label in split.labels]
         return EncodedImages(processor, split, labels)
@@ -117,7 +117,7 @@ class ImageClassification(Kind):
         split: Images,
         label_names: Sequence[str],
     ) -> dict[str, float]:
-        """Compare the likeliest class with the label."""
+        """Compare the most likely class with the label."""
         return compute_metrics(
             metrics, likeliest(outputs), [label_names.index(label) for label in split.labels or ()]
         )
@@ -129,23 +129,23 @@ class ImageClassification(Kind):
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Images, label_names: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Return class, softmax probability, logits, and which image it is."""
+        """Return the class, its softmax probability, the logits and the image's name."""
         rows = class_predictions(answers, label_names)
         return [{**row, "image": split.shown(index)} for index, row in enumerate(rows)]
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
-        """Return class, probability and image."""
+        """Return the class, its probability and the image's name."""
         return class_line(prediction, shown)
 
 
 def _num_channels(processor: Any) -> int:
-    """How many channels a processor's constants are for."""
+    """The number of channels that a processor's constants are for."""
     mean = getattr(processor, "image_mean", None)
     return len(mean) if isinstance(mean, (list, tuple)) else 3
 
 
 def _with_channels(pixels: NDArray[np.uint8], num_channels: int) -> NDArray[np.uint8]:
-    """Repeat grey, or mix colours to grey by their luma [ITU-R BT.601]: [height, width, num_channels]."""
+    """Repeat grey, or convert colours to grey by luma [ITU-R BT.601]: [height, width, num_channels]."""
     if pixels.ndim == 2:
         return np.repeat(pixels[:, :, None], num_channels, axis=2)
     if num_channels == 1:
@@ -158,8 +158,8 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     shapes = {tuple(row["pixel_values"].shape) for row in rows}
     if len(shapes) > 1:
         raise DataError(
-            f"the model's image processor leaves images of different shapes, got {sorted(shapes)}. "
-            f"Give it one size, or images of one size."
+            f"the model's image processor returned images of different shapes, got {sorted(shapes)}. "
+            f"Set one size in the processor, or pass images of one size."
         )
     batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
     if "labels" in rows[0]:

@@ -1,4 +1,4 @@
-"""Images with classes: from folders of files, npz arrays and idx files."""
+"""Images and their classes, read from folders of files, npz arrays and idx files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Part = Literal["train", "dev"]
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
-# Names of images and labels in an npz file: those of a split first, then those of a file with one split.
+# Names of the image and label arrays in an npz file: first for one of two splits, then for a single split.
 _ARRAYS: dict[Part, tuple[tuple[str, str], ...]] = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("x", "y")),
     "dev": (
@@ -44,7 +44,7 @@ class Images(Split):
         pixels: for each image its file, its encoded bytes, or a uint8 array [height, width] or [height, width, 3].
         labels: class names, or None for unlabelled images.
     Raises:
-        DataError: not one label an image.
+        DataError: when the number of labels differs from the number of images.
     """
 
     pixels: list[Path | bytes | NDArray[np.uint8]]
@@ -53,8 +53,8 @@ class Images(Split):
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.pixels):
             raise DataError(
-                f"labels must have one entry an image, got {len(self.labels)} for {len(self.pixels)} images. "
-                f"Pass as many of both."
+                f"labels must have one entry per image, got {len(self.labels)} for {len(self.pixels)} images. "
+                f"Pass lists of equal length."
             )
 
     def __len__(self) -> int:
@@ -80,19 +80,19 @@ class Images(Split):
         return str(image) if isinstance(image, Path) else f"image {index}"
 
     def array(self, index: int) -> NDArray[np.uint8]:
-        """Return the pixels of one image [height, width] or [height, width, 3]."""
+        """Return the pixels of one image: [height, width] or [height, width, 3]."""
         image = self.pixels[index]
         return image if isinstance(image, np.ndarray) else open_image(image, self.shown(index))
 
 
 def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:
-    """Return the pixels of an image file: grey ones as [height, width], others as [height, width, 3].
+    """Return the pixels of an image file: [height, width] for grey images, [height, width, 3] for others.
 
     Args:
         image: a file, or its content.
         where: names it in errors; by default the file.
     Raises:
-        DataError: it cannot be read.
+        DataError: when the image cannot be read.
     """
     pillow = _pillow()
     try:
@@ -101,7 +101,7 @@ def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:
     except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError) as fault:
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise DataError(
-            f"{where or image!s} is damaged or no image ({reason[:120]}). Replace or remove it."
+            f"{where or image!s} is damaged or not an image ({reason[:120]}). Replace or remove it."
         ) from None
 
 
@@ -116,7 +116,7 @@ def _pillow() -> Any:
 
 
 def holds_images(source: Source) -> bool:
-    """Tell by name and content whether a file or folder holds images."""
+    """Return whether a file or folder contains images, judged by name and content."""
     path = source.path
     if path.is_dir():
         return any(file.name.lower().endswith(_ENDINGS) for file in path.rglob("*"))
@@ -160,16 +160,16 @@ def read_images(source: Source, *, part: Part, labelled: bool, label: str = "lab
     """Read one split of images.
 
     Args:
-        source: a folder with a folder a class; an npz file with arrays x_train/y_train and x_test/y_test,
-            or train_images/train_labels and test_images/test_labels (both splits in one file), or
-            images/labels, or x/y; or an idx file of images as MNIST's, whose labels lie beside it; or a parquet
-            file with a column of images, as the library datasets writes it.
-            Without labels also a folder of images, or one image.
-        part: which split to take from a file that holds both.
-        labelled: whether labels are needed.
+        source: a folder with one subfolder per class; an npz file with arrays x_train/y_train and
+            x_test/y_test, or train_images/train_labels and test_images/test_labels (both splits in one
+            file), or images/labels, or x/y; or an idx file of images, as MNIST has, with the file of labels
+            in the same folder; or a parquet file with a column of images, as the library datasets writes it.
+            Without labels, also a folder of images, or one image.
+        part: which split to read from a file that holds both.
+        labelled: whether to read labels.
         label: the label column of a parquet file.
     Raises:
-        DataError: what cannot be read, by name.
+        DataError: when a file or folder cannot be read.
     """
     _pillow()
     path = source.path
@@ -185,8 +185,8 @@ def read_images(source: Source, *, part: Part, labelled: bool, label: str = "lab
         open_image(path)
         return Images([path])
     raise DataError(
-        f"{path} is no images that can be read. Pass a folder with a folder a class, an npz file, or an idx file "
-        f"(…images-idx3-ubyte, perhaps .gz)."
+        f"{path} cannot be read as images. Pass a folder with a subfolder per class, an npz file, or an idx file "
+        f"(…images-idx3-ubyte, optionally .gz)."
     )
 
 
@@ -200,17 +200,17 @@ def _from_folder(folder: Path, *, labelled: bool) -> Images:
     if labelled:
         loose = [path for path in files if path.parent == folder]
         if loose:
-            raise DataError(f"{loose[0]} lies in no class's folder. Put images into {folder}/CLASS/.")
+            raise DataError(f"{loose[0]} is not in a class's folder. Put images into {folder}/CLASS/.")
     if not files:
         raise DataError(f"{folder} has no images ({', '.join(_ENDINGS)}). Put them into {folder}/CLASS/.")
     for path in files:
-        open_image(path)  # so that a damaged one is found before training, not in the middle of it
+        open_image(path)  # finds a damaged image before training
     names = [class_name(path.relative_to(folder).parts[0]) for path in files] if labelled else None
     return Images([*files], names)
 
 
 def array_names(path: Path, part: Part) -> tuple[str, str] | None:
-    """Return the names of images and labels of a split in an npz file; None if it holds no images by these names."""
+    """Return the names of a split's image and label arrays in an npz file; None if there are none."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -225,7 +225,7 @@ def _from_npz(path: Path, part: Part, *, labelled: bool) -> Images:
     if pair is None:
         known = ", ".join("/".join(names) for names in _ARRAYS[part])
         raise DataError(
-            f"{path} is damaged, or has none of the arrays {known}. Save images and labels under one of these."
+            f"{path} is damaged, or has none of the arrays {known}. Save images and labels under these names."
         )
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -233,10 +233,10 @@ def _from_npz(path: Path, part: Part, *, labelled: bool) -> Images:
             labels = arrays[pair[1]] if labelled else None
     except KeyError:
         raise DataError(
-            f"{path} has {pair[0]!r} and no {pair[1]!r}. Save the labels beside the images."
+            f"{path} has {pair[0]!r} but no {pair[1]!r}. Save the labels in the same file."
         ) from None
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as fault:
-        raise DataError(f"{path} is damaged ({str(fault)[:120]}). Save it anew.") from None
+        raise DataError(f"{path} is damaged ({str(fault)[:120]}). Save it again.") from None
     return Images(_pixels(pixels, f"{path} array {pair[0]!r}"), _labels(labels, f"{path} array {pair[1]!r}"))
 
 
@@ -247,13 +247,13 @@ def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
         values = values[:, 0]
     if values.ndim != 1:
         raise DataError(
-            f"{where} must hold one label an image, got shape {list(values.shape)}. Save class numbers."
+            f"{where} must hold one label per image, got shape {list(values.shape)}. Save class numbers."
         )
     return [class_name(value) for value in values.tolist()]
 
 
 def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.uint8]]:
-    """Bring an array of images to uint8 [height, width(, 3)] each."""
+    """Convert an array of images to a list of uint8 arrays [height, width(, 3)]."""
     if values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3):
         values = values.transpose(0, 2, 3, 1)
     if values.ndim == 4 and values.shape[3] == 1:
@@ -262,8 +262,8 @@ def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.
         raise DataError(f"{where} has no images. Pass at least one.")
     if values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] != 3):
         raise DataError(
-            f"{where} must have shape [images, height, width], with 1 or 3 channels behind or before, "
-            f"got {list(values.shape)}. Save it so."
+            f"{where} must have shape [images, height, width], with 1 or 3 channels before or after height and width, "
+            f"got {list(values.shape)}. Reshape it."
         )
     if values.dtype != np.uint8:
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
@@ -292,7 +292,7 @@ def _from_idx(path: Path, *, labelled: bool) -> Images:
 
 
 def _idx_array(path: Path, *, axes: int) -> NDArray[np.uint8]:
-    """Read an idx file of bytes: 0, 0, 8, the number of axes, each axis's length in 4 bytes, and the entries."""
+    """Read an idx file of bytes: 0, 0, 8, the number of axes, the length of each axis in 4 bytes, the entries."""
     content = content_of(path)
     shape = np.frombuffer(content[4 : 4 + 4 * axes], dtype=">u4").astype(np.int64)
     if (
@@ -300,5 +300,5 @@ def _idx_array(path: Path, *, axes: int) -> NDArray[np.uint8]:
         or len(shape) != axes
         or len(content) != 4 + 4 * axes + shape.prod()
     ):
-        raise DataError(f"{path} is truncated, or no idx file of bytes with {axes} axes. Copy it again.")
+        raise DataError(f"{path} is truncated, or not an idx file of bytes with {axes} axes. Copy it again.")
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)

@@ -1,4 +1,4 @@
-"""Text to continue: prompts with responses, conversations, and running text."""
+"""Data for text generation: prompts with responses, conversations, and running text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Instructions(Split):
     """One split of prompts.
 
     Args:
-        prompts: by row a text, or the messages of a conversation so far, each with "role" and "content".
-        responses: by row what comes next, or None where it is not known.
+        prompts: for each row, a text, or the messages of a conversation so far, each with "role" and "content".
+        responses: the response to each prompt, or None if unknown.
     Raises:
-        DataError: not one response a prompt.
+        DataError: when the number of responses differs from the number of prompts.
     """
 
     prompts: list[str | Messages]
@@ -32,7 +32,7 @@ class Instructions(Split):
     def __post_init__(self) -> None:
         if self.responses is not None and len(self.responses) != len(self.prompts):
             raise DataError(
-                f"responses must have one entry a prompt, got {len(self.responses)} for {len(self.prompts)} prompts. "
+                f"responses must have one entry per prompt, got {len(self.responses)} for {len(self.prompts)} prompts. "
                 f"Pass lists of equal length."
             )
 
@@ -46,7 +46,7 @@ class Instructions(Split):
 
     @property
     def num_empty(self) -> int:
-        """The number of prompts without a word."""
+        """The number of prompts that are empty or whitespace."""
         return sum(isinstance(prompt, str) and not prompt.strip() for prompt in self.prompts)
 
     def subset(self, indices: Iterable[int]) -> Instructions:
@@ -63,7 +63,7 @@ class Instructions(Split):
 
 @dataclass(frozen=True)
 class RunningText(Split):
-    """A text without parts, to be cut into blocks of tokens."""
+    """A single text, to be cut into blocks of tokens."""
 
     text: str
 
@@ -72,7 +72,7 @@ class RunningText(Split):
 
     @property
     def is_labelled(self) -> bool:
-        """Yes: each token is what comes after those before it."""
+        """Always true: each token is the label of the tokens before it."""
         return True
 
     def subset(self, indices: Iterable[int]) -> RunningText:
@@ -84,10 +84,10 @@ class RunningText(Split):
         return " ".join(self.text[:400].split())[:100]
 
     def sample(self, limit: int | None, *, seed: int = 0) -> RunningText:
-        """Return the text; it has no examples to draw from.
+        """Return the text; it has no examples to sample.
 
         Raises:
-            ConfigError: a limit is given.
+            ConfigError: when a limit is given.
         """
         if limit is not None:
             raise ConfigError(
@@ -100,11 +100,11 @@ def read_instructions(source: Source, prompt: str, response: str | None) -> Inst
     """Read prompts and responses, or conversations, from a table file.
 
     Args:
-        source: csv, tsv, jsonl or parquet, perhaps .gz.
-        prompt: a column of texts, or of conversations: lists of messages, whose last one is the response.
-        response: the column of responses, if `prompt` holds texts; None reads none.
+        source: csv, tsv, jsonl or parquet, optionally .gz.
+        prompt: a column of texts, or of conversations: lists of messages, the last of which is the response.
+        response: the column of responses, if `prompt` holds texts; None reads no responses.
     Raises:
-        DataError: a missing column, an empty response, or messages that cannot be read, by row.
+        DataError: for a missing column, or a row with an empty response or messages that cannot be read.
     """
     source.check_columns(prompt)
     if any(isinstance(row.get(prompt), list) for row in source.rows):
@@ -131,7 +131,7 @@ def _conversations(source: Source, column: str, *, labelled: bool) -> Instructio
         answered = messages[-1]["role"] == "assistant"
         if labelled and not (answered and messages[-1]["content"].strip() and len(messages) > 1):
             raise DataError(
-                f"{where} must end with a message of the assistant that is not empty, after another's, "
+                f"{where} must end with a non-empty message of the assistant, after at least one other message, "
                 f"got the role {messages[-1]['role']!r} last of {len(messages)}. Correct or drop the row."
             )
         prompts.append(messages[:-1] if answered and len(messages) > 1 else messages)
@@ -161,12 +161,12 @@ def _messages(value: Any, source: Source, column: str, number: int) -> Messages:
 
 
 def read_prompts(source: Source) -> Instructions:
-    """Read a text file as one prompt a line; blank lines are none.
+    """Read a text file as one prompt per line; blank lines are skipped.
 
     Raises:
-        DataError: there is no prompt.
+        DataError: when there is no prompt.
     """
     lines = [line for line in source.text.splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"{source} has no prompts. Write one a line.")
+        raise DataError(f"{source} has no prompts. Write one per line.")
     return Instructions([*lines])

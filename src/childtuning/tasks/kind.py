@@ -1,4 +1,4 @@
-"""`Kind`: all that differs from one kind of task to another, behind one interface; their registry; and `Task`."""
+"""`Kind`, the interface of a kind of task; the registry of kinds; and `Task`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a file keeps what; None leaves it to the kind of task.
+    """The columns of a file; None leaves the choice to the kind of task.
 
     Args:
         text: the text, the words, or the prompt.
         text_pair: the second text, for pairs.
         label: the label, the tags, or the response.
-        label_type: whether labels are classes or numbers; "auto" looks at them.
+        label_type: whether labels are classes or numbers; "auto" infers it.
     """
 
     text: str | None = None
@@ -36,10 +36,10 @@ class Columns:
 
 
 class Encoded(Protocol):
-    """Examples as the numbers that a model takes: a dataset of rows, made by a kind's `encode`."""
+    """Examples as model inputs: a dataset of rows, made by a kind's `encode`."""
 
     num_cut: int
-    """How many words or rows the length limit has cut."""
+    """How many words or rows were truncated by the length limit."""
 
     def __len__(self) -> int: ...
 
@@ -47,37 +47,37 @@ class Encoded(Protocol):
 
     @property
     def lengths(self) -> list[int]:
-        """How long each row is, by which batches are put together."""
+        """The length of each row, used to form batches."""
         ...
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model is asked for answers.
+    """Options for generating answers.
 
     Args:
-        max_new_tokens: the most tokens of a written response.
+        max_new_tokens: the maximum number of tokens in a generated response.
     """
 
     max_new_tokens: int = 64
 
 
 class Kind(ABC):
-    """One kind of task: how rows are read and checked, encoded, put to a model, answered and measured.
+    """One kind of task: how to read, check and encode examples, run a model on them, and measure its outputs.
 
     Class attributes:
-        name: the word a user types.
+        name: the name a user types.
         summary: one line for listings.
-        auto_model: transformers' class that loads a model for it.
-        auto_processor: transformers' class that loads what turns examples into numbers.
-        processor_folder: where a run keeps that.
-        processor_options: what it is loaded with.
+        auto_model: the transformers class that loads a model for it.
+        auto_processor: the transformers class that loads the tokenizer or image processor.
+        processor_folder: the processor's folder within a run.
+        processor_options: the options that the processor is loaded with.
         has_classes: whether labels are classes.
-        has_new_head: whether a model gets a head of its own for the task.
-        takes_packaged: whether the packaged encoder serves where no model is named.
-        metric_names: all that can be measured.
-        batch_size: examples a batch when a model is asked or measured.
-        cut_words: what `Encoded.num_cut` counts, in words that go on "… were cut".
+        has_new_head: whether the model gets a new head for the task.
+        takes_packaged: whether the packaged encoder is the default model.
+        metric_names: all available metrics.
+        batch_size: examples per batch in prediction and evaluation.
+        cut_words: what `Encoded.num_cut` counts, as the subject of "… were cut".
     """
 
     name: ClassVar[str]
@@ -97,10 +97,10 @@ class Kind(ABC):
 
     @abstractmethod
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Tell by name, content and columns whether a training file is of this kind; no file suits two."""
+        """Return whether a training file is of this kind, by name, content and columns; no file suits two kinds."""
 
     def settle(self, source: Source, columns: Columns) -> Columns:
-        """Return the columns with what is left to guess settled by the training file."""
+        """Return the columns, with those left open filled in from the training file."""
         return columns
 
     @abstractmethod
@@ -110,35 +110,35 @@ class Kind(ABC):
         Args:
             source: a file or folder.
             columns: as `settle` returned them.
-            part: which one to take where a file holds both.
-            labelled: whether labels are needed; if not, none are read.
+            part: which split to read if the file holds both.
+            labelled: whether to read labels.
         Raises:
-            DataError: the file cannot be used, in one line that names it.
+            DataError: when the file cannot be used; one line that names the file.
         """
 
     def of_text(self, text: str, text_pair: str | None) -> Split:
         """Return one unlabelled example that a user typed.
 
         Raises:
-            ConfigError: examples of this kind cannot be typed.
+            ConfigError: when examples of this kind cannot be typed.
         """
         raise ConfigError(f"examples of {self.name} cannot be typed. Pass them as --input FILE.")
 
     # The task
 
     def label_names(self, train: Split) -> tuple[str, ...]:
-        """Return the class names that occur in training, in the order of their ids; () without classes."""
+        """Return the class names that occur in training, in order of id; () without classes."""
         return sort_labels(train.classes()) if self.has_classes else ()
 
     @abstractmethod
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
-        """Return what a task is measured by unless it names other metrics; the first is the run's."""
+        """Return the default metrics of a task; the first is the metric of the run."""
 
     def check(self, task: Task) -> None:  # noqa: B027  # most kinds have nothing more to check
-        """Check what only this kind knows about its splits.
+        """Make the checks that are specific to this kind.
 
         Raises:
-            DataError: the task cannot be trained or measured.
+            DataError: when the task cannot be trained or measured.
         """
 
     def num_outputs(self, label_names: Sequence[str]) -> int:
@@ -146,7 +146,7 @@ class Kind(ABC):
         return len(label_names)
 
     def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return what the model's configuration is told."""
+        """Return the options of the model's configuration."""
         return {
             "num_labels": self.num_outputs(label_names),
             "id2label": dict(enumerate(label_names)),
@@ -154,7 +154,7 @@ class Kind(ABC):
         }
 
     def default_processor(self, config: Any) -> Any:
-        """Return what turns examples into numbers where a model folder has none; None if there is no default."""
+        """Return the processor for a model folder that has none; None if there is no default."""
         return None
 
     # Batches
@@ -163,26 +163,26 @@ class Kind(ABC):
     def encode(
         self, processor: Any, split: Split, *, max_length: int, label_names: Sequence[str] = ()
     ) -> Encoded:
-        """Turn examples into rows of numbers, with labels if the split has them.
+        """Convert examples to model inputs, with labels if the split has them.
 
         Raises:
-            ConfigError, DataError: the processor or the length does not fit these examples.
+            ConfigError, DataError: when the processor or the length does not fit these examples.
         """
 
     @abstractmethod
     def collator(self, processor: Any, *, exact: bool = False) -> Collate:
-        """Return what makes a batch of rows; `exact` pads to the longest row and no further."""
+        """Return a function that collates rows into a batch; `exact` pads to the longest row and no further."""
 
-    # What a model says
+    # What a model returns
 
     @abstractmethod
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Any]:
-        """Run a model on a batch and return what `measure` needs, an entry an example."""
+        """Run a model on a batch and return what `measure` needs, one entry per example."""
 
     def constant_output(self, train: Split, label_names: Sequence[str]) -> Any:
-        """Return what `outputs` would be of every example if the likeliest answer were given without looking.
+        """Return the output of a constant baseline, which gives every example the same answer.
 
-        The answer that is most frequent among the training examples; None where there is no such thing.
+        The answer is the most frequent one among the training examples; None if there is no such baseline.
         """
         return None
 
@@ -198,17 +198,17 @@ class Kind(ABC):
         """Return metric name -> value over all examples of a labelled split."""
 
     def answers(self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers) -> list[Any]:
-        """Run a model on a batch and return what `predictions` needs, an entry an example."""
+        """Run a model on a batch and return what `predictions` needs, one entry per example."""
         return self.outputs(model, batch)
 
     @abstractmethod
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Any, label_names: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Return by example what is written for a user: a dict with "prediction" and, where there is one, more."""
+        """Return for each example what is written for a user: a dict with "prediction" and possibly other keys."""
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
-        """Return a prediction as one line for people, beside the example in a few words."""
+        """Return a prediction and a short form of its example as one line of text."""
         return f"{prediction['prediction']}\t{shown}"
 
 
@@ -217,16 +217,16 @@ _K = TypeVar("_K", bound=Kind)
 
 
 def register(kind: type[_K]) -> type[_K]:
-    """Make a kind of task known by its name; a decorator."""
+    """Register a kind of task under its name; a decorator."""
     KINDS[kind.name] = kind()
     return kind
 
 
 def find_kind(name: str) -> Kind:
-    """Return a kind of task by its name.
+    """Return a kind of task by name.
 
     Raises:
-        DataError: there is none of that name.
+        DataError: when there is no kind of that name.
     """
     if name not in KINDS:
         raise DataError(f"Unknown kind of task, got {name!r}. {did_you_mean(name, KINDS)}")
@@ -234,23 +234,23 @@ def find_kind(name: str) -> Kind:
 
 
 def infer_kind(source: Source, columns: Columns, *, unless: str = "classification") -> Kind:
-    """Return the kind that claims a training file, or the one that text with labels is.
+    """Return the kind that claims a training file, or the kind named `unless` if none does.
 
     Raises:
-        ConfigError: more than one kind does.
+        ConfigError: when more than one kind claims it.
     """
     claiming = [kind for kind in KINDS.values() if kind.claims(source, columns)]
     if len(claiming) > 1:
         names = " or ".join(kind.name for kind in claiming)
-        raise ConfigError(f"{source} may be {names}. Say which: --task-kind NAME (kind=).")
+        raise ConfigError(f"{source} may be {names}. Choose one with --task-kind NAME (kind=).")
     return claiming[0] if claiming else find_kind(unless)
 
 
 def check_metrics(kind: Kind, names: Iterable[str]) -> None:
-    """Refuse metrics that a kind of task does not know.
+    """Check that a kind of task has these metrics.
 
     Raises:
-        ConfigError: naming the first of them.
+        ConfigError: naming the first metric that it lacks.
     """
     everything = {name: None for other in KINDS.values() for name in other.metric_names}
     for name in names:
@@ -263,19 +263,19 @@ def check_metrics(kind: Kind, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A labelled train and dev split, what their labels mean, and how runs on them are measured.
+    """A labelled train and dev split, their label names, and the metrics of runs on them.
 
     Args:
-        name: what reports call it.
+        name: the task's name in reports.
         kind: the name of its kind: "classification", "regression", …; see `KINDS`.
-        label_names: class names in the order of their ids; () without classes.
+        label_names: class names in order of id; () without classes.
         metrics: metric names; the first is the metric of the run.
         train: labelled examples to train on.
         dev: labelled examples to measure on.
-        columns: where its files keep what.
+        columns: the columns of its files.
     Raises:
         DataError: when a split is empty or unlabelled, training has a single class, dev has a class that
-            training never saw, or for what the kind itself refuses.
+            is not in training, or the kind's own check fails.
     """
 
     name: str
@@ -304,9 +304,9 @@ class Task:
             )
 
     def _check_classes(self) -> None:
-        """Refuse label columns from which nothing can be learnt or measured."""
+        """Refuse labels that cannot be learnt or measured."""
         if len(set(self.label_names)) != len(self.label_names):
-            raise DataError(f"label_names must be distinct, got {self.label_names}. Drop the repeated.")
+            raise DataError(f"label_names must be distinct, got {self.label_names}. Drop the duplicates.")
         seen = check_labels(self.train, self.label_names, where=f"the train split of {self.name!r}")
         if len(seen) < 2:
             raise DataError(
@@ -320,16 +320,16 @@ class Task:
         return replace(self, dev=self.dev.sample(limit, seed=seed))
 
     def hold_out(self, share: float, limit: int | None, *, seed: int = 0) -> tuple[Task, Split | None]:
-        """Set a share of the training examples aside, and draw at most ``limit`` from the others.
+        """Hold out a share of the training examples, and draw at most ``limit`` of the others.
 
         Args:
-            share: in [0, 1); 0 sets nothing aside.
-            limit: the most training examples; None keeps all.
-            seed: of both draws.
+            share: in [0, 1); 0 holds nothing out.
+            limit: the maximum number of training examples; None keeps all.
+            seed: the seed of both draws.
         Returns:
-            the task without them, and what was set aside; None for nothing.
+            the task without the held-out examples, and these; None if nothing is held out.
         Raises:
-            ConfigError, DataError: too few examples are left.
+            ConfigError, DataError: when too few examples are left.
         """
         train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
         return replace(self, train=train.sample(limit, seed=seed)), aside
@@ -338,20 +338,20 @@ class Task:
         """Return the task with its classes in the order of a model's outputs.
 
         Raises:
-            ConfigError: the metric counts one class, the second of two, and would count the other.
+            ConfigError: when the metric is F1 of the second of two classes, and the order would change that class.
         """
         if label_names == self.label_names or not self.label_names:
             return self
         if "f1" in self.metrics and len(label_names) == 2:
             raise ConfigError(
-                f"f1 of {self.name!r} counts {self.label_names[1]!r}, got a model whose labels are "
+                f"f1 of {self.name!r} measures the class {self.label_names[1]!r}, got a model with the labels "
                 f"{', '.join(label_names)}. Save it with its labels in the order {', '.join(self.label_names)}."
             )
         return replace(self, label_names=label_names)
 
     @property
     def rules(self) -> Kind:
-        """What the task's kind does."""
+        """The task's kind."""
         return find_kind(self.kind)
 
     @property
@@ -361,12 +361,12 @@ class Task:
 
     @property
     def num_empty(self) -> int:
-        """The number of rows of both splits that are empty."""
+        """The number of empty rows in both splits."""
         return self.train.num_empty + self.dev.num_empty
 
     @property
     def label_ids(self) -> dict[str, int] | None:
-        """Class name -> id, what `encode` takes; None without classes."""
+        """Class name -> id, as passed to `encode`; None without classes."""
         if not self.rules.has_classes:
             return None
         return {name: index for index, name in enumerate(self.label_names)}

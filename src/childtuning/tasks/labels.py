@@ -1,4 +1,4 @@
-"""What a label column holds: classes or numbers, written the same whatever the file's type."""
+"""Label columns: classes or numbers, normalised across file types."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from childtuning.tasks.split import Split
 
 LabelKind = Literal["class", "number"]
 
-_MAX_NAMED = 5  # labels a message lists before it only counts
-_MAX_NUMERIC_CLASSES = 20  # more distinct integers than this are a scale, not classes
+_MAX_NAMED = 5  # the number of labels that a message lists by name
+_MAX_NUMERIC_CLASSES = 20  # more distinct integers than this are numbers, not classes
 _WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
 def infer_label_kind(values: Sequence[Any]) -> LabelKind:
-    """Tell a column of numbers to predict from a column of classes.
+    """Return whether a column holds classes or numbers to predict.
 
-    Numbers, if every value is a number (or text that reads as one) and some value is fractional or there
-    are more than 20 distinct ones; otherwise classes. Booleans are classes.
+    It holds numbers if every value is a number (or text that parses as one) and some value is fractional
+    or there are more than 20 distinct values; otherwise classes. Booleans are classes.
 
     Example:
         >>> infer_label_kind(["0", "1", "1"]), infer_label_kind(["0.5", 1]), infer_label_kind(range(21))
@@ -38,7 +38,7 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
 
 
 def number_of(value: Any) -> float | None:
-    """Return the number that a label is or spells, or None."""
+    """Return a label as a number, or None if it is not one."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float("1_0") is 10
         return None
     try:
@@ -48,13 +48,13 @@ def number_of(value: Any) -> float | None:
 
 
 def class_name(value: Any) -> str:
-    """Return the one spelling of a class: 1, 1.0, "1" and "1.0" are "1"; True and "True" are "true".
+    """Return the canonical name of a class: 1, 1.0, "1" and "1.0" are "1"; True and "True" are "true".
 
     Example:
         >>> [class_name(value) for value in (1, 1.0, "1", "1.0", True, " spam ", 1.5)]
         ['1', '1', '1', '1', 'true', 'spam', '1.5']
     """
-    # JSON can spell half of a surrogate pair, which no file takes: it becomes "?".
+    # JSON may contain a lone surrogate, which cannot be written to a file: it becomes "?".
     text = str(value).encode("utf-8", "replace").decode("utf-8").strip()
     if text.lower() in ("true", "false"):
         return text.lower()
@@ -63,7 +63,7 @@ def class_name(value: Any) -> str:
 
 
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the distinct class names in order: by value where all are integers, else alphabetically."""
+    """Return the distinct class names, sorted by value if all are integers, else alphabetically."""
     distinct = set(names)
     if all(_INTEGER.fullmatch(name) for name in distinct):
         return tuple(sorted(distinct, key=lambda name: (int(name), name)))
@@ -71,7 +71,7 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a cell holds no label: absent, null, blank or not-a-number, also as pandas writes that."""
+    """Return whether a cell holds no label: absent, null, blank or NaN, also in the spellings of pandas."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan", "<na>")):
         return True
     return isinstance(value, float) and math.isnan(value)
@@ -83,7 +83,7 @@ def convert_labels(
     """Return a label column as class names or as finite numbers.
 
     Raises:
-        DataError: naming the first row (counted from 1, without the header) that has no such label.
+        DataError: naming the first row (counted from 1, without the header) without a valid label.
     """
     for row, value in enumerate(values, start=1):
         if is_missing(value):
@@ -117,14 +117,14 @@ def convert_labels(
 
 
 def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> set[str]:
-    """Return the classes that occur in `examples`, after checking that each of them is known.
+    """Check that each class in `examples` is known, and return the classes.
 
     Args:
         examples: labelled with class names.
-        label_names: the classes that training saw.
+        label_names: the classes of the training set.
         where: the noun for the message, such as a file's name.
     Raises:
-        DataError: naming up to five unknown labels, and the known ones.
+        DataError: naming up to five unknown labels, and the known labels.
     """
     known = list(label_names)
     found = examples.classes()
@@ -139,7 +139,7 @@ def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> 
 
 
 def name_labels(known: Iterable[str]) -> str:
-    """Return the remedy half of a message about labels: the known ones, cut short when there are many."""
+    """Return the second half of a message about labels: the known labels, shortened if there are many."""
     names = list(known)
     rest = len(names) - 4 * _MAX_NAMED
     listing = ", ".join(repr(name) for name in names[: 4 * _MAX_NAMED])

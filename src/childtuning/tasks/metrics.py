@@ -1,4 +1,4 @@
-"""Metrics of predictions, by the names that tasks use."""
+"""Metrics of predictions, by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MetricFn = Callable[[np.ndarray, np.ndarray], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: the kind of task that it fits, and its function of (predictions, labels)."""
+    """A metric: the kind of task it is for, and its function of (predictions, labels)."""
 
     kind: Literal["classification", "regression"]
     compute_fn: _MetricFn
@@ -26,16 +26,16 @@ class Metric:
 def compute_metrics(task_metrics: Iterable[str], predictions: Any, labels: Any) -> dict[str, float]:
     """Measure predictions against labels.
 
-    accuracy; f1 (of the class with id 1, or the mean over classes where an id above 1 occurs); matthews;
-    pearson and spearman correlation. A correlation with a constant is 0.0, as is Matthews'. Where a
-    prediction is not finite (a collapsed run), every metric is NaN, so that no report takes it for a score.
+    accuracy; f1 (of the class with id 1, or the mean over classes if an id above 1 occurs); matthews;
+    pearson and spearman correlation. A correlation with a constant is 0.0, and so is Matthews'. If any
+    prediction is not finite (a collapsed run), every metric is NaN, so that no report shows it as a score.
 
     Args:
         task_metrics: metric names.
         predictions: class ids or numbers, shape (N,) or (N, 1).
         labels: the same, the truth.
     Returns:
-        Metric name -> value, in the order asked for.
+        Metric name -> value, in the order of `task_metrics`.
     Raises:
         ConfigError: for an unknown name.
         DataError: when there is nothing to measure or the shapes differ.
@@ -50,7 +50,7 @@ def compute_metrics(task_metrics: Iterable[str], predictions: Any, labels: Any) 
     predicted, truth = _column(predictions, "predictions"), _column(labels, "labels")
     if predicted.shape != truth.shape:
         raise DataError(
-            f"Metrics need one prediction a label, got {len(predicted)} predictions for {len(truth)} labels. "
+            f"Metrics need one prediction per label, got {len(predicted)} predictions for {len(truth)} labels. "
             f"Pass both for the same rows."
         )
     if not np.isfinite(predicted).all():
@@ -59,7 +59,7 @@ def compute_metrics(task_metrics: Iterable[str], predictions: Any, labels: Any) 
 
 
 def default_metrics(kind: Literal["classification", "regression"]) -> tuple[str, ...]:
-    """Return the metrics of a task that names none."""
+    """Return the default metrics of a task."""
     return ("accuracy",) if kind == "classification" else ("pearson", "spearman")
 
 
@@ -69,7 +69,7 @@ def _column(values: Any, name: str) -> np.ndarray:
         column = column[:, 0]
     if column.ndim != 1 or not column.size:
         raise DataError(
-            f"{name} must be one number a row, at least one, got shape {column.shape}. "
+            f"{name} must be one number per row, at least one, got shape {column.shape}. "
             f"Pass class ids (the argmax of logits) or numbers."
         )
     return column
@@ -92,7 +92,7 @@ def _f1(predicted: np.ndarray, truth: np.ndarray) -> float:
 def _matthews(predicted: np.ndarray, truth: np.ndarray) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    if np.ptp(predicted) == 0 or np.ptp(truth) == 0:  # sklearn gives 0 too, with a warning
+    if np.ptp(predicted) == 0 or np.ptp(truth) == 0:  # sklearn returns 0 too, with a warning
         return 0.0
     return float(matthews_corrcoef(truth.astype(np.int64), predicted.astype(np.int64)))
 
@@ -112,14 +112,14 @@ def _spearman(predicted: np.ndarray, truth: np.ndarray) -> float:
 def _correlation(correlate: Callable[..., Any], predicted: np.ndarray, truth: np.ndarray) -> float:
     if np.ptp(predicted) == 0 or np.ptp(truth) == 0:
         return 0.0
-    with warnings.catch_warnings():  # nearly constant input: the value below is all there is to say
+    with warnings.catch_warnings():  # scipy warns of nearly constant input
         warnings.simplefilter("ignore")
         value = float(correlate(predicted, truth).statistic)
     return value if math.isfinite(value) else 0.0
 
 
 def metrics_of(kind: Literal["classification", "regression"]) -> tuple[str, ...]:
-    """Return the names of the metrics that fit."""
+    """Return the names of the metrics for this kind of task."""
     return tuple(name for name, metric in METRICS.items() if metric.kind == kind)
 
 

@@ -1,4 +1,4 @@
-"""Texts with numbers."""
+"""Text regression."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @register
 class Regression(TextKind):
-    """One number a text or pair of texts, by squared error."""
+    """One number per text or pair of texts, trained with squared error."""
 
     name = "regression"
-    summary = "one number a text, or a pair of texts"
+    summary = "one number per text or pair of texts"
     has_classes = False
     metric_names = metrics_of("regression")
     label_kind = "number"
 
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Take table files whose labels are numbers to predict, or are said to be."""
+        """Accept table files whose labels are numbers to predict, or are declared as such."""
         if columns.label_type == "class" or not source.is_table:
             return False
         if columns.label_type == "number":
@@ -58,11 +58,11 @@ class Regression(TextKind):
                     )
 
     def num_outputs(self, label_names: Sequence[str]) -> int:
-        """One."""
+        """Return 1."""
         return 1
 
     def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return that there is one output, trained on squared error."""
+        """Return the options for one output, trained with squared error."""
         return {"num_labels": 1, "problem_type": "regression"}
 
     def measure(
@@ -77,7 +77,7 @@ class Regression(TextKind):
         return compute_metrics(metrics, np.stack(outputs)[:, 0], np.asarray(split.labels))
 
     def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
-        """Return the mean target; no constant correlates with anything."""
+        """Return the mean target; its correlation is 0, as for any constant."""
         return np.asarray([np.mean([float(label) for label in train.labels or ()])], dtype=np.float32)
 
     def predictions(
@@ -87,5 +87,5 @@ class Regression(TextKind):
         return [{"prediction": float(row[0]), "logits": row.tolist()} for row in answers]
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
-        """Return number and text."""
+        """Return the number and the text."""
         return f"{prediction['prediction']:.4f}\t{shown}"

@@ -19,29 +19,29 @@ from childtuning.errors import DataError, did_you_mean
 Row = dict[str, Any]
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-_LONGEST_FIELD = 2**31 - 1  # the largest limit the csv module takes where a C long has 32 bits
+_LONGEST_FIELD = 2**31 - 1  # the largest limit that the csv module accepts with a 32-bit C long
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """Read every row of a table file.
 
     csv and tsv values are strings; jsonl and parquet values keep their types. Text is UTF-8, with or without a byte
-    order mark, or UTF-16 with one. Blank lines are skipped. A tsv file whose quotes do not balance is read with quotes
-    as plain characters, as GLUE's own files must be.
+    order mark, or UTF-16 with one. Blank lines are skipped. A tsv file with unbalanced quotes is read with quotes
+    as plain characters, as GLUE's own files require.
 
     Args:
         path: a file that ends in .csv, .tsv, .jsonl or .parquet, or one of these and .gz.
     Returns:
-        One dictionary a row; at least one row.
+        One dictionary per row; at least one row.
     Raises:
-        DataError: for a file that is missing, empty, damaged, not UTF-8, of another type, or with a row
-            that does not fit, in one line that names the file and the line.
+        DataError: for a file that is missing, empty, damaged, not UTF-8, of another type, or has a row
+            that does not fit; one line that names the file and the line.
     """
     path = Path(path)
     suffix = format_of(path)
     if suffix is None:
         raise DataError(
-            f"{path} is of no type that can be read, got {''.join(path.suffixes[-2:]) or 'no extension'!r}. "
+            f"{path} has an unsupported type, got {''.join(path.suffixes[-2:]) or 'no extension'!r}. "
             f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."
         )
     content = content_of(path)
@@ -61,16 +61,16 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 class Unreadable(NamedTuple):
-    """A cell that Python cannot hold: a date after the year 9999, bytes that are no text."""
+    """A cell that Python cannot represent: a date after the year 9999, bytes that are not text."""
 
     fault: str
 
 
 class Source:
-    """A file or folder of the user's; what it holds is read once, whoever asks.
+    """A file or folder of the user; its content is read once and cached.
 
     Args:
-        path: where it lies.
+        path: the file or folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,11 +81,11 @@ class Source:
 
     @property
     def is_table(self) -> bool:
-        """Whether it is a file of rows and columns, by its name."""
+        """Whether the name is that of a table file."""
         return format_of(self.path) is not None and not self.path.is_dir()
 
     def is_named(self, *endings: str) -> bool:
-        """Whether it is a file whose name has one of these endings, perhaps with .gz behind."""
+        """Return whether it is a file whose name has one of these endings, optionally followed by .gz."""
         return self.path.name.lower().removesuffix(".gz").endswith(endings) and not self.path.is_dir()
 
     @cached_property
@@ -107,7 +107,7 @@ class Source:
         """Check that a table file has these columns.
 
         Raises:
-            DataError: naming the first that it lacks, and the nearest there is.
+            DataError: naming the first missing column and the closest existing one.
         """
         for name in names:
             if name is not None and name not in self.columns:
@@ -122,16 +122,16 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def format_of(path: Path) -> str | None:
-    """Return which of `FORMATS` a file's name says it is."""
+    """Return the format of a file by its name: one of `FORMATS`, or None."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
 def read_text(path: Path) -> str:
-    """Return a text file, perhaps .gz, as UTF-8.
+    """Return the content of a UTF-8 text file, optionally .gz.
 
     Raises:
-        DataError: the file is missing, empty, damaged or not UTF-8.
+        DataError: when the file is missing, empty, damaged or not UTF-8.
     """
     return _decode(content_of(path), path)
 
@@ -140,7 +140,7 @@ def content_of(path: Path) -> bytes:
     """Return the bytes of a file, unpacked if it is .gz.
 
     Raises:
-        DataError: the file is missing, empty or damaged.
+        DataError: when the file is missing, empty or damaged.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder. Pass a file.")
@@ -150,7 +150,7 @@ def content_of(path: Path) -> bytes:
         raise DataError(f"There is no file {path}. Check the path.") from None
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Check the path and its rights."
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
         ) from None
     if path.name.lower().endswith(".gz") and content:
         try:
@@ -165,15 +165,15 @@ def content_of(path: Path) -> bytes:
 
 
 def _decode(content: bytes, path: Path) -> str:
-    """Read UTF-8, or UTF-16 by its byte order mark; whatever else is told, since it could only be guessed."""
+    """Decode UTF-8, or UTF-16 with a byte order mark; refuse other encodings rather than guess."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         content = content.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
     if content.startswith(b"PK"):
-        raise DataError(
-            f"{path} is a zip archive, such as Excel makes, and no text. Export it as CSV (UTF-8)."
-        )
+        raise DataError(f"{path} is a zip archive, such as Excel writes, not text. Export it as CSV (UTF-8).")
     if b"\0" in content:
-        raise DataError(f"{path} holds zero bytes, as UTF-16 does without its mark. Save it as UTF-8.")
+        raise DataError(
+            f"{path} contains zero bytes, as UTF-16 without a byte order mark does. Save it as UTF-8."
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -186,7 +186,7 @@ def _decode(content: bytes, path: Path) -> str:
 
 def _jsonl_rows(text: str, path: Path) -> list[Row]:
     rows: list[Row] = []
-    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
+    # Not splitlines: JSON strings may contain unescaped U+2028 and similar characters.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -195,7 +195,7 @@ def _jsonl_rows(text: str, path: Path) -> list[Row]:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             raise DataError(
-                f"{path} line {number} is not JSON ({reason}). Write one JSON object a line."
+                f"{path} line {number} is not JSON ({reason}). Write one JSON object per line."
             ) from None
         if not isinstance(row, dict):
             raise DataError(
@@ -216,7 +216,7 @@ def _tsv_rows(text: str, path: Path) -> list[Row]:
 
 
 def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[Row]:
-    # Strict, so that a quote nobody closes is an error instead of one field that swallows the file.
+    # Strict, so that an unclosed quote is an error and not a field that runs to the end of the file.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     previous_limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
@@ -228,8 +228,8 @@ def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv
         for fields in reader:
             if fields and len(fields) != len(header):
                 raise DataError(
-                    f"{path} line {start} must have {len(header)} fields as the header has, "
-                    f"got {len(fields)}. Quote fields that hold the separator or a newline."
+                    f"{path} line {start} must have {len(header)} fields, as in the header, "
+                    f"got {len(fields)}. Quote fields that contain the separator or a newline."
                 )
             if fields:
                 rows.append(dict(zip(header, fields, strict=True)))
@@ -245,13 +245,13 @@ def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv
 
 
 def _check_separator(header: list[str], path: Path, delimiter: str) -> None:
-    """Refuse a table of one column whose name holds what separates columns elsewhere."""
+    """Refuse a table with a single column whose name contains another format's separator."""
     others = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
     found = next((name for mark, name in others.items() if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and found:
         raise DataError(
-            f"{path} has one column, {header[0][:60]!r}: its columns are parted by {found}, where its name says "
-            f"{others[delimiter]}. Save a .csv with commas, or a .tsv with tabs."
+            f"{path} has one column, {header[0][:60]!r}: its columns are separated by {found}, not by "
+            f"{others[delimiter]} as its name says. Save a .csv with commas, or a .tsv with tabs."
         )
 
 
@@ -269,18 +269,18 @@ def _parquet_rows(content: bytes, path: Path) -> list[Row]:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} is damaged or not parquet ({reason[:120]}). Write it again.") from None
+        raise DataError(f"{path} is damaged or not parquet ({reason[:120]}). Save it again.") from None
     _check_header(table.column_names, path)
     columns = {name: _values(table[name], path, name) for name in table.column_names}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _values(column: Any, path: Path, name: str) -> list[Any]:
-    """A column as Python has it; what Python cannot hold is told where it is used."""
+    """The values of a column; values that Python cannot represent raise only when the column is used."""
     import pyarrow
 
     try:
         return column.to_pylist()
     except (ValueError, OverflowError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0][:100]
-        return [Unreadable(f"{path} column {name!r} cannot be read ({reason}). Write it anew.")] * len(column)
+        return [Unreadable(f"{path} column {name!r} cannot be read ({reason}). Save it again.")] * len(column)

@@ -1,4 +1,4 @@
-"""Sentences as words with a tag each: from table files with lists, and from CoNLL files."""
+"""Sentences of tagged words, read from table files with lists and from CoNLL files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Sentences(Split):
     """One split of sentences.
 
     Args:
-        words: by sentence its words, at least one.
-        tags: by sentence a tag for each word, or None where they are not known.
+        words: the words of each sentence, at least one.
+        tags: one tag per word for each sentence, or None if unknown.
     Raises:
-        DataError: a sentence has no words, or not one tag a word.
+        DataError: when a sentence has no words, or the number of tags differs from the number of words.
     """
 
     words: list[list[str]]
@@ -34,7 +34,7 @@ class Sentences(Split):
     def __post_init__(self) -> None:
         if self.tags is not None and len(self.tags) != len(self.words):
             raise DataError(
-                f"tags must have one entry a sentence, got {len(self.tags)} for {len(self.words)} sentences. "
+                f"tags must have one entry per sentence, got {len(self.tags)} for {len(self.words)} sentences. "
                 f"Pass lists of equal length."
             )
         for row, words in enumerate(self.words):
@@ -50,7 +50,7 @@ class Sentences(Split):
 
     @property
     def form(self) -> str:
-        """Sentences."""
+        """Always "sentences"."""
         return "sentences"
 
     def classes(self) -> set[str]:
@@ -63,21 +63,21 @@ class Sentences(Split):
         return Sentences([self.words[row] for row in rows], rows_of(self.tags, rows))
 
     def shown(self, index: int) -> str:
-        """Return the words with spaces between."""
+        """Return the words, separated by spaces."""
         return " ".join(self.words[index])
 
 
 def check_sentence(words: list[str], tags: list[str] | None, where: str) -> None:
-    """Refuse a sentence without words, or with another number of tags.
+    """Check that a sentence has words, and one tag per word.
 
     Raises:
-        DataError: it begins with `where`.
+        DataError: a message that begins with `where`.
     """
     if not words:
         raise DataError(f"{where} has no words. Drop it.")
     if tags is not None and len(tags) != len(words):
         raise DataError(
-            f"{where} must have one tag a word, got {len(tags)} tags for {len(words)} words. Correct it."
+            f"{where} must have one tag per word, got {len(tags)} tags for {len(words)} words. Correct it."
         )
 
 
@@ -85,10 +85,10 @@ def read_sentences(source: Source, words: str, tags: str | None) -> Sentences:
     """Read sentences from a table file whose cells are lists.
 
     Args:
-        source: a jsonl or parquet file, perhaps .gz.
-        words, tags: columns; no tags are read for None.
+        source: a jsonl or parquet file, optionally .gz.
+        words, tags: columns; with tags=None, no tags are read.
     Raises:
-        DataError: a missing column, or a cell that is no list of words or tags, by row.
+        DataError: for a missing column, or a cell that is not a list of words or tags; names the row.
     """
     source.check_columns(words, tags)
     sentences = [
@@ -112,7 +112,7 @@ def _cells(value: Any, where: str, column: str) -> list[str]:
     if not isinstance(value, list):
         got = "nothing" if value is None else type(value).__name__
         raise DataError(
-            f'{where} must have a list in column {column!r}, got {got}. Write for example ["a", "word"].'
+            f'{where} must have a list in column {column!r}, got {got}. Write ["a", "word"], for example.'
         )
     for entry in value:
         if not isinstance(entry, (str, int, float)):
@@ -126,15 +126,15 @@ def _cells(value: Any, where: str, column: str) -> list[str]:
 
 
 def read_conll(source: Source, *, labelled: bool) -> Sentences:
-    """Read sentences from a file with a word a line, its tag in the last column, and a blank line between sentences.
+    """Read sentences from a file with one word per line, its tag in the last column, and blank lines between sentences.
 
-    Columns are set apart by white space; -DOCSTART- lines are no words.
+    Columns are separated by white space; -DOCSTART- lines are skipped.
 
     Args:
-        source: the file, perhaps .gz.
+        source: the file, optionally .gz.
         labelled: whether to read tags.
     Raises:
-        DataError: no sentences, or a word without a tag, by line.
+        DataError: for a file without sentences, or a word without a tag; names the line.
     """
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
@@ -161,13 +161,13 @@ def read_conll(source: Source, *, labelled: bool) -> Sentences:
 
 
 def looks_like_conll(text: str) -> bool:
-    """Tell lines of a word and a BIO tag from running text, by the first few hundred."""
+    """Return whether a text has a word and a BIO tag on each line, judged by the first few hundred lines."""
     lines = [line.split() for line in text.splitlines()[:400]]
     filled = [fields for fields in lines if fields and fields[0] != _DOCUMENT]
     return bool(filled) and all(len(fields) > 1 and _BIO.fullmatch(fields[-1]) for fields in filled)
 
 
 def is_bio(tags: Iterable[str]) -> bool:
-    """Tell whether tags mark spans: all are "O", "B-…" or "I-…", and not all are "O"."""
+    """Return whether tags mark spans: all are "O", "B-…" or "I-…", and not all are "O"."""
     names = set(tags)
     return all(_BIO.fullmatch(name) for name in names) and bool(names - {"O"})

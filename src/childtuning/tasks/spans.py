@@ -1,4 +1,4 @@
-"""Spans of BIO tags, and how well predicted spans meet the true ones."""
+"""Spans of BIO tags, and precision, recall and F1 of predicted spans."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ Span = tuple[str, int, int]
 
 
 def spans_of(tags: Sequence[str]) -> set[Span]:
-    """Return the spans that a sentence's tags mark, as (type, first word, word behind the last).
+    """Return the spans that a sentence's tags mark, as (type, first word, word after the last).
 
-    "B-X" begins a span. "I-X" goes on with one of type X, and begins one where there is none: so both
-    BIO and the older IOB scheme, where "B-" stands only between neighbours of one type, read as meant.
+    "B-X" begins a span. "I-X" continues a span of type X, or begins one if there is none. This reads both
+    BIO and the older IOB scheme, where "B-" is used only between adjacent spans of the same type.
     [Tjong Kim Sang and De Meulder 2003, arXiv:cs/0306050]
 
     Example:
@@ -33,10 +33,10 @@ def spans_of(tags: Sequence[str]) -> set[Span]:
 def span_scores(predicted: Iterable[Sequence[str]], truth: Iterable[Sequence[str]]) -> dict[str, float]:
     """Return precision, recall and F1 of exact spans, over all sentences together.
 
-    A span counts where type, first and last word are right. What has no spans to divide by is 0.
+    A span is correct if its type, first and last word are. A ratio with denominator 0 is 0.
 
     Args:
-        predicted, truth: by sentence its tags.
+        predicted, truth: the tags of each sentence.
     Example:
         >>> span_scores([["B-A", "B-B"]], [["B-A", "O"]])["span_f1"]
         0.6666666666666666

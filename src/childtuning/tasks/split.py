@@ -1,4 +1,4 @@
-"""`Split`: the rows of one file or folder, whatever kind of example they hold."""
+"""`Split`: the examples of one file or folder, of any kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from childtuning.errors import ConfigError
 
 
 class Split(ABC):
-    """Examples in order, with labels where they are known; one subclass a kind of example."""
+    """Examples in order, with labels if known; each kind of example has a subclass."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -21,7 +21,7 @@ class Split(ABC):
     @property
     @abstractmethod
     def is_labelled(self) -> bool:
-        """Whether every example has what a model is trained towards."""
+        """Whether every example has its target."""
 
     @abstractmethod
     def subset(self, indices: Iterable[int]) -> Self:
@@ -29,7 +29,7 @@ class Split(ABC):
 
     @abstractmethod
     def shown(self, index: int) -> str:
-        """Return an example in a few words, for people."""
+        """Return a short form of an example, for display."""
 
     @property
     def num_empty(self) -> int:
@@ -38,7 +38,7 @@ class Split(ABC):
 
     @property
     def form(self) -> str:
-        """What an example is, in the plural; one run takes examples of one form."""
+        """What an example is, in the plural; a run takes examples of one form only."""
         return "examples"
 
     def classes(self) -> set[str]:
@@ -48,11 +48,11 @@ class Split(ABC):
     def sample(self, limit: int | None, *, seed: int = 0) -> Self:
         """Return at most `limit` examples, drawn without replacement, in their original order.
 
-        A pure function of (number of examples, limit, seed). For one seed the sample of a smaller limit
-        lies inside that of a larger one, so that low-resource curves add examples and never swap them.
+        A pure function of (number of examples, limit, seed). For a given seed, the sample of a smaller limit
+        is a subset of that of a larger one, so that low-resource curves only add examples.
 
         Args:
-            limit: the most examples to keep, at least 1; None keeps all.
+            limit: the maximum number of examples, at least 1; None keeps all.
             seed: any integer.
         Raises:
             ConfigError: when limit is below 1.
@@ -68,23 +68,21 @@ class Split(ABC):
         return self.subset(sorted(_order(len(self), seed)[:limit]))
 
     def hold_out(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
-        """Return the examples without a random share of them, and that share, both in their original order.
+        """Split off a random share of the examples; return the rest and the share, both in their original order.
 
         Args:
-            share: in (0, 1); at least one example lies on either side.
+            share: in (0, 1); each side gets at least one example.
             seed: any integer.
         Raises:
             ConfigError: when there are fewer than two examples.
         """
         if len(self) < 2:
-            raise ConfigError(
-                f"{len(self)} training examples cannot be parted, got held_out={share}. Pass 0."
-            )
+            raise ConfigError(f"{len(self)} training examples cannot be split, got held_out={share}. Pass 0.")
         size = min(max(1, round(share * len(self))), len(self) - 1)
         order = _order(len(self), seed)
         return self.subset(sorted(order[:-size])), self.subset(sorted(order[-size:]))
 
 
 def _order(size: int, seed: int) -> list[int]:
-    # RandomState because its stream is frozen: numpy's newer generators may change between releases.
+    # RandomState has a frozen stream; numpy's newer generators may change between releases.
     return np.random.RandomState(seed % 2**32).permutation(size).tolist()

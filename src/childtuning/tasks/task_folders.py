@@ -1,4 +1,4 @@
-"""Where a task's folder keeps its two splits."""
+"""Find the two splits in a task's folder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _IDX = {"train": "train-images-idx3-ubyte", "dev": "t10k-images-idx3-ubyte"}
 
 
 def is_task_folder(folder: Path) -> bool:
-    """Tell whether a folder has a split, or rows of whatever name."""
+    """Return whether a folder has a split, or a jsonl file of any name."""
     return any(_find(folder, split) for split in _STEMS) or any(folder.glob("*.jsonl*"))
 
 
 def splits_of(name: str, folder: Path) -> tuple[Path, Path]:
-    """Return where the training and the evaluation examples lie; one and the same file may hold both.
+    """Return the paths of the training and the evaluation examples; one file may hold both.
 
     A split is a table or text file named after it, a folder of image folders, MNIST's idx file, or arrays
     in the folder's only npz file.
 
     Raises:
-        DataError: one is missing.
+        DataError: when a split is missing.
     """
     found: list[Path] = []
     for split, stems in _STEMS.items():
@@ -34,7 +34,7 @@ def splits_of(name: str, folder: Path) -> tuple[Path, Path]:
         if path is None:
             listing = ", ".join(f"{stem}{ending}" for stem in stems for ending in (".jsonl.gz", ".jsonl"))
             raise DataError(
-                f"Task {name!r} has no {split} split: none of {listing} is in {folder}, nor another type. "
+                f"Task {name!r} has no {split} split: {folder} contains none of {listing}, nor another type. "
                 f"Add one, or pass files of your own."
             )
         found.append(path)
@@ -42,7 +42,7 @@ def splits_of(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def file_of(folder: Path, split: str) -> Path | None:
-    """Return the table or text file of a split: train, dev, or one by its name without the type."""
+    """Return the table or text file of a split: train, dev, or a file's name without its type."""
     stems = _STEMS.get(split, (split,))
     names = (
         f"{stem}{ending}{packed}"
@@ -66,6 +66,6 @@ def _find(folder: Path, split: str) -> Path | None:
     arrays = list(folder.glob("*.npz"))
     if len(arrays) == 1:
         train, dev = array_names(arrays[0], "train"), array_names(arrays[0], "dev")
-        if train and dev and train != dev:  # one split would be trained on and measured on
+        if train and dev and train != dev:  # a single split would serve for training and evaluation
             return arrays[0]
     return None

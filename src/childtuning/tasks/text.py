@@ -1,4 +1,4 @@
-"""What the kinds of task on whole texts share: reading, tokenising, and one vector of logits a text."""
+"""The base class of text classification and regression: reading, tokenising, one vector of logits per text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TextKind(Kind):
-    """A kind of task with one label a text or pair of texts."""
+    """A kind of task with one label per text or pair of texts."""
 
     auto_model = "AutoModelForSequenceClassification"
     label_kind: Literal["class", "number"]
@@ -32,7 +32,7 @@ class TextKind(Kind):
             pair = pair or guessed
         if columns.label_type not in ("auto", self.label_kind):
             raise ConfigError(
-                f"{self.name} has labels of the type {self.label_kind!r}, got label_type {columns.label_type!r}. "
+                f"{self.name} has labels of type {self.label_kind!r}, got label_type {columns.label_type!r}. "
                 f"Leave one of them out."
             )
         return Columns(text, pair, columns.label or "label", self.label_kind)
@@ -54,12 +54,12 @@ class TextKind(Kind):
         return Examples([text], None if text_pair is None else [text_pair], None)
 
     def check(self, task: Task) -> None:
-        """Refuse a task of which one split is pairs and the other is not."""
+        """Refuse a task that has pairs in one split and single texts in the other."""
         if task.train.form != task.dev.form:
             single = "train" if task.train.form == "single texts" else "dev"
             raise DataError(
-                f"Both splits of {task.name!r} must be pairs or both single texts, "
-                f"got single ones in {single}. Name the same columns for both."
+                f"The splits of {task.name!r} must be both pairs or both single texts, "
+                f"got single texts in {single}. Name the same columns for both."
             )
 
     def encode(
@@ -70,7 +70,7 @@ class TextKind(Kind):
         return encode(processor, split, max_length=max_length, label_ids=ids)
 
     def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
-        """Pad token numbers."""
+        """Pad token ids."""
         return PaddingCollator(processor, None if exact else 8)
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Any]:

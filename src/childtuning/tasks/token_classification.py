@@ -1,4 +1,4 @@
-"""Words with classes: named entities, parts of speech."""
+"""Token classification: named entities, parts of speech."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import Sentences, is_bio, looks_like_conll, read_conll, read_sentences
 from childtuning.tasks.spans import span_scores
 
-_NO_WORD = -1  # of a special token
+_NO_WORD = -1  # the word index of a special token
 
 
 class EncodedSentences(EncodedExamples):
     """Tokenised sentences; the first token of a word carries its label, the others −100.
 
     Attributes:
-        places: by sentence the numbers of the words that have a token, in order.
+        places: for each sentence, the indices of the words that have a token, in order.
     """
 
     places: list[list[int]]
@@ -31,18 +31,18 @@ class EncodedSentences(EncodedExamples):
 
 @register
 class TokenClassification(Kind):
-    """One class a word, by cross entropy at its first token."""
+    """One class per word, trained with cross entropy at its first token."""
 
     name = "token-classification"
-    summary = "one class a word: rows with lists `tokens` and `tags`, or CoNLL files"
+    summary = "one class per word: rows with lists `tokens` and `tags`, or CoNLL files"
     auto_model = "AutoModelForTokenClassification"
-    # Byte-level tokenizers take words only with it.
+    # Byte-level tokenizers require it for input split into words.
     processor_options: ClassVar[Mapping[str, Any]] = {"add_prefix_space": True}
     metric_names = ("span_f1", "span_precision", "span_recall", "accuracy")
     cut_words = "words"
 
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Take CoNLL files, and tables whose tokens are lists."""
+        """Accept CoNLL files, and tables whose tokens are lists."""
         if source.is_named(".conll"):
             return True
         if source.is_named(".txt"):
@@ -55,7 +55,7 @@ class TokenClassification(Kind):
         )
 
     def settle(self, source: Source, columns: Columns) -> Columns:
-        """Take the customary columns."""
+        """Use the default columns unless others are named."""
         return Columns(columns.text or "tokens", None, columns.label or "tags")
 
     def read(
@@ -69,20 +69,20 @@ class TokenClassification(Kind):
         )
 
     def of_text(self, text: str, text_pair: str | None) -> Sentences:
-        """Return the words between white space as one sentence."""
+        """Split the text at white space and return it as one sentence."""
         return Sentences([text.split()])
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
-        """Return F1 over spans where the tags mark some, and accuracy over words."""
+        """Return F1 over spans if the tags mark spans, and accuracy over words."""
         return ("span_f1", "accuracy") if is_bio(label_names) else ("accuracy",)
 
     def encode(
         self, processor: Any, split: Sentences, *, max_length: int, label_names: Sequence[str] = ()
     ) -> EncodedSentences:
-        """Tokenise words; labels mark the first token of each, also where the tags are not known."""
+        """Tokenise words; labels mark the first token of each word, even if the tags are unknown."""
         if not getattr(processor, "is_fast", False):
             raise ModelError(
-                "the model's tokenizer does not tell words apart. Pass a model with a fast tokenizer."
+                "the model's tokenizer does not map tokens to words. Pass a model with a fast tokenizer."
             )
         check_max_length(processor, max_length)
 
@@ -114,13 +114,13 @@ class TokenClassification(Kind):
         return result
 
     def collator(self, processor: Any, *, exact: bool = False) -> PaddingCollator:
-        """Pad token numbers, and labels with them."""
+        """Pad token ids and labels."""
         return PaddingCollator(processor, None if exact else 8)
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[np.ndarray]:
-        """Return by sentence, for each word with a token, its likeliest class and that one's probability [words, 2].
+        """Return for each sentence the most likely class of each word with a token, and its probability: [words, 2].
 
-        A class is NaN where a logit is not finite.
+        The class is NaN if a logit is not finite.
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs).logits.float()
@@ -140,7 +140,7 @@ class TokenClassification(Kind):
         split: Sentences,
         label_names: Sequence[str],
     ) -> dict[str, float]:
-        """Compare tags; a word that was cut counts as tagged wrongly, and as outside of spans."""
+        """Compare tags; a truncated word counts as wrongly tagged and as outside all spans."""
         assert split.tags is not None
         if not all(np.isfinite(row).all() for row in outputs):
             return dict.fromkeys(metrics, math.nan)
@@ -161,7 +161,7 @@ class TokenClassification(Kind):
         split: Sentences,
         label_names: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """Return a tag and its probability for each word; None for words that were cut or have no token."""
+        """Return a tag and its probability for each word; None for truncated words and words without a token."""
         rows = []
         for words, places, answer in zip(split.words, encoded.places, answers, strict=True):
             tags: list[str | None] = [None] * len(words)

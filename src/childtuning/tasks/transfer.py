@@ -1,4 +1,4 @@
-"""Examples of tasks that were not trained, and what their labels mean to a model. [Xu et al. 2021, section 4.5]"""
+"""Examples of other tasks, for out-of-domain evaluation of a trained model. [Xu et al. 2021, section 4.5]"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from childtuning.tasks.examples import Examples
 from childtuning.tasks.files import read_examples
 from childtuning.tasks.task_folders import file_of
 
-# Whether a label says that one text follows from the other, or says the same.
+# Whether a label means that one text follows from the other, or that both have the same meaning.
 _FOLLOWS: Mapping[str, bool] = {
     "entailment": True,
     "neutral": False,
@@ -29,9 +29,9 @@ class TransferTask:
     """Examples that a model was not trained for.
 
     Attributes:
-        name: as asked for.
+        name: as passed to `load_transfer_task`.
         examples: labelled pairs of texts.
-        classes: all that they may have.
+        classes: the classes that occur among their labels.
     """
 
     name: str
@@ -40,18 +40,18 @@ class TransferTask:
 
     @property
     def questions(self) -> Examples:
-        """The examples without their labels, which need not be classes of the model."""
+        """The examples without their labels, which may not be classes of the model."""
         return replace(self.examples, labels=None)
 
     def accuracy(self, predicted: Sequence[str], label_names: Sequence[str]) -> float:
-        """Return the share of examples on which a model is right, whose classes may be others.
+        """Return a model's accuracy on the examples; the model may have other classes.
 
-        Where both have the same classes, these are compared; else only whether the second text follows from the first
-        (or says the same), so that SciTail's and RTE's two classes take contradiction for what they call everything
-        else.
+        If both have the same classes, these are compared. Otherwise only whether the second text follows from the
+        first (or has the same meaning) is compared: for the two classes of SciTail and RTE, contradiction counts as
+        their negative class.
 
         Args:
-            predicted: one of ``label_names`` an example.
+            predicted: for each example, one of ``label_names``.
             label_names: the model's classes.
         """
         truth = [str(label) for label in self.examples.labels or ()]
@@ -74,13 +74,13 @@ def load_transfer_task(
     """Load examples of another task: ``sick`` for its dev split, ``snli/test`` for a split by name.
 
     Args:
-        name: a folder of ``data_dir``, and perhaps a split, which is a file's name without its type.
-        label_names: the classes of the model that is to be measured on them.
-        data_dir: where the folder lies.
-        limit: the most examples; None keeps all.
-        seed: of drawing them.
+        name: a folder of ``data_dir``, optionally followed by a split: a file's name without its type.
+        label_names: the classes of the model to be evaluated.
+        data_dir: the folder that contains it.
+        limit: the maximum number of examples; None keeps all.
+        seed: the seed of the draw.
     Raises:
-        DataError: there is no such file, or its labels have no counterpart among the model's.
+        DataError: when there is no such file, or its labels have no counterpart among the model's.
     """
     task, _, split = name.partition("/")
     folder = Path(data_dir or ".") / task
@@ -93,7 +93,7 @@ def load_transfer_task(
     path = file_of(folder, split or "dev")
     if path is None:
         raise DataError(
-            f"elsewhere {name!r}: {folder} has no split {split or 'dev'!r}. Name one that is there."
+            f"elsewhere {name!r}: {folder} has no split {split or 'dev'!r}. Name an existing one."
         )
     examples = read_examples(path, label_kind="class")
     if not len(examples):

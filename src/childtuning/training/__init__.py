@@ -1,4 +1,4 @@
-"""Layer 2: child-tuning inside the Hugging Face Trainer, and what a method may decide."""
+"""Layer 2: child-tuning in the Hugging Face Trainer, and the interface of methods."""
 
 from childtuning.training.child_choice import (
     ScoreFn,

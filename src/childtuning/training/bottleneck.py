@@ -1,4 +1,4 @@
-"""Bottleneck adapters: where in a Transformer layer they stand, found by its structure, and how they get there.
+"""Bottleneck adapters: find the projections of a Transformer layer by its structure, and insert adapters.
 
 Shapes: … batch and tokens, d hidden size, m bottleneck.
 """
@@ -45,13 +45,13 @@ class Bottleneck(nn.Module):
 
 @dataclass(frozen=True)
 class Projections:
-    """Where a Transformer layer writes to its residual stream.
+    """The projections with which a Transformer layer writes to its residual stream.
 
     Attributes:
         width: d.
         feed_forward: the feed-forward's output projection.
-        attention: the attention's (of several, the last one's); ``None`` if it has none that is a linear layer, or
-            none that can be told from the feed-forward's input projection.
+        attention: the output projection of the attention (the last one if there are several); ``None`` if it is not a
+            linear layer, or cannot be distinguished from the feed-forward's input projection.
         norms: the normalisations of width d.
     """
 
@@ -62,9 +62,9 @@ class Projections:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is called as a linear layer: a Linear, or GPT-2's Conv1D.
+    """Return whether a module is called as a linear layer: a Linear, or GPT-2's Conv1D.
 
-    The output projection of torch's own attention is one whose forward is never called.
+    The output projection of torch's own attention is excluded: its forward is never called.
     """
     return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
@@ -72,12 +72,12 @@ def is_linear(module: nn.Module) -> bool:
 def find_projections(block: nn.Module) -> Projections | None:
     """Find the output projections of a Transformer layer.
 
-    The first linear layer of a block reads the residual stream, so that its input size is d. The feed-forward's
-    output projection is the block's last linear layer, from another size to d; the attention's is the last before
-    that with output size d, if the feed-forward is not itself of width d.
+    The first linear layer of a block reads the residual stream, so its input size is d. The feed-forward's
+    output projection is the block's last linear layer, from another size to d. The attention's is the last linear
+    layer before it with output size d, unless the feed-forward itself has width d.
 
     Returns:
-        ``None`` if the last linear layer does not lead back to d, or is the only one.
+        ``None`` if the output size of the last linear layer is not d, or if it is the only one.
 
     Example:
         >>> attention = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
@@ -101,9 +101,9 @@ def find_projections(block: nn.Module) -> Projections | None:
 
 
 def insert(projection: nn.Module, size: int, activation: str) -> Bottleneck:
-    """Add a bottleneck to what a projection returns: y becomes y + bottleneck(y).
+    """Add a bottleneck to a projection's output: y becomes y + bottleneck(y).
 
-    It is a submodule of the projection, whose parameters keep their names. Copies of the model keep it.
+    It is a submodule of the projection, whose parameters keep their names. Copies of the model include it.
     """
     weight = projection.weight
     assert isinstance(weight, Tensor)

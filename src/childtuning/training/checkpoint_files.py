@@ -1,4 +1,4 @@
-"""The files of a ChildTrainer's checkpoints: a delta, the child, and compact state, as safetensors and JSON."""
+"""The files of ChildTrainer's checkpoints: a delta, the child, and compact state, as safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CHILD_FILE, CHOICE_FILE, METHODS_FILE = "child.safetensors", "child.json", "meth
 
 
 class CheckpointFiles:
-    """What ``ChildTrainer`` writes where ``transformers.Trainer`` would pickle, and how it goes on from there."""
+    """Save and load ``ChildTrainer``'s checkpoints, without the pickles of ``transformers.Trainer``."""
 
     child: Child | TaskFree | None
     child_config: ChildConfig | None
-    touched: Child | None  # every entry that was ever trained, where that is more than the child
+    touched: Child | None  # all entries trained so far, if more than the child
     _base_name: str | None
     _method_callbacks: Sequence[MethodCallback]
 
@@ -45,10 +45,10 @@ class CheckpointFiles:
     # What is saved
 
     def delta(self) -> Delta:
-        """Return the trained values, as they are now."""
+        """Return the current values of the trained entries."""
         child = self.touched or self.select()
         if self.child_config is not None and self.child_config.preset == "official":
-            child = TaskFree(1.0)  # decay moves every parameter there
+            child = TaskFree(1.0)  # its weight decay changes every parameter
         return Delta.capture(self.bare_model, child, base=self._base_name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -66,7 +66,7 @@ class CheckpointFiles:
             self.processing_class.save_pretrained(folder)
 
     def _choice(self) -> dict[str, Any]:
-        """Say what was asked for, so that another child is not resumed by mistake."""
+        """Return how the child was chosen, so that a run is not resumed with another child by mistake."""
         if self.child_config is not None:
             return self.child_config.to_dict()
         return {"child": self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)}
@@ -96,12 +96,12 @@ class CheckpointFiles:
         folder = Path(resume_from_checkpoint)
         if not (folder / "delta.json").is_file():
             raise DeltaError(
-                f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another."
+                f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another folder."
             )
         choice = folder / CHOICE_FILE
         if choice.is_file() and json.loads(choice.read_text(encoding="utf-8")) != self._choice():
             raise ConfigError(
-                f"{folder} was trained with another child than this trainer's. Resume with the same one."
+                f"{folder} was trained with a child other than this trainer's. Resume with the same one."
             )
         Delta.load(folder).apply_(self.bare_model if model is None else model)
         if (folder / CHILD_FILE).is_file():

@@ -1,4 +1,4 @@
-"""From a configuration and a model to the child that is trained."""
+"""Choose the child of a model, as a configuration describes it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from childtuning.fisher.losses import LossFn
 Progress = Callable[[int, int | None], None]
 Scores = dict[str, Tensor]
 ScoreFn = Callable[[Callable[[], Scores]], Scores]
-_LOADED = "_is_hf_initialized"  # what transformers notes on a parameter that a checkpoint held
+_LOADED = "_is_hf_initialized"  # set by transformers on parameters loaded from a checkpoint
 OFFICIAL_ELIGIBLE = ("*layer*",)
 
 
 def task_head(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a Hugging Face model's task head: what its pretrained body does not have.
+    """Return the parameter names of a Hugging Face model's task head: all those outside its pretrained body.
 
-    The body is the architecture's base model, as ``AutoModel`` has it; where there is none, the submodules that are
-    pretrained models themselves. A language-modelling head is pretrained, so such models have no task head; neither
-    has a plain ``nn.Module``.
+    The body is the architecture's base model, as ``AutoModel`` builds it; if there is none, the submodules that are
+    pretrained models themselves. A language-modelling head is pretrained, so such models have no task head; nor does
+    a plain ``nn.Module``.
     """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is not None:
         return ()
@@ -61,16 +61,16 @@ def task_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def new_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that ``from_pretrained`` found no values for, as transformers marks them.
+    """Return the names of the parameters missing from the checkpoint, as marked by ``from_pretrained``.
 
-    A pooler is one where the checkpoint was trained without it. () for a model that was not loaded.
+    For example, the pooler, if the checkpoint was trained without one. () for a model that was not loaded.
     """
     marked = {name: getattr(p, _LOADED, False) for name, p in named(model).items()}
     return tuple(name for name, is_loaded in marked.items() if not is_loaded) if any(marked.values()) else ()
 
 
 def _base_names(model: PreTrainedModel) -> set[str] | None:
-    """The parameter names of the architecture's base model, which is built without memory; ``None`` without one."""
+    """The parameter names of the architecture's base model, built on the meta device; ``None`` without one."""
     base = AutoModel._model_mapping.get(type(model.config), None)
     base = base[0] if isinstance(base, (tuple, list)) else base
     if base is None:
@@ -78,7 +78,7 @@ def _base_names(model: PreTrainedModel) -> set[str] | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return {name for name, _ in base(model.config).named_parameters(remove_duplicate=False)}
-    except Exception:  # a configuration that the base model does not take
+    except Exception:  # a configuration that the base model does not accept
         return None
 
 
@@ -95,16 +95,16 @@ def choose_child(
     """Choose the child that a configuration describes.
 
     Args:
-        config: what to choose.
+        config: how to choose it.
         model: the pretrained model with its head.
-        batches: makes the batches of the task's training set; called only where scores need them.
-        always: names or patterns that are trained whole beside the child where the configuration names none.
-        scores: ready scores, used in place of new ones; or a function that is given the Fisher pass and returns its
-            scores, or those of an equal one.
+        batches: makes the batches of the task's training set; called only if scores need them.
+        always: names or patterns of parameters trained in full besides the child; used if the configuration has none.
+        scores: precomputed scores; or a function that takes the Fisher pass and returns its scores, or cached scores
+            of an equal pass.
         progress: as for ``fisher_information``.
-        loss_fn: the loss that is scored, as for ``fisher_information``; ``None``: the model's own.
+        loss_fn: the loss of the Fisher pass, as for ``fisher_information``; ``None``: the model's own.
     Raises:
-        ParameterError: a pattern matches no parameter.
+        ParameterError: when a pattern matches no parameter.
     """
     always = config.always if config.always is not None else as_patterns(always)
     if config.variant == "task-free":
@@ -155,7 +155,7 @@ def choose_child(
 
 
 def saves_computation(child: Child | TaskFree) -> bool:
-    """Tell whether layers can form the gradients of a child's rows or blocks alone."""
+    """Return whether layers can compute gradients for the child's rows or blocks only."""
     if isinstance(child, TaskFree):
         return child.granularity == "row" and child.density < 1
     return any(
@@ -173,7 +173,7 @@ def fisher_scores(
     progress: bool | Progress = False,
     loss_fn: LossFn | None = None,
 ) -> dict[str, Tensor]:
-    """Estimate the Fisher information that a configuration asks for."""
+    """Estimate Fisher information with the options of a configuration."""
     return fisher_information(
         model,
         batches,
@@ -190,22 +190,22 @@ def fisher_scores(
 
 
 def in_model_order(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return scores in the order of the model's parameters, which ties are broken by; files do not keep it.
+    """Return scores in the order of the model's parameters, which breaks ties; files do not preserve it.
 
     Raises:
-        ParameterError: the model has no parameter of a score's name and shape.
+        ParameterError: when the model has no parameter of a score's name and shape.
     """
     shapes = {name: p.shape for name, p in named(model).items()}
     for name, score in scores.items():
         if shapes.get(name) != score.shape:
             raise ParameterError(
-                f"the scores have {name!r} of shape {list(score.shape)}, the model does not. Score this model."
+                f"the scores have {name!r} of shape {list(score.shape)}, but the model does not. Score this model."
             )
     return {name: scores[name] for name in shapes if name in scores}
 
 
 def fisher_sample(num_examples: int, limit: int | None, seed: int) -> list[int]:
-    """Return which examples Fisher information is estimated from: all, or a random ``limit`` of them, in order."""
+    """Return the indices of the examples for Fisher information: all, or a random ``limit`` of them, sorted."""
     if limit is None or limit >= num_examples:
         return list(range(num_examples))
     generator = torch.Generator().manual_seed(seed)
@@ -242,7 +242,7 @@ def _made(make_fn: Callable[[], Scores]) -> Scores:
 
 
 def _number(density: float | str) -> float:
-    """The density, where ``ChildConfig`` allows numbers alone."""
+    """The density, in cases where ``ChildConfig`` allows only numbers."""
     assert not isinstance(density, str)
     return density
 
@@ -257,7 +257,7 @@ def _freeze_others(model: nn.Module, eligible: Sequence[str], always: Sequence[s
 
 @contextmanager
 def fisher_bar() -> Iterator[Progress]:
-    """Yield a progress function that draws a bar on standard error once it is called."""
+    """Yield a progress function that draws a bar on standard error from its first call on."""
     bars: list[tqdm] = []
 
     def advance(done: int, total: int | None) -> None:

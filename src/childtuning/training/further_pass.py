@@ -1,4 +1,4 @@
-"""A forward pass beside the one whose loss the trainer computed, and which label it predicts where."""
+"""Extra forward passes besides the trainer's own, and the label predicted at each position."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from childtuning.fisher.losses import shifts_labels
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel, DataParallel and torch.compile.
 
-    Further passes go through it: compiled code does not see hooks that came after it, and DDP prepares for a backward
-    pass in each of its own. It averages the gradients of all passes alike, where they are accumulated.
+    Extra passes use it: compiled code ignores hooks added later, and DDP prepares for a backward pass in each of its
+    forward passes. DDP still averages the gradients of all passes, where they are accumulated.
     """
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
@@ -31,11 +31,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Let passes leave the running statistics of normalisation layers as they are, bitwise."""
+    """Keep the running statistics of normalisation layers bitwise unchanged by forward passes."""
     layers = [module for module in model.modules() if isinstance(module, _NormBase)]
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     counts = [None if count is None else count.clone() for _, count in before]
-    # The statistics are not copied back, since the backward pass of an earlier pass refuses what was written to.
+    # Restoring a copy would not do: the backward pass of an earlier forward pass fails if its buffers were modified.
     for layer in layers:
         layer.momentum = 0.0
     try:
@@ -53,12 +53,12 @@ IGNORED = -100
 def predicted_labels(model: nn.Module, labels: Tensor, num_positions: int) -> Tensor:
     """Return the label that is predicted at each position: [B, T] -> [B, P], −100 where there is none.
 
-    A causal language model predicts at each position the label of the next, as its loss has it. Positions that have no
-    label, such as those of a soft prompt, stand in front.
+    A causal language model predicts the next token's label at each position, as in its loss. Positions without a
+    label, such as those of a soft prompt, come first.
 
     Args:
-        model: unwrapped; the name of its class tells causal language models from others, as in transformers.
-        labels: one a token.
+        model: unwrapped; causal language models are recognised by their class name, as in transformers.
+        labels: one per token.
         num_positions: P, at least T.
     """
     labels = F.pad(labels, (num_positions - labels.shape[-1], 0), value=IGNORED)

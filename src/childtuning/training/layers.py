@@ -1,4 +1,4 @@
-"""Where the layers of a network are, found by its structure: no name of an architecture is known here."""
+"""Find the layers of a network by its structure, without the names of architectures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from childtuning.child.eligible import named
 
 @dataclass(frozen=True)
 class Layers:
-    """A network from its input to its output.
+    """The parameters of a network by layer, from input to output.
 
     Attributes:
-        before: names of the parameters in front of the first layer: embeddings, a stem; embeddings that stand
-            elsewhere (relative positions) among them.
-        layers: per layer, its blocks' parameter names; what stands between two layers belongs to the later one.
-        after: names of the parameters behind the last layer: a final norm, a pooler, the head.
-        blocks: the layers' modules, without what stands between them.
+        before: names of the parameters before the first layer: embeddings, a stem. Includes embeddings in other
+            places (relative positions).
+        layers: for each layer, its parameter names; parameters between two layers belong to the later one.
+        after: names of the parameters after the last layer: a final norm, a pooler, the head.
+        blocks: the layers' modules, without those between layers.
     """
 
     before: tuple[str, ...]
@@ -27,16 +27,16 @@ class Layers:
     blocks: tuple[nn.Module, ...]
 
     def depth(self) -> dict[str, int]:
-        """Return by parameter name 0 for ``before``, 1 … L for the layers, and L + 1 for ``after``."""
+        """Return the depth of each parameter name: 0 for ``before``, 1 … L for the layers, L + 1 for ``after``."""
         groups = (self.before, *self.layers, self.after)
         return {name: depth for depth, names in enumerate(groups) for name in names}
 
 
 def find_layers(model: nn.Module) -> Layers:
-    """Find the repeated blocks of a network: the elements of its lists of like modules.
+    """Find the repeated blocks of a network: the elements of its lists of modules of one class.
 
-    Stages of a CNN (lists within lists) are taken apart into their blocks; experts and sublayers inside a block are
-    not. A network without such lists has one layer a module that holds parameters of its own.
+    The stages of a CNN (lists within lists) are split into their blocks; experts and sublayers inside a block are
+    not. In a network without such lists, each module with parameters of its own is a layer.
 
     Example:
         >>> from torch import nn
@@ -87,7 +87,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _stage(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a stage: a module that itself holds a list of like blocks, right inside it.
+    """The blocks of a stage: a module with a list of blocks of one class as a direct child.
 
     Lists inside these are sublayers, such as the convolutions of a residual block.
     """

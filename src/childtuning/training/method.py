@@ -1,4 +1,4 @@
-"""What a way to fine-tune may change about a training; the ways themselves are registered one layer up."""
+"""The interface of fine-tuning methods; the methods themselves are registered one layer up."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PARTS: tuple[Part, ...] = ("start", "modules", "child", "loss", "update")
 
 
 class ChildTraining(Protocol):
-    """What a method may ask a ``ChildTrainer`` for.
+    """The part of ``ChildTrainer`` that methods may use.
 
     Attributes:
-        child: which entries are trained, once it is chosen.
-        child_config: what it is chosen by.
-        touched: every entry that was ever trained, where that is more than the child.
+        child: the entries that are trained; ``None`` before it is chosen.
+        child_config: the configuration of the choice.
+        touched: all entries trained so far, if more than the child.
     """
 
     child: Child | TaskFree | None
@@ -46,12 +46,12 @@ class ChildTraining(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model as a method will train it.
+    """A model prepared for training by methods.
 
     Attributes:
-        model: the pretrained model with its head, and whatever methods added.
-        always: names of the parameters that are trained whole beside the child: the new head, and what methods made
-            anew.
+        model: the pretrained model with its head, and the modules that methods added.
+        always: names of the parameters trained in full besides the child: the new head, and those that methods added
+            or re-initialised.
         eligible: names of the parameters that a child is chosen from; ``None``: all others that require a gradient.
     """
 
@@ -66,13 +66,13 @@ class LossStep:
 
     Attributes:
         model: as the trainer calls it.
-        inputs: what it was called with, labels among them where the batch has them.
-        outputs: what it returned.
-        task_loss: the task's loss of this pass, without any method's term.
-        task_fn: computes the task's loss of another pass as the trainer does; called with a model and a copy of the
-            inputs, it returns the loss and the outputs.
-        weight: the share of the batch in an accumulated gradient's mean where the trainer does not divide by the
-            number of batches itself; else 1. A term that is a mean over the batch is multiplied by it.
+        inputs: the inputs of the pass, including labels if the batch has them.
+        outputs: the outputs of the pass.
+        task_loss: the task loss of this pass, without the terms of methods.
+        task_fn: computes the task loss of another pass as the trainer does; takes a model and a copy of the inputs,
+            and returns the loss and the outputs.
+        weight: the batch's share in the mean of the accumulated gradient if the trainer does not divide by the number
+            of batches itself; else 1. A term that is a mean over the batch is multiplied by it.
     """
 
     model: nn.Module
@@ -89,25 +89,25 @@ class LossStep:
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model inside the wrappers of the trainer: further passes go through it, and hooks are put on it."""
+        """The model without the trainer's wrappers; use it for extra passes and for hooks."""
         return unwrapped(self.model)
 
     def forward(self, **changed: Any) -> Tensor:
-        """Return the logits of another pass over the same inputs, or some of them changed, with fresh dropout.
+        """Return the logits of another pass over the same inputs, with fresh dropout; ``changed`` replaces inputs.
 
-        Running statistics stay those of the first pass.
+        Running statistics are not updated.
         """
         model = self.bare_model
         inputs = {**self.inputs, **changed}
         if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            inputs.pop("labels", None)  # others make the decoder's inputs of them
+            inputs.pop("labels", None)  # encoder-decoders make the decoder's inputs from them
         with statistics_kept(model):
             return logits_of(model(**inputs))
 
     def task_again(self) -> tuple[Tensor, Tensor]:
-        """Return the task's loss and the logits of another pass over the same inputs, with fresh dropout.
+        """Return the task loss and the logits of another pass over the same inputs, with fresh dropout.
 
-        Running statistics stay those of the first pass.
+        Running statistics are not updated.
         """
         model = self.bare_model
         with statistics_kept(model):
@@ -116,7 +116,7 @@ class LossStep:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits of what a model returned: a field, a key, or the first of a tuple behind the loss."""
+    """Return the logits in a model's outputs: a field, a key, or the first entry of a tuple after the loss."""
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
@@ -127,26 +127,26 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 class Method:
-    """One way to fine-tune, or one ingredient of a combination.
+    """A fine-tuning method, used alone or in a combination.
 
-    A subclass is a frozen dataclass: its fields are the method's hyperparameters, the first of them is what stands
-    behind the colon in ``name:value``. Every hook below does nothing unless it is overridden, so that methods compose.
+    A subclass is a frozen dataclass: its fields are the method's hyperparameters, and the first field is the value
+    after the colon in ``name:value``. Every hook below does nothing unless it is overridden, so that methods compose.
 
     Class attributes:
-        name: the word a user types.
+        name: the name a user types.
         summary: one line for listings.
         source: the paper it comes from.
         trains: what is trained, in a few words.
-        memory: what it holds beside the model, in a few words; n is the number of trained entries.
-        part: what it decides: the ``child`` (which parameters are trained), added ``modules`` (the pretrained network
+        memory: the memory it needs besides the model, in a few words; n is the number of trained entries.
+        part: what it changes: the ``child`` (which parameters are trained), added ``modules`` (the pretrained network
             is frozen), the ``start`` (weights or layers before training), a term of the ``loss``, or the ``update``.
-        density: p where the user names none.
-        chooses: it says itself what a child is chosen from, so that ``eligible`` patterns have no place.
-        acts_on_pretrained: it chooses among the pretrained weights or changes what they do, so that it has no place
-            beside added modules, which freeze them.
-        excludes: methods that have no place beside it, and why, by their names; one of two says it.
+        density: the default of p.
+        chooses: it sets the parameters that a child is chosen from, so that ``eligible`` patterns are refused.
+        acts_on_pretrained: it selects pretrained weights or changes their effect, so that it cannot be combined with
+            added modules, which freeze them.
+        excludes: methods that it cannot be combined with: name -> reason. Only one of the two needs an entry.
         whole_gradients: it reads every trained parameter's gradient after the backward pass, so that gradients are
-            neither released nor formed for rows alone.
+            neither released early nor computed for rows only.
     """
 
     name: ClassVar[str]
@@ -162,31 +162,31 @@ class Method:
     excludes: ClassVar[Mapping[str, str]] = {}
 
     def child(self, config: ChildConfig) -> ChildConfig:
-        """Return what is trained, given the user's options.
+        """Return the configuration of the child, given the user's options.
 
         Raises:
-            ConfigError: an option that this method does not take.
+            ConfigError: for an option that this method does not accept.
         """
         return config
 
     def prepare(self, prepared: Prepared) -> Prepared:
-        """Change the model before anything is chosen or trained; also when a finished run is opened again.
+        """Change the model before the child is chosen; also called when a finished run is opened again.
 
         It may use torch's random numbers, and must add the same parameters in the same order every time.
 
         Raises:
-            ModelError: the method does not apply to this model; the message says why.
+            ModelError: when the method does not apply to this model; the message gives the reason.
         """
         return prepared
 
     def begin(self, model: nn.Module, always: tuple[str, ...]) -> None:
-        """Change the model for the time of training; it still holds the values that training starts from."""
+        """Change the model for the duration of training; its parameters still have their initial values."""
 
     def end(self, model: nn.Module) -> None:
         """Undo ``begin``."""
 
     def loss(self, loss: Tensor, step: LossStep) -> Tensor:
-        """Return the loss with this method's term."""
+        """Return the loss plus this method's term."""
         return loss
 
     def inner(
@@ -200,39 +200,39 @@ class Method:
     ) -> dict[str, dict[str, Any]]:
         """Return optimizer options by parameter name, where they differ from the inner optimizer's ``options``.
 
-        ``always`` are the names of the parameters that are trained whole beside the child.
+        ``always`` are the names of the parameters trained in full besides the child.
         """
         return {}
 
     def training_step(self, trainer: ChildTraining, step: Callable[[], Tensor]) -> Tensor:
-        """Run forward and backward pass of one batch, by calling ``step`` once or more; return the loss."""
+        """Run the forward and backward pass of one batch by calling ``step`` at least once; return the loss."""
         return step()
 
     def callback(self, trainer: ChildTraining) -> MethodCallback | None:
-        """Return what is told of the training's events, and has a state that checkpoints keep."""
+        """Return a callback for training events, whose state is saved in checkpoints; ``None`` if not needed."""
         return None
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write what others need to use the result in a format of their own, beside the delta."""
+        """Save the result in another library's format, in addition to the delta."""
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Return the tuned model in the base model's own architecture.
 
         Raises:
-            ModelError: what was added cannot be folded into it.
+            ModelError: when the added modules cannot be merged into it.
         """
         return model
 
 
 class MethodCallback(TrainerCallback):
-    """A ``TrainerCallback`` with a state, for what a method has to remember between steps."""
+    """A ``TrainerCallback`` with a state that a method keeps between steps."""
 
     def gradients_ready(self) -> None:
-        """Called once a step when its gradient is complete, unscaled, and not yet clipped."""
+        """Called once per step, when its gradient is complete and unscaled, but not yet clipped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a bitwise resume needs: tensors and JSON-ready values."""
+        """Return the state that a bitwise resume needs: tensors and JSON-ready values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict``."""
+        """Restore a state returned by ``state_dict``."""

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is mixed with its starting value while training, in place of dropout.
+"""Linear layers whose weight is mixed with its initial value during training, in place of dropout.
 
 Shapes: … batch and tokens, I in, O out.
 """
@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 
 class _Mixed(nn.Module):
-    """A linear layer with a starting weight W0 beside its weight W.
+    """A linear layer that keeps its initial weight W0 besides its weight W.
 
-    While training it uses W' = [(1−B) W0 + B W − p W0] / (1−p) with B ~ Bernoulli(1−p) for each entry and call. That
-    is W0 + B (W − W0) / (1−p): dropout of the difference, which is how it is computed; autograd's gradient of it is
-    exact, dW = B / (1−p) dW'.
+    In training it uses W' = [(1−B) W0 + B W − p W0] / (1−p) with B ~ Bernoulli(1−p) for each entry and call. This
+    equals W0 + B (W − W0) / (1−p) and is computed as dropout of the difference; autograd's gradient is exact,
+    dW = B / (1−p) dW'.
     """
 
     weight: nn.Parameter
@@ -32,12 +32,12 @@ class _Mixed(nn.Module):
     mixed_share: float
 
     def mixed_weight(self) -> Tensor:
-        """Return W', drawn anew."""
+        """Return W' with a new mask."""
         return self.start_weight + F.dropout(self.weight - self.start_weight, self.mixed_share)
 
     @property
     def mixes(self) -> bool:
-        """Whether W' differs from W: not in evaluation, nor where W is frozen and so still is W0."""
+        """Whether W' differs from W: false in evaluation, and if W is frozen and so equals W0."""
         return self.training and self.weight.requires_grad
 
 
@@ -55,17 +55,17 @@ class _MixedConv1D(_Mixed):
 
 @cache
 def _mixed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that stands in for this one, of the same name: some layers are recognised by it."""
+    """The class that replaces ``cls``; it has the same name, since some layers are recognised by name."""
     mixed = _MixedLinear if cls is nn.Linear else _MixedConv1D
     return cast("type[nn.Module]", type(cls.__name__, (mixed, cls), {}))
 
 
 @dataclass(eq=False)
 class MixedLayers:
-    """What ``mix`` changed.
+    """The changes made by ``mix``.
 
     Args:
-        names: of the modules whose weight is mixed.
+        names: the names of the modules whose weight is mixed.
     """
 
     names: tuple[str, ...]
@@ -73,7 +73,7 @@ class MixedLayers:
     _dropouts: list[tuple[nn.Module, str, float]] = field(default_factory=list, repr=False)
 
     def remove(self) -> None:
-        """Give every layer its class back, drop the starting weights, and restore dropout; twice does no harm."""
+        """Restore every layer's class and dropout, and drop the initial weights; safe to call twice."""
         for module, cls in self._layers:
             del module.start_weight, module.mixed_share
             module.__class__ = cls
@@ -84,9 +84,9 @@ class MixedLayers:
 
 
 def mixable(model: nn.Module, without: Container[str] = ()) -> dict[str, nn.Module]:
-    """Return by path the linear layers whose weight can be mixed: nothing else uses it, and it is not in ``without``.
+    """Return path -> linear layer, for those whose weight is used by no other module and is not in ``without``.
 
-    They are those of exactly the class ``Linear``, or GPT-2's ``Conv1D``: others may use their weight differently.
+    Only layers of exactly the class ``Linear`` or GPT-2's ``Conv1D``: others may use their weight differently.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {
@@ -99,16 +99,15 @@ def mixable(model: nn.Module, without: Container[str] = ()) -> dict[str, nn.Modu
 
 
 def mix(model: nn.Module, p: float, without: Container[str] = ()) -> MixedLayers:
-    """Mix the weights of a model's linear layers with what they are now, and set its dropout to zero.
+    """Mix the weights of a model's linear layers with their current values, and set its dropout to zero.
 
-    The layers only change their class, so that names, state dict and hooks are as before; the starting weight is a
-    buffer that is not saved. Dropout is what ``Dropout`` modules do, and what stands as a number in a module's
-    attribute with "dropout" in its name, as attention modules have it; rates that a forward pass reads from the
-    configuration stay.
+    Only the class of the layers changes, so that names, state dict and hooks stay the same; the initial weight is a
+    non-persistent buffer. Dropout means ``Dropout`` modules, and float attributes of modules with "dropout" in
+    their name, as in attention modules; rates that a forward pass reads from the configuration are not changed.
 
     Args:
-        p: the share of entries that are the starting value in each call, in (0, 1).
-        without: names of parameters that are left alone.
+        p: the share of entries that have the initial value in each call, in (0, 1).
+        without: names of parameters that are not mixed.
     """
     layers = mixable(model, without)
     mixed = MixedLayers(tuple(layers), [(module, type(module)) for module in layers.values()])

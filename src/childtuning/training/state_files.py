@@ -1,6 +1,6 @@
-"""States of optimizers, schedulers and random generators as one safetensors file: data, never pickle.
+"""Save states of optimizers, schedulers and random generators as safetensors files, without pickle.
 
-Tensors and numpy arrays become tensors of the file; everything around them becomes JSON in its header.
+Tensors and numpy arrays are stored as tensors; everything else is stored as JSON in the header.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _HEADER = "childtuning-state"
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write nested dicts, lists, tuples, numbers, strings, tensors and arrays; complete or not at all.
+    """Write nested dicts, lists, tuples, numbers, strings, tensors and arrays, atomically.
 
     Raises:
-        TypeError: the state holds something else.
+        TypeError: when the state contains anything else.
     """
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(state, tensors))
@@ -39,7 +39,7 @@ def load_state(path: Path) -> Any:
     """Read what ``save_state`` wrote, tensors on the CPU.
 
     Raises:
-        CorruptFileError: it is missing, truncated, or of another kind.
+        CorruptFileError: when the file is missing, truncated, or of another kind.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -85,7 +85,7 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return where every global random stream stands."""
+    """Return the state of every global random generator."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -97,7 +97,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every global random stream where ``random_state`` found it."""
+    """Restore the states returned by ``random_state``."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, training a child."""
+"""`ChildTrainer`, a Hugging Face Trainer that trains a child network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from childtuning.training.method import LossStep, Method
 
 
 class _TellGradients(TrainerCallback):
-    """Where nothing clips, the gradient is complete right before the step."""
+    """Notify methods right before the step, when gradients are not clipped."""
 
     def __init__(self, trainer: ChildTrainer) -> None:
         self.trainer = trainer
@@ -51,18 +51,18 @@ class _TellGradients(TrainerCallback):
 
 
 class _ForgetGradients(TrainerCallback):
-    """After a step that a GradScaler skipped, gradients that lie outside the model are still there."""
+    """Clear gradients that are stored outside the model: they survive a step that a GradScaler skipped."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["optimizer"].zero_grad()
 
 
 def _check_methods(config: ChildConfig | None, methods: Sequence[Method]) -> None:
-    """Refuse options of the child that would make a method do nothing, or wrong."""
+    """Refuse options of the child with which a method would have no effect or a wrong one."""
     for method in methods:
         if config is not None and config.release_gradients and method.whole_gradients:
             raise ConfigError(
-                f"method {method.name!r} needs every gradient whole, got release_gradients=True. Leave it out."
+                f"method {method.name!r} needs all gradients in full, got release_gradients=True. Leave it out."
             )
         if config is not None and config.preset and type(method).inner is not Method.inner:
             raise ConfigError(
@@ -72,29 +72,29 @@ def _check_methods(config: ChildConfig | None, methods: Sequence[Method]) -> Non
 
 
 class ChildTrainer(CheckpointFiles, Trainer):
-    """A ``transformers.Trainer`` that trains a child network; ``child=`` is the one argument more.
+    """A ``transformers.Trainer`` that trains a child network; the only required extra argument is ``child=``.
 
-    The child is chosen when training starts, from the training set, before anything random is drawn; the pass
-    leaves no trace. Checkpoints hold a delta, the child, and the compact optimizer state, as safetensors and JSON.
-    Resuming from one is bitwise: child, masks, optimizer, schedule, data order, dropout.
+    The child is chosen from the training set when training starts, before any random numbers are drawn; the Fisher
+    pass leaves no trace. Checkpoints contain a delta, the child, and the compact optimizer state, as safetensors and
+    JSON. Resuming is bitwise exact: child, masks, optimizer, schedule, data order, dropout.
 
-    Clipping (``max_grad_norm``) sees the unmasked gradient for a task-free child, as in the paper, and the gradient of
-    the child's entries for a fixed one.
+    Clipping (``max_grad_norm``) uses the unmasked gradient for a task-free child, as in the paper, and the gradient of
+    the child's entries for a fixed child.
 
     Args:
-        child: a ``ChildConfig``, or a ready ``Child`` or ``TaskFree``.
-        always: parameter names or patterns trained whole beside the child where the configuration names none;
-            ``None``: the model's task head (``task_head``), and what its checkpoint did not hold.
-        scores: ready scores by parameter name, in place of a Fisher pass; or a function that is given the pass and
-            returns its scores, or those that it has kept of an equal one.
-        methods: what else is done beside training a child: terms of the loss, changes of the update. What they
-            ``prepare`` has been done to the model.
+        child: a ``ChildConfig``, or an existing ``Child`` or ``TaskFree``.
+        always: names or patterns of parameters trained in full besides the child; used if the configuration has none.
+            ``None``: the model's task head (``task_head``), and parameters missing from its checkpoint.
+        scores: precomputed scores by parameter name, in place of a Fisher pass; or a function that takes the pass and
+            returns its scores, or cached scores of an equal pass.
+        methods: further methods: terms of the loss, changes of the update. Their ``prepare`` must already have been
+            applied to the model.
         train_batches: a batch sampler for the training set (with ``set_epoch`` if its order changes by epoch).
         base_name: the base model's name, written into deltas.
-        progress: of the Fisher pass: ``None`` follows ``disable_tqdm``; else as for ``fisher_information``.
-        trainer_options: everything that ``transformers.Trainer`` takes.
+        progress: progress of the Fisher pass: ``None`` follows ``disable_tqdm``; else as for ``fisher_information``.
+        trainer_options: everything that ``transformers.Trainer`` accepts.
     Raises:
-        ConfigError: the arguments ask for what a child cannot do (DeepSpeed, FSDP, an optimizer of one's own).
+        ConfigError: when the arguments are not supported for a child (DeepSpeed, FSDP, a custom optimizer).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
             )
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
             raise ConfigError(
-                "ACCELERATE_USE_FSDP is set, and the Accelerator does not shard: on a CPU it runs DDP instead. "
+                "ACCELERATE_USE_FSDP is set, but the Accelerator does not shard: on a CPU it runs DDP instead. "
                 "Unset it; a child cannot be trained under FSDP yet."
             )
         named(self.bare_model)  # refuses a sharded model
@@ -153,14 +153,14 @@ class ChildTrainer(CheckpointFiles, Trainer):
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model before Accelerate wrapped it."""
+        """The model without Accelerate's wrapper."""
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, nn.Module)
         return model
 
     @property
     def always(self) -> tuple[str, ...]:
-        """Names or patterns of what is trained whole beside the child, unless its configuration names others."""
+        """Names or patterns of the parameters trained in full besides the child."""
         if self.child_config is not None and self.child_config.always is not None:
             return self.child_config.always
         if self._always is None:
@@ -169,7 +169,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return self._always
 
     def select(self) -> Child | TaskFree:
-        """Return the child, choosing it now if that has not been done."""
+        """Return the child, choosing it first if necessary."""
         if self.child is None:
             assert self.child_config is not None
             progress = not self.args.disable_tqdm if self._progress is None else self._progress
@@ -187,12 +187,12 @@ class ChildTrainer(CheckpointFiles, Trainer):
                     else progress,
                     loss_fn=self._fisher_loss(),
                 )
-            # Scores may differ by a bit between ranks, and then so do the children.
+            # Scores may differ in the last bit between ranks, and with them the children.
             self.child = of_main_process(self.child)
         return self.child
 
     def _fisher_loss(self) -> Any:
-        """The loss that is trained where that is not the model's own: one an example if it follows from the outputs."""
+        """The training loss if it is not the model's own: per example if it is a function of the outputs."""
         assert self.child_config is not None
         if self.child_config.labels == "sampled":
             return None
@@ -206,7 +206,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return None
 
     def _fisher_batches(self) -> Iterable[Any]:
-        """The training set once, batches of similar length, in an order that draws nothing at random."""
+        """One pass over the training set in batches of similar length, in a deterministic order."""
         dataset = self.train_dataset
         assert self.child_config is not None
         if isinstance(dataset, IterableDataset):
@@ -227,7 +227,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         )
 
     def _model_inputs(self, description: str) -> tuple[Any, Any]:
-        """The training set and a collator that leave out columns which the model does not take."""
+        """The training set and a collator, without columns that the model does not accept."""
         dataset: Any = self.train_dataset
         if hasattr(dataset, "column_names"):
             return self._remove_unused_columns(dataset, description), self.data_collator
@@ -254,7 +254,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
             release = may_release and isinstance(child, Child) if wanted is None else wanted
             structured = may_release and wanted is not False and saves_computation(child)
             if isinstance(child, TaskFree) and self.args.fp16:
-                structured = False  # a GradScaler sees the parameters' own gradients alone
+                structured = False  # a GradScaler sees only the parameters' own gradients
             self.optimizer = ChildOptimizer(
                 groups,
                 child,
@@ -268,7 +268,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return self.optimizer
 
     def _groups(self, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
-        """The parameters by what the optimizer does to them: weight decay, and what methods ask for."""
+        """The optimizer's parameter groups: by weight decay and by the options of methods."""
         decayed = set(self.get_decay_parameter_names(model))
         named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         own: dict[str, dict[str, Any]] = {
@@ -288,7 +288,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return list(groups.values())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as ``transformers.Trainer`` does; afterwards the model's layers are its own again."""
+        """Train as ``transformers.Trainer`` does; afterwards the model's layers are restored."""
         if self.model_init is None:
             if self.methods and not resume_from_checkpoint:
                 self.select()
@@ -303,7 +303,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
                 self.child_optimizer.remove()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a new model of ``model_init``; what was chosen and begun belonged to the one before."""
+        """Return a new model from ``model_init``, and reset the state that belonged to the previous model."""
         model = super().call_model_init(trial)
         if self._is_built:
             self._end()
@@ -325,7 +325,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward pass of one batch, as often as the methods want it."""
+        """Run the forward and backward pass of one batch, as often as the methods require."""
 
         def step() -> Tensor:
             return Trainer.training_step(self, model, dict(inputs), num_items_in_batch)  # type: ignore[arg-type]
@@ -335,22 +335,22 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return step()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        """Return an update's batches and, if the loss divides by it, their number of items."""
+        """Return the batches of an update and, if the loss divides by it, their number of items."""
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         if self._divides_by_items is None and samples:
             self._divides_by_items = self._loss_divides_by_items(samples[0])
-            # Else the loss is the batch's mean whatever num_items_in_batch says, and accumulated gradients would be
-            # summed where they should be averaged.
+            # Otherwise the loss is the batch's mean whatever num_items_in_batch is, and accumulated gradients would
+            # be summed, not averaged.
             self.model_accepts_loss_kwargs = self._divides_by_items
             if not self._divides_by_items and self.compute_loss_func is None:
                 num_items = None
         return samples, num_items
 
     def _loss_divides_by_items(self, inputs: dict[str, Any]) -> bool:
-        """Tell whether the loss divides by ``num_items_in_batch``: for twice the items it is half as large.
+        """Return whether the loss divides by ``num_items_in_batch``: it is half as large for twice the items.
 
-        Many models take the argument, in ``**kwargs``, and do not use it; no name tells them apart. A label smoother
-        does, and a loss function of the user's is the user's.
+        Many models accept the argument in ``**kwargs`` but ignore it, and no attribute distinguishes them. Label
+        smoothers use it; for the user's own loss function, the setting is not checked.
         """
         adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
         is_the_models = self.label_smoother is None and self.compute_loss_func is None
@@ -376,7 +376,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss, with the methods' terms while training."""
+        """Return the loss; in training, with the terms of the methods."""
         given = dict(inputs)
         task_fn: Any = partial(
             super().compute_loss, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -392,25 +392,25 @@ class ChildTrainer(CheckpointFiles, Trainer):
     def _weight(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> float:
-        """The share of a batch's mean in the gradient that accumulates, where the model divides by items itself."""
+        """The weight of a batch's mean in the accumulated gradient if the model itself divides by items; else 1."""
         labels = inputs.get("labels")
         counts_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if not counts_items or num_items_in_batch is None or labels is None:
             return 1.0
         predicted = predicted_labels(unwrapped(model), labels, labels.shape[-1])
         share = int((predicted != IGNORED).sum()) / float(num_items_in_batch)
-        # Where items are counted over all processes, what these sum up is averaged once more.
+        # Items counted over all processes: the gradients of the processes are averaged once more.
         return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     @property
     def child_optimizer(self) -> ChildOptimizer:
-        """The ``ChildOptimizer``, also when Accelerate has wrapped it."""
+        """The ``ChildOptimizer``, without Accelerate's wrapper."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         assert isinstance(optimizer, ChildOptimizer)
         return optimizer
 
     def _tell_gradients(self) -> None:
-        """Tell the methods, once a step, that its gradient is complete."""
+        """Notify the methods, once per step, that the gradient is complete."""
         if self._gradients_told != self.state.global_step:
             self._gradients_told = self.state.global_step
             for callback in self._method_callbacks:
@@ -428,7 +428,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         return grad_norm
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the training batches, by ``train_batches`` where one was given."""
+        """Return the training data loader, which uses ``train_batches`` if given."""
         if self.train_batches is None:
             return super().get_train_dataloader()
         dataset, collate = self._model_inputs("training")
