@@ -54,8 +54,8 @@ def test_values_are_brought_to_their_types() -> None:
     [
         ({"kind": "rows"}, "kind must be one of row, column, got 'rows'. Did you mean 'row'?"),
         ({"kind": None}, "kind must be one of row, column, got None"),
-        ({"share": "half"}, "share must be in (0, 1], got 'half'. Pass share=0.5."),
-        ({"share": True}, "share must be in (0, 1], got True"),
+        ({"share": "half"}, "share must be a number in (0, 1], got 'half'. Pass share=0.5."),
+        ({"share": True}, "share must be a number in (0, 1], got True"),
         ({"share": float("nan")}, "share must be in (0, 1], got nan"),
         ({"share": 0}, "share must be in (0, 1], got 0.0"),
         ({"count": 0}, "count must be a whole number from 1 up, got 0. Leave it out for the default."),

@@ -70,8 +70,12 @@ class Option:
             return (value,) if isinstance(value, str) else tuple(value)
         if self.kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
             return int(value)
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        return float(value) if self.kind == "float" and is_number else value  # type: ignore[arg-type]
+        if self.kind == "float" and isinstance(value, Real) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except OverflowError:
+                return math.copysign(math.inf, value)
+        return value
 
     def fault(self, value: Any) -> str | None:
         """Return what is wrong with a converted value, in one line with a remedy; ``None`` if nothing is."""
@@ -88,13 +92,23 @@ class Option:
             is_right = all(isinstance(one, str) for one in value)
         if is_right and self.within:
             is_right = _lies_in(value, self.within)
+        if not is_right and self.kind == "float" and not isinstance(value, float):
+            got = (
+                f"{self.name} must be a number {self._wanted if self.within else ''}".rstrip()
+                + f", got {value!r}."
+            )
         return None if is_right else f"{got} {self._remedy}"
 
     @property
     def _wanted(self) -> str:
         if self.kind == "str" and self.words:
             return f"one of {', '.join(self.words)}"
-        bounds = {"(0, inf)": "above 0", "[0, inf)": "0 or more", "[1, inf)": "from 1 up"}
+        bounds = {
+            "(0, inf)": "above 0",
+            "(0, 2147483648)": "above 0 (and below 2^31)",
+            "[0, inf)": "0 or more",
+            "[1, inf)": "from 1 up",
+        }
         place = bounds.get(self.within, f"in {self.within}") if self.within else ""
         return f"{_NAMES[self.kind]} {place}".strip() if self.kind == "int" else place or _NAMES[self.kind]
 
@@ -170,6 +184,8 @@ def _option(declared: Any, hint: Any) -> Option:
 
 def _lies_in(value: Any, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     above = value > low if interval[0] == "(" else value >= low
     below = value < high if interval[-1] == ")" else value <= high
-    return math.isfinite(value) and above and below
+    return above and below

@@ -79,3 +79,12 @@ def test_score_and_train_choose_the_same_child(
         ChildConfig(density=0.1), model, list, always=trained.always, scores=load_file(output)
     )
     assert isinstance(chosen, Child) and chosen.fingerprint() == trained.fingerprint()
+
+
+def test_a_full_runs_config_is_scored_too(childtuning, train_words, tmp_path) -> None:
+    output = tmp_path / "scores.safetensors"
+    words = ["score", *train_words[1:9], "--density", 1.0, "--output", output, "--json"]
+    done = childtuning(*words)
+    assert done.code == 0, done.err
+    assert done.json["density"] == 1.0 and set(load_file(output)) == set(done.json["parameters"])
+    assert all(entry["share"] == 1.0 for entry in done.json["parameters"].values())

@@ -65,6 +65,17 @@ def test_auto_precision_is_what_the_machine_has(monkeypatch, native: bool, preci
         RunConfig(task="rte", precision="fp8")
 
 
+def test_a_file_may_spell_options_as_the_command_line_does() -> None:
+    config = RunConfig.from_options({"task": "rte", "lr": 1e-3, "max-length": 64})
+    assert (config.learning_rate, config.max_length) == (1e-3, 64)
+    with pytest.raises(ConfigError, match="'learning_rate' is given twice, also as 'lr'"):
+        RunConfig.from_options({"task": "rte", "learning_rate": 1e-3, "lr": 1e-4})
+    with pytest.raises(ConfigError, match="nothing to measure on. Pass --eval FILE"):
+        RunConfig(train="a.csv")
+    with pytest.raises(ConfigError, match="learning_rate must be a number above 0, got 'fast'"):
+        RunConfig(task="rte", learning_rate="fast")  # type: ignore[arg-type]
+
+
 def test_columns_of_a_named_task_are_its_own() -> None:
     with pytest.raises(ConfigError, match="a named task has its own columns, got text, label_type"):
         RunConfig(task="rte", text="premise", label_type="class")

@@ -153,3 +153,32 @@ def test_tokens_without_embedding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="the model has only 42 embeddings"):
         train_run(a_config(source, tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_its_tokenizer_is_refused(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    import transformers
+
+    transformers.AutoModel.from_pretrained(tiny_bert).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"it has no tokenizer: call tokenizer.save_pretrained"):
+        train_run(a_config(tmp_path / "model", sentiment), tmp_path / "run")
+
+
+def test_true_and_false_are_these_labels(classifier: Path, tmp_path: Path) -> None:
+    model = rewritten(classifier, tmp_path / "model", ["False", "True"])
+    rows = [{"text": "a great cat", "label": True}, {"text": "an awful cat", "label": False}] * 4
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = a_config(model, tmp_path, method="child-random", learning_rate=1e-6)
+    assert train_run(config, tmp_path / "run").metric["value"] == 1.0
+    assert FinishedRun(tmp_path / "run").about["new_parameters"] == []
+
+
+def test_a_diverged_run_predicts_nothing(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    """Also where the loss was last logged before the weights went."""
+    options = {"method": "full", "learning_rate": 1e38, "warmup_ratio": 0.0, "batch_size": 96}
+    result = train_run(a_config(tiny_bert, sentiment, **options), tmp_path / "run")
+    assert result.diverged_at == 1 and result.fault is not None
+    run = FinishedRun(tmp_path / "run")
+    for act in (lambda: run.predict(Examples(["a"], None, None)), run.merged):
+        with pytest.raises(ModelError, match="diverged at step 1"):
+            act()

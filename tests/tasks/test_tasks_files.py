@@ -204,3 +204,12 @@ def test_labels_that_are_odd(tmp_path: Path) -> None:
     path = write_labels(tmp_path / "b.jsonl", [f"{number},5" for number in range(30)])
     with pytest.raises(DataError, match="decimal comma in column 'label', such as '0,5'"):
         task_from_files(path, path)
+
+
+@pytest.mark.parametrize("word", ["NA", "None", "null", "N/A"])
+def test_words_for_nothing_beside_numbers(tmp_path: Path, word: str) -> None:
+    path = write_labels(tmp_path / "a.jsonl", ["1.5", "2.0", "2.5", word])
+    with pytest.raises(DataError, match=f"row 4 has no number in column 'label', got '{word}'"):
+        task_from_files(path, path)
+    classes = write_labels(tmp_path / "b.jsonl", ["x", word, "y"])  # a class may be called so
+    assert word in task_from_files(classes, classes).label_names

@@ -163,3 +163,18 @@ def test_encodings_and_separators_are_told(tmp_path: Path, name: str, content: b
 def test_utf_16_with_its_mark_and_spaces_around_names(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(" text , label\nä,b\n".encode("utf-16"))
     assert read_rows(tmp_path / "a.csv") == [{"text": "ä", "label": "b"}]
+
+
+def test_quotes_that_would_swallow_lines_are_plain(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"I like it\tpos\nhe said."\tneg\nother\tpos\n')
+    rows = read_rows(tmp_path / "a.tsv")
+    assert [row["label"] for row in rows] == ["pos", "neg", "pos"] and rows[0]["text"] == '"I like it'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"\xff\xfea", "is truncated"), (b"\xef\xbb\xbf", "has no rows")]
+)
+def test_little_more_than_a_mark(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_rows(tmp_path / "a.csv")

@@ -83,7 +83,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="childtuning")
     except ChildTuningError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -99,7 +99,9 @@ def main() -> None:
             message = error.format_message().rstrip()  # type: ignore[attr-defined]
             if not message:  # no arguments: the help has been shown
                 sys.exit(2)
-            _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `childtuning --help`.", 2)
+            context = getattr(error, "ctx", None)
+            command = "childtuning" if context is None else context.command_path
+            _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{command} --help`.", 2)
         if os.environ.get("CHILDTUNING_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {error}. Set CHILDTUNING_DEBUG=1 for a traceback.", 1)

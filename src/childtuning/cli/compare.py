@@ -38,7 +38,7 @@ def run(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        _option(_comparison, "Methods, separated by commas: full,child-d,child-d+r3f,lora:r=8."),
+        _option(_comparison, "Methods, separated by commas: full,child-d,child-d+r3f,lora:rank=8."),
     ] = None,
     seeds: Annotated[int | None, _option(_comparison, "Number of seeds: 0, 1, …  \\[5]")] = None,
     tune_seeds: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import human_bytes, print_facts, print_json, print_table
+from childtuning.cli.printing import human_bytes, print_facts, print_json, print_table, score_text
 from childtuning.errors import DeltaError
 
 NAME = "inspect"
@@ -61,7 +61,7 @@ def _print(content: dict[str, Any], shares: dict[str, float]) -> None:
     facts = {
         "method": content["method"],
         "base model": content["base"],
-        **{name: f"{value:.4f}" for name, value in content["metrics"].items()},
+        **{name: score_text(value) for name, value in content["metrics"].items()},
         "trained": f"{content['trained_parameters']:,} entries (density {content['density']:.4g})",
         "parameters": f"{content['parameters_touched']} touched, {content['parameters_frozen']} frozen",
         "delta": human_bytes(content["delta_bytes"]),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from childtuning.options import Option, options_of, own_first
-from childtuning.runs.config import SECTIONS, RunConfig, read_toml
+from childtuning.runs.config import SECTIONS, RunConfig, by_field, read_toml
 
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list[str]}
 
@@ -68,9 +68,7 @@ def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
 
     A task on the command line replaces the files named in the file, and vice versa.
     """
-    options = (
-        {key.replace("-", "_"): value for key, value in read_toml(config_file).items()} if config_file else {}
-    )
+    options = by_field(read_toml(config_file)) if config_file else {}
     said = explicit(given)
     if "method" in said and said["method"] != options.get("method"):
         options.pop("density", None)  # the file's density is for another method

@@ -19,7 +19,7 @@ def run(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,child-f,child-d",
     density: Annotated[float | None, typer.Option(help="Share of the entries in a child.")] = None,
     granularity: Annotated[str, typer.Option(help="element, row, block or parameter.")] = "element",
-    labels: Annotated[int, typer.Option(help="Classes of the new head.", min=1)] = 2,
+    labels: Annotated[int, typer.Option(help="Classes of the new head.", min=1, max=100_000)] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16.")] = False,
     as_json: o.AsJson = False,
 ) -> None:

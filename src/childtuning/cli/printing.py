@@ -67,6 +67,11 @@ def point_text(point: Mapping[str, Any]) -> str:
     )
 
 
+def score_text(value: float | None) -> str:
+    """Return a score with four digits; a dash if there is none."""
+    return "—" if value is None or value != value else f"{value:.4f}"
+
+
 def human_bytes(count: float) -> str:
     """Return a byte count in human-readable form."""
     for unit in ("B", "kB", "MB"):

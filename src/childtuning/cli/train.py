@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import human_bytes, is_terminal, print_facts, print_json, tell
+from childtuning.cli.printing import human_bytes, is_terminal, print_facts, print_json, score_text, tell
 
 if TYPE_CHECKING:
     from childtuning.runs.folder import RunResult
@@ -65,9 +65,9 @@ def _print(result: RunResult) -> None:
     beside = f", and {num_beside:,} others" if num_beside else ""
     print_facts(
         {
-            **{name: f"{value:.4f}" for name, value in result.metrics.items()},
-            **{f"{name}, held out": f"{value:.4f}" for name, value in (result.held_out or {}).items()},
-            **{f"on {name}": f"{found['accuracy']:.4f}" for name, found in result.elsewhere.items()},
+            **{name: score_text(value) for name, value in result.metrics.items()},
+            **{f"{name}, held out": score_text(value) for name, value in (result.held_out or {}).items()},
+            **{f"on {name}": score_text(found["accuracy"]) for name, found in result.elsewhere.items()},
             "trained": f"{result.trained_parameters:,} entries ({result.density:.1%} of the eligible{beside})",
             "optimizer state": human_bytes(result.state_bytes),
             "delta": human_bytes(result.delta_bytes),

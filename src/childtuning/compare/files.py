@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -107,10 +108,13 @@ def file_system(path: Path) -> str | None:
         resolved = resolved.parent
     resolved = resolved.resolve()
     try:
-        lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:  # not Linux
         return None
-    mounts = [(line.split()[1].replace("\\040", " "), line.split()[2]) for line in lines]
+    fields = [line.split(" ") for line in text.split("\n") if line]
+    mounts = [
+        (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), point), kind) for _, point, kind, *_ in fields
+    ]
     holding = [
         (len(point), place, kind)
         for place, (point, kind) in enumerate(mounts)

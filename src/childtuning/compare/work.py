@@ -111,10 +111,6 @@ def end_with_parent() -> None:
 _OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other runs would fail too
 
 
-class DivergedError(Exception):
-    """The loss of a run is not finite."""
-
-
 def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
     """Train and evaluate, and return the run with its result; an error becomes part of the record.
 
@@ -134,8 +130,6 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
     try:
         config = RunConfig.from_options(run.config)
         result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs)
-        if result.fault is not None:
-            raise DivergedError(result.fault)
         done = replace(
             run,
             state="done",

@@ -43,11 +43,11 @@ class Data:
     data_dir: str | None = option(
         None, "Folder that contains TASK/ with both splits; searched before the hub."
     )
-    train_limit: int | None = option(None, "Maximum number of training examples.", within="(0, inf)")
+    train_limit: int | None = option(None, "Maximum number of training examples.", within="(0, 2147483648)")
     eval_limit: int | None = option(
         None,
         "Maximum number of evaluation examples; also for the held-out ones and each --elsewhere.",
-        within="(0, inf)",
+        within="(0, 2147483648)",
     )
     data_seed: int = option(
         0, "Seed of the draws of --train-limit, --eval-limit and --held-out.", within="[0, 4294967296)"
@@ -99,10 +99,10 @@ class Train:
         3.0, "Passes over the training set.", within="(0, inf)", argument="num_train_epochs"
     )
     batch_size: int = option(
-        16, "Examples per batch.", within="(0, inf)", argument="per_device_train_batch_size"
+        16, "Examples per batch.", within="(0, 2147483648)", argument="per_device_train_batch_size"
     )
     gradient_accumulation: int = option(
-        1, "Batches per optimizer step.", within="(0, inf)", argument="gradient_accumulation_steps"
+        1, "Batches per optimizer step.", within="(0, 2147483648)", argument="gradient_accumulation_steps"
     )
     warmup_ratio: float = option(
         0.1, "Share of the steps used for warm-up.", within="[0, 1)", argument="warmup_steps"
@@ -113,7 +113,7 @@ class Train:
     max_grad_norm: float = option(
         1.0, "Clip gradients to this norm; 0: never.", within="[0, inf)", argument="max_grad_norm"
     )
-    max_length: int = option(128, "Maximum number of tokens per example.", within="(0, inf)")
+    max_length: int = option(128, "Maximum number of tokens per example.", within="(0, 2147483648)")
     precision: Literal["fp32", "bf16", "auto"] = option(
         "fp32", "fp32, bf16 autocast, or auto: bf16 where native."
     )
@@ -127,7 +127,7 @@ class Train:
         0, "Seed of the head, the data order, dropout and masks.", within="[0, 4294967296)", argument="seed"
     )
     save_steps: int | None = option(
-        None, "Steps between checkpoints.", within="(0, inf)", unset="every epoch"
+        None, "Steps between checkpoints.", within="(0, 2147483648)", unset="every epoch"
     )
     report_to: tuple[str, ...] | None = option(None, "Also log to tensorboard, wandb, mlflow, …; repeatable.")
 
@@ -150,8 +150,10 @@ class RunConfig(Train, Child, Model, Data):
 
     def __post_init__(self) -> None:
         faults = settle(self)
-        if self.task is None and (self.train is None or self.eval is None):
+        if self.task is None and self.train is None:
             faults.append("there is nothing to train on. Pass --task NAME, or --train FILE and --eval FILE.")
+        elif self.task is None and self.eval is None:
+            faults.append("there is nothing to measure on. Pass --eval FILE beside --train.")
         if self.task is not None and (self.train is not None or self.eval is not None):
             faults.append("--task and --train/--eval exclude each other. Pass one of them.")
         if self.task is not None:
@@ -222,13 +224,33 @@ class RunConfig(Train, Child, Model, Data):
         """
         known = options_of(cls)
         values: dict[str, Any] = {}
-        for name, value in options.items():
-            name = name.replace("-", "_")
+        for name, value in by_field(options).items():
             if name not in known:
                 raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
             is_number = name == "density" and isinstance(value, str)
             values[name] = known[name].parse(value) if is_number else value
         return cls(**values)
+
+
+def by_field(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under the names of their fields: ``max-length`` is ``max_length``, ``lr`` ``learning_rate``.
+
+    Raises:
+        ConfigError: one is given under two names.
+    """
+    spelled = {
+        flag.strip("-").replace("-", "_"): one.name
+        for one in options_of(RunConfig).values()
+        for flag in one.flags
+    }
+    found: dict[str, Any] = {}
+    for given, value in options.items():
+        name = given.replace("-", "_")
+        name = spelled.get(name, name)
+        if name in found:
+            raise ConfigError(f"option {name!r} is given twice, also as {given!r}. Keep one of the two.")
+        found[name] = value
+    return found
 
 
 def json_ready(value: Any) -> Any:
@@ -252,7 +274,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"config file {str(path)!r} cannot be read ({fault.strerror}). Check the path."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+    except ValueError as fault:  # not TOML, not UTF-8, or a number of thousands of digits
         raise ConfigError(f"config file {str(path)!r} is not TOML ({fault}). Correct that line.") from None
 
 

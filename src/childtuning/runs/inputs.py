@@ -21,6 +21,7 @@ from childtuning.options import options_of
 from childtuning.runs.config import Data, Model, RunConfig
 from childtuning.runs.folder import CONFIG, START, RunFolder
 from childtuning.tasks import Kind, Split, Task, TransferTask, load_task, load_transfer_task, task_from_files
+from childtuning.tasks.labels import class_name
 from childtuning.training import LoadedModel, Method, Prepared, load_model
 
 
@@ -74,6 +75,7 @@ def load_run_model(config: RunConfig, kind: Kind, label_names: Sequence[str]) ->
         options=kind.model_options(label_names),
         processor_options=kind.processor_options,
         default_processor=kind.default_processor,
+        class_name=class_name,
         seed=config.seed,
     )
     if loaded.new_parameters and not kind.has_new_head:

@@ -12,7 +12,7 @@ from childtuning.child import ChildConfig
 from childtuning.child.eligible import named
 from childtuning.errors import ModelError
 from childtuning.methods import Combination
-from childtuning.training import packaged_model, task_head
+from childtuning.training import Method, packaged_model, task_head
 
 _MOMENTS = 8  # bytes of AdamW's two, float32
 _INDEX, _FLOAT = 4, 4
@@ -84,7 +84,12 @@ def _plan(model: Any, name: str, config: ChildConfig | None, bf16: bool) -> Memo
     density = config.density if config is not None and methods.takes_density else methods.density
     granularity = "element" if config is None else config.granularity
     child = methods.child(ChildConfig(density=density, granularity=granularity))
-    prepared = methods.prepare(model, task_head(model))
+    try:
+        prepared = methods.prepare(model, task_head(model))
+        if any(method.name == "child-pruned" for method in methods.methods):
+            raise NotImplementedError  # its delta holds the zeros outside the child
+    except (NotImplementedError, ModelError):
+        raise ModelError(f"plan cannot count {name!r} without the model's weights. Leave it out.") from None
     sizes = {name: p.numel() for name, p in named(prepared.model).items() if p.requires_grad}
     always = sum(size for name, size in sizes.items() if name in prepared.always)
     chosen = [
@@ -101,6 +106,8 @@ def _plan(model: Any, name: str, config: ChildConfig | None, bf16: bool) -> Memo
     # Single entries are taken out of each dense gradient before the next is formed; rows are formed alone.
     largest = max((sizes[name] for name in chosen), default=0) if granularity == "element" else 0
     gradients = _FLOAT * trained + width * largest if is_fixed else width * trained
-    return MemoryPlan(
-        name, trained, width * everything, gradients, _MOMENTS * trained + masters + indices, width * trained
-    )
+    pulls = any(
+        type(method).inner is not Method.inner for method in methods.methods
+    )  # towards values it keeps
+    optimizer = _MOMENTS * trained + masters + indices + _FLOAT * eligible * pulls
+    return MemoryPlan(name, trained, width * everything, gradients, optimizer, width * trained)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from childtuning.errors import DataError
+from childtuning.errors import DataError, ModelError
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.folder import RunFolder
 from childtuning.runs.inputs import base_model, bits, merged_model, tuned_model
@@ -31,8 +31,16 @@ class FinishedRun(RunFolder):
         super().__init__(path)
         self.progress, self.tell = progress, tell
 
+    def _check_finite(self) -> None:
+        if self.metrics.get("diverged_at") is not None:
+            raise ModelError(
+                f"training of the run in {str(self.path)!r} diverged at step {self.metrics['diverged_at']}: its model "
+                "predicts nothing. Train again with a lower --lr."
+            )
+
     def model(self) -> Any:
         """Return the tuned model."""
+        self._check_finite()
         return tuned_model(self)
 
     def merged(self) -> Any:
@@ -41,6 +49,7 @@ class FinishedRun(RunFolder):
         Raises:
             ModelError: when the modules added by a method cannot be merged into it.
         """
+        self._check_finite()
         return merged_model(self)
 
     def read_input(self, path: str | Path, *, labelled: bool) -> Split:
@@ -58,7 +67,7 @@ class FinishedRun(RunFolder):
             DataError: when the form of the examples differs from the run's.
         """
         self._check_form(examples)
-        model = tuned_model(self)
+        model = self.model()
         return self._predictor(model).predict(model, examples, options or Answers())
 
     def evaluate(self, examples: Split) -> dict[str, float]:
@@ -70,7 +79,7 @@ class FinishedRun(RunFolder):
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
         self._check_form(examples)
-        model = tuned_model(self)
+        model = self.model()
         return self._predictor(model).measure(model, examples, self.about["metrics"])
 
     def _check_form(self, examples: Split) -> None:

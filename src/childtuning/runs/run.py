@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +49,7 @@ from childtuning.training import (
     ChildTrainer,
     LoadedModel,
     ScoreFn,
+    choose_child,
     fisher_sample,
     in_model_order,
 )
@@ -136,8 +137,13 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     return _Begun(task, held_out, loaded, start, predictor)
 
 
-def _diverged_at(log: Sequence[Mapping[str, Any]]) -> int | None:
-    return next((line["step"] for line in log if not math.isfinite(line.get("loss", 0.0))), None)
+def _diverged_at(trainer: ChildTrainer) -> int | None:
+    """Return the step at which a loss was not finite, or the last one if a weight is not."""
+    for line in trainer.state.log_history:
+        if not math.isfinite(line.get("loss", 0.0)):
+            return line["step"]
+    trained = (p for p in trainer.bare_model.parameters() if p.is_floating_point())
+    return None if all(bool(p.isfinite().all()) for p in trained) else trainer.state.global_step
 
 
 def train_run(
@@ -213,7 +219,7 @@ def train_run(
     transformers.set_seed(config.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_seconds = time.perf_counter() - start
-    diverged_at = _diverged_at(trainer.state.log_history)
+    diverged_at = _diverged_at(trainer)
     facts = {
         "fisher_seconds": fisher_seconds,
         "train_seconds": train_seconds,
@@ -412,7 +418,9 @@ def score_run(
         JSON-ready: the file, counts, and for each parameter its mean score and its share in a child of the run's
         density.
     """
-    config = replace(config.resolved(), method="child-d", density=config.density)
+    asked = config.resolved().density
+    # A child that is the whole network is chosen without scores.
+    config = replace(config.resolved(), method="child-d", density=0.5 if asked == 1.0 else asked)
     found: dict[str, Tensor] = {}
 
     def keep(make_fn: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -429,6 +437,9 @@ def score_run(
             config, task.rules, encoded, loaded, Path(folder), progress=progress, scores=keep
         )
         child = trainer.select()
+    if asked == 1.0:
+        whole = replace(config, density=1.0).child()
+        child = choose_child(whole, trainer.bare_model, list, always=trainer.always)
     assert isinstance(child, Child)
     scores = in_model_order(trainer.bare_model, found)
     num_scored = len(fisher_sample(len(encoded), config.fisher_examples, config.seed))

@@ -44,7 +44,7 @@ def guess_columns(columns: Sequence[str]) -> tuple[str, str | None]:
     customary = ", ".join(text if pair is None else f"{text}/{pair}" for text, pair in _KNOWN_COLUMNS)
     raise DataError(
         f"No column has a usual name for text ({customary}), got {', '.join(columns) or 'none'}. "
-        f"Name the text column."
+        f"Name the text column: --text NAME (text=)."
     )
 
 

@@ -97,6 +97,10 @@ def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:
     pillow = _pillow()
     try:
         with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as image_:
+            if image_.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{where or image!s} has more than 8 bits a channel (mode {image_.mode}). Save it with 8."
+                )
             return np.asarray(image_.convert("L" if image_.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError) as fault:
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
@@ -138,7 +142,10 @@ def _image_column(source: Source) -> str | None:
 
 def _from_table(source: Source, label: str, *, labelled: bool) -> Images:
     column = _image_column(source)
-    assert column is not None
+    if column is None:
+        raise DataError(
+            f"{source} has no column of images. Name the kind of task that it is for: --task-kind."
+        )
     source.check_columns(label if labelled else None)
     pixels: list[Path | bytes | NDArray[np.uint8]] = []
     for number, row in enumerate(source.rows, start=1):
@@ -249,11 +256,16 @@ def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
         raise DataError(
             f"{where} must hold one label per image, got shape {list(values.shape)}. Save class numbers."
         )
-    return [class_name(value) for value in values.tolist()]
+    plain = [
+        value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values.tolist()
+    ]
+    return [str(name) for name in convert_labels(plain, "class", where=where, column="labels")]
 
 
 def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.uint8]]:
     """Convert an array of images to a list of uint8 arrays [height, width(, 3)]."""
+    if not values.size:
+        raise DataError(f"{where} has no pixels, shape {list(values.shape)}. Save images.")
     if values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[3] not in (1, 3):
         values = values.transpose(0, 2, 3, 1)
     if values.ndim == 4 and values.shape[3] == 1:

@@ -15,6 +15,7 @@ LabelKind = Literal["class", "number"]
 _MAX_NAMED = 5  # the number of labels that a message lists by name
 _MAX_NUMERIC_CLASSES = 20  # more distinct integers than this are numbers, not classes
 _WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
+_NO_NUMBER = ("na", "n/a", "none", "null")  # beside numbers, what programs write for a missing one
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _INTEGER = re.compile(r"[+-]?\d+")
 
@@ -97,6 +98,16 @@ def convert_labels(
             )
     if kind == "class":
         names = [class_name(value) for value in values]
+        words = [name for name in names if name.lower() in _NO_NUMBER]
+        if (
+            words
+            and len(set(names)) > len(set(words)) + 1
+            and all(name in words or number_of(name) is not None for name in names)
+        ):
+            row = names.index(words[0]) + 1
+            raise DataError(
+                f"{where} row {row} has no number in column {column!r}, got {words[0]!r}. Fill it in or drop the row."
+            )
         spelled = {name for name in names if _DECIMAL_COMMA.fullmatch(name)}
         if len(spelled) > 2 and all(name in spelled or _INTEGER.fullmatch(name) for name in names):
             raise DataError(

@@ -167,7 +167,10 @@ def content_of(path: Path) -> bytes:
 def _decode(content: bytes, path: Path) -> str:
     """Decode UTF-8, or UTF-16 with a byte order mark; refuse other encodings rather than guess."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        content = content.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
+        try:
+            content = content.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            raise DataError(f"{path} is truncated: it begins as UTF-16. Save it as UTF-8.") from None
     if content.startswith(b"PK"):
         raise DataError(f"{path} is a zip archive, such as Excel writes, not text. Export it as CSV (UTF-8).")
     if b"\0" in content:
@@ -208,7 +211,10 @@ def _jsonl_rows(text: str, path: Path) -> list[Row]:
 
 def _tsv_rows(text: str, path: Path) -> list[Row]:
     try:
-        return _delimited_rows(text, path, delimiter="\t")
+        rows = _delimited_rows(text, path, delimiter="\t")
+        # A quote in one line and another in a later one would swallow the lines between.
+        if not any("\t" in value and "\n" in value for row in rows for value in row.values()):
+            return rows
     except DataError:
         if '"' not in text:
             raise
@@ -247,8 +253,9 @@ def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv
 def _check_separator(header: list[str], path: Path, delimiter: str) -> None:
     """Refuse a table with a single column whose name contains another format's separator."""
     others = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-    found = next((name for mark, name in others.items() if mark != delimiter and mark in header[0]), None)
-    if len(header) == 1 and found:
+    only = header[0] if len(header) == 1 else ""
+    found = next((name for mark, name in others.items() if mark != delimiter and mark in only), None)
+    if found:
         raise DataError(
             f"{path} has one column, {header[0][:60]!r}: its columns are separated by {found}, not by "
             f"{others[delimiter]} as its name says. Save a .csv with commas, or a .tsv with tabs."

