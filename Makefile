@@ -39,7 +39,7 @@ demo: $(STAMP_DEMO) ## fine-tune the packaged model on the standard library's do
 
 test: $(STAMP_DEV) ## run all tests, and the core's once more without its fast paths (ARGS="-k name" to choose)
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(if $(ARGS),,CHILDTUNING_FAST=0 $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile $(CORE_TESTS))
+	$(if $(ARGS),,CHILDTUNING_FAST=0 $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not nightly" $(CORE_TESTS))
 
 test-slow: $(STAMP_DEV) ## run what test leaves out as well: more variants of kinds that it covers
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile -m "nightly or not nightly" $(ARGS)
