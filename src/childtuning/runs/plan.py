@@ -84,12 +84,17 @@ def _plan(model: Any, name: str, config: ChildConfig | None, bf16: bool) -> Memo
     density = config.density if config is not None and methods.takes_density else methods.density
     granularity = "element" if config is None else config.granularity
     child = methods.child(ChildConfig(density=density, granularity=granularity))
+    cannot = ModelError(f"plan cannot count {name!r} without the model's weights. Leave it out.")
+    if any(method.name == "child-pruned" for method in methods.methods):
+        raise cannot  # its delta holds the zeros outside the child
     try:
         prepared = methods.prepare(model, task_head(model))
-        if any(method.name == "child-pruned" for method in methods.methods):
-            raise NotImplementedError  # its delta holds the zeros outside the child
-    except (NotImplementedError, ModelError):
-        raise ModelError(f"plan cannot count {name!r} without the model's weights. Leave it out.") from None
+    except NotImplementedError:
+        raise cannot from None
+    except ModelError as fault:
+        if "meta tensor" in str(fault):
+            raise cannot from None
+        raise
     sizes = {name: p.numel() for name, p in named(prepared.model).items() if p.requires_grad}
     always = sum(size for name, size in sizes.items() if name in prepared.always)
     chosen = [
@@ -106,8 +111,7 @@ def _plan(model: Any, name: str, config: ChildConfig | None, bf16: bool) -> Memo
     # Single entries are taken out of each dense gradient before the next is formed; rows are formed alone.
     largest = max((sizes[name] for name in chosen), default=0) if granularity == "element" else 0
     gradients = _FLOAT * trained + width * largest if is_fixed else width * trained
-    pulls = any(
-        type(method).inner is not Method.inner for method in methods.methods
-    )  # towards values it keeps
+    # L2-SP and RecAdam keep the values that they pull towards.
+    pulls = any(type(method).inner is not Method.inner for method in methods.methods)
     optimizer = _MOMENTS * trained + masters + indices + _FLOAT * eligible * pulls
     return MemoryPlan(name, trained, width * everything, gradients, optimizer, width * trained)

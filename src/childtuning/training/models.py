@@ -133,6 +133,7 @@ def load_model(
         options: options of the model's configuration, including the number and names of labels.
         processor_options: options of the processor.
         default_processor: makes a processor from the model's configuration if the folder has none; may return ``None``.
+        class_name: returns the one spelling of a class, to compare the checkpoint's labels with the task's.
         seed: the seed of a new head's initialisation.
     Raises:
         ModelError: when there is no such model, or it does not support this kind of task.
