@@ -202,14 +202,17 @@ def test_labels_that_are_odd(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud83d"}\n')
     assert task_from_files(tmp_path / "a.jsonl", tmp_path / "a.jsonl").label_names == ("?", "x")
     path = write_labels(tmp_path / "b.jsonl", [f"{number},5" for number in range(30)])
-    with pytest.raises(DataError, match="decimal comma in column 'label', such as '0,5'"):
+    with pytest.raises(DataError, match="row 1 must have a finite number in column 'label', got '0,5'"):
         task_from_files(path, path)
 
 
 @pytest.mark.parametrize("word", ["NA", "None", "null", "N/A"])
 def test_words_for_nothing_beside_numbers(tmp_path: Path, word: str) -> None:
     path = write_labels(tmp_path / "a.jsonl", ["1.5", "2.0", "2.5", word])
-    with pytest.raises(DataError, match=f"row 4 has no number in column 'label', got '{word}'"):
+    with pytest.raises(DataError, match=f"row 4 must have a finite number in column 'label', got '{word}'"):
         task_from_files(path, path)
     classes = write_labels(tmp_path / "b.jsonl", ["x", word, "y"])  # a class may be called so
     assert word in task_from_files(classes, classes).label_names
+    grades = write_labels(tmp_path / "c.jsonl", [word, "1", "2"])
+    assert word in task_from_files(grades, grades).label_names
+    assert word in task_from_files(path, path, label_type="class").label_names

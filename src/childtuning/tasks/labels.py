@@ -24,18 +24,25 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
     """Return whether a column holds classes or numbers to predict.
 
     It holds numbers if every value is a number (or text that parses as one) and some value is fractional
-    or there are more than 20 distinct values; otherwise classes. Booleans are classes.
+    or there are more than 20 distinct values; otherwise classes. Booleans are classes. Words for a missing
+    value (NA, None) do not count, so that they are refused beside numbers and may be classes beside classes.
 
     Example:
         >>> infer_label_kind(["0", "1", "1"]), infer_label_kind(["0.5", 1]), infer_label_kind(range(21))
         ('class', 'number', 'number')
     """
-    numbers = [number_of(value) for value in values]
+    numbers = [_meant_number(value) for value in values if str(value).strip().lower() not in _NO_NUMBER]
     known = [number for number in numbers if number is not None]
     if not known or len(known) < len(numbers):
         return "class"
     fractional = any(math.isfinite(number) and number != int(number) for number in known)
     return "number" if fractional or len(set(known)) > _MAX_NUMERIC_CLASSES else "class"
+
+
+def _meant_number(value: Any) -> float | None:
+    """Return the number that a label is meant to be, also with a decimal comma; ``convert_labels`` refuses that."""
+    is_text = isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip())
+    return number_of(value.replace(",", ".") if is_text else value)
 
 
 def number_of(value: Any) -> float | None:
@@ -97,24 +104,7 @@ def convert_labels(
                 f"Write labels as text or numbers."
             )
     if kind == "class":
-        names = [class_name(value) for value in values]
-        words = [name for name in names if name.lower() in _NO_NUMBER]
-        if (
-            words
-            and len(set(names)) > len(set(words)) + 1
-            and all(name in words or number_of(name) is not None for name in names)
-        ):
-            row = names.index(words[0]) + 1
-            raise DataError(
-                f"{where} row {row} has no number in column {column!r}, got {words[0]!r}. Fill it in or drop the row."
-            )
-        spelled = {name for name in names if _DECIMAL_COMMA.fullmatch(name)}
-        if len(spelled) > 2 and all(name in spelled or _INTEGER.fullmatch(name) for name in names):
-            raise DataError(
-                f"{where} has numbers with a decimal comma in column {column!r}, such as {min(spelled)!r}. "
-                f"Write them with a point."
-            )
-        return names
+        return [class_name(value) for value in values]
     numbers: list[float] = []
     for row, value in enumerate(values, start=1):
         number = number_of(value)
