@@ -24,13 +24,13 @@ from childtuning.runs.config import RunConfig
 
 NAMES = ["glue", "low_resource", "domain_transfer", "task_transfer", *synthetic.odd()]
 SECTIONS = {
-    "glue": ["ranking", "costs", "curves", "places", "overlap", "tuning", "failures", "runs", "reproduce"],
+    "glue": ["ranking", "costs", "curves", "places", "tuning", "runs", "reproduce"],
     "low_resource": ["ranking", "costs", "sizes", "curves", "runs", "reproduce"],
     "domain_transfer": ["ranking", "costs", "transfer", "runs", "reproduce"],
     "task_transfer": ["ranking", "costs", "transfer", "runs", "reproduce"],
     "empty": [],
     "nothing finished": ["runs", "reproduce"],
-    "failed only": ["failures", "runs", "reproduce"],
+    "failed only": ["runs", "reproduce"],
     "one run": ["ranking", "curves", "runs", "reproduce"],
     "one method": ["ranking", "runs", "reproduce"],
     "one seed": ["ranking", "costs", "runs", "reproduce"],

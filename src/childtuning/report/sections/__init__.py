@@ -6,8 +6,6 @@ from childtuning.report.section import MakeSection
 from childtuning.report.sections import (
     costs,
     curves,
-    failures,
-    overlap,
     places,
     ranking,
     reproduce,
@@ -24,9 +22,7 @@ SECTIONS: tuple[MakeSection, ...] = (
     transfer.section,
     curves.section,
     places.section,
-    overlap.section,
     tuning.section,
-    failures.section,
     runs.section,
     reproduce.section,
 )

@@ -1,9 +1,9 @@
-"""Where the child lives: the trained share of each kind of weight in each layer."""
+"""Where the child lives: the trained share of each kind of weight in each layer, and the overlap of children."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from childtuning.compare.overlaps import Place, place_of, short_names
@@ -19,10 +19,16 @@ from childtuning.report.section import Section
 _UNFOLDED = 12  # heat maps shown without unfolding
 
 Totals = dict[str, int]
+Matrix = Sequence[Sequence[float | None]]
 
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
-    """Return the heat maps of layer by kind of weight."""
+    """Return the heat maps of layer by kind of weight, and those of the artifact ``overlap``."""
+    content = [*_shares(evidence), *_overlap(evidence.recorded.artifacts.get("overlap"))]
+    return Section("places", "Where the child lives", "Places", None, content) if content else None
+
+
+def _shares(evidence: Evidence) -> list[Markup]:
     figures, whole = [], []
     for setting in evidence.main:
         totals = _totals([record for record in evidence.records if record.group.task == setting.task])
@@ -32,23 +38,16 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
             else:
                 figures.append(_figure(setting, method, records, totals))
     if not figures:
-        return None
+        return []
     lead = "Share of the entries that were trained, in per cent, over all seeds. Blank: no entry was trained."
     names = list(dict.fromkeys(whole))
     if names:
         verb = "trains" if len(names) == 1 else "train"
         lead += f" Not shown: {numbers.listed(names)}, which {verb} whole parameters."
-    content: list[Any] = [grid(figures[:_UNFOLDED])]
-    if figures[_UNFOLDED:]:
-        content.append(
-            el(
-                "details",
-                el("summary", f"{len(figures) - _UNFOLDED} more"),
-                grid(figures[_UNFOLDED:]),
-                class_="more",
-            )
-        )
-    return Section("places", "Where the child lives", "Places", lead, content)
+    content = [el("p", lead, class_="lead"), grid(figures[:_UNFOLDED])]
+    if rest := figures[_UNFOLDED:]:
+        content.append(el("details", el("summary", f"{len(rest)} more"), grid(rest), class_="more"))
+    return content
 
 
 def _totals(records: Sequence[Record]) -> Totals:
@@ -131,3 +130,49 @@ def _outside(label: str, places: Sequence[Place], shares: dict[Place, float]) ->
 def _percent(share: float) -> str:
     percent = 100 * share
     return f"{percent:.0f}" if percent >= 10 or not percent else f"{percent:.1f}" if percent >= 0.1 else "<.1"
+
+
+def _overlap(overlap: Mapping[str, Any] | None) -> list[Markup]:
+    """Return the heat maps of what the children of several tasks share."""
+    if not overlap:
+        return []
+    tasks = [str(task) for task in overlap["tasks"]]
+    figures = [_pairs("The whole child", tasks, overlap["overall"])]
+    folded = []
+    for key, summary in (("by_layer", "By layer"), ("by_kind", "By kind of weight")):
+        matrices: Mapping[str, Matrix] = overlap.get(key) or {}
+        if not matrices:
+            continue
+        names = short_names(matrices)
+        matrices = {names[label]: matrix for label, matrix in matrices.items()}
+        means = {label: _mean_beside_diagonal(matrix) for label, matrix in matrices.items()}
+        rows = [[value] for value in means.values()]
+        label = f"Mean overlap of two tasks, {summary.lower()}"
+        table = heat_table(
+            label, list(means), ["mean"], rows, numbers.share, low=0.0, high=1.0, corner=key[3:]
+        )
+        figures.append(figure(summary, table, note="mean over pairs of tasks", kind="fitted"))
+        pairs = grid([_pairs(label, tasks, matrix) for label, matrix in matrices.items()])
+        folded.append(el("details", el("summary", f"{summary}, every pair"), pairs, class_="more"))
+    lead = "Entries that the children of two tasks have in common, as a share of the smaller child."
+    density = overlap.get("density")
+    if density is not None:
+        lead += f" Two random children of density {density:g} would share {numbers.share(density)}."
+    title = el("h3", "Overlap of children")
+    return [el("div", title, el("p", lead, class_="lead"), grid(figures), folded, id="overlap")]
+
+
+def _pairs(title: str, tasks: Sequence[str], matrix: Matrix) -> Markup:
+    label = f"Overlap of children, {title}"
+    table = heat_table(label, tasks, tasks, matrix, numbers.share, low=0.0, high=1.0, own=True)
+    return figure(title, table, kind="fitted")
+
+
+def _mean_beside_diagonal(matrix: Matrix) -> float | None:
+    known = [
+        value
+        for i, line in enumerate(matrix)
+        for j, value in enumerate(line)
+        if i != j and not numbers.missing(value)
+    ]
+    return sum(known) / len(known) if known else None  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Every run, in a table that sorts and filters, with what is needed to repeat it."""
+"""Every run, in a table that sorts and filters, with what is needed to repeat it; the failed ones by error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from childtuning.report.section import Section
 from childtuning.report.train_command import train_words
 
 _FIRST = 40  # rows shown until the reader asks for all
+_LINKS = 12  # runs shown for each error without unfolding
 
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
-    """Return the table of runs."""
+    """Return the failed runs by error, and the table of all runs."""
     if not evidence.records:
         return None
     points = list(dict.fromkeys(name for record in evidence.records for name in record.point))
@@ -62,9 +63,51 @@ def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     if len(rows) > _FIRST:
         more = el("button", f"Show all {len(rows):,} runs", type="button", id="runs-more", class_="action")
     scroll = el("div", table, class_="scroll", tabindex=0, role="region", aria_label="Runs, scrolls sideways")
-    content = [_filters(evidence), scroll, more, _dialog(), _details(evidence.records)]
+    content = [_failures(evidence), _filters(evidence), scroll, more, _dialog(), _details(evidence.records)]
     lead = "Select a run to see its configuration and the command that repeats it."
     return Section("runs", "All runs", "Runs", lead, content)
+
+
+def _failures(evidence: Evidence) -> Markup | None:
+    """Return the failed runs, grouped by error."""
+    if not evidence.failed:
+        return None
+    by_error: dict[str, list[Record]] = {}
+    for record in evidence.failed:
+        by_error.setdefault(record.error or "no error was recorded", []).append(record)
+    errors = sorted(by_error.items(), key=lambda item: -len(item[1]))
+    entries = [
+        el("div", el("p", error, class_="error"), _links(evidence, records), class_="failure")
+        for error, records in errors
+    ]
+    verb = "is" if len(evidence.failed) == 1 else "are"
+    lead = (
+        f"{numbers.counted(len(evidence.failed), 'run')} ended with an error and {verb} not included in any figure "
+        f"above. --retry-failed tries again."
+    )
+    return el("div", el("h3", "Failed runs"), el("p", lead), entries, id="failures")
+
+
+def _links(evidence: Evidence, records: list[Record]) -> Markup:
+    links = [el("li", _link(evidence, record)) for record in records]
+    shown = el("ul", links[:_LINKS], class_="runs")
+    if len(links) <= _LINKS:
+        return shown
+    rest = el(
+        "details", el("summary", f"{len(links) - _LINKS} more"), el("ul", links[_LINKS:], class_="runs")
+    )
+    return el("div", shown, rest)
+
+
+def _link(evidence: Evidence, record: Record) -> Markup:
+    words = [
+        evidence.group_label(record.group),
+        record.group.method,
+        f"seed {record.seed}",
+        numbers.point(record.point),
+    ]
+    text = ", ".join(filter(None, words))
+    return el("a", text, href=f"#run-{record.id}")
 
 
 def _header(name: str, is_text: bool) -> Markup:
