@@ -45,7 +45,7 @@ def test_peak_memory_sees_what_came_and_went() -> None:
     # In a process of its own: one that has freed much before would serve the block from what it kept.
     script = (
         "import numpy\n"
-        "from childtuning.runs.run import peak_memory_bytes, reset_peak_memory\n"
+        "from childtuning.runs.log import peak_memory_bytes, reset_peak_memory\n"
         "reset_peak_memory()\n"
         "before = peak_memory_bytes()\n"
         "block = numpy.ones(60_000_000, dtype=numpy.float32)\n"

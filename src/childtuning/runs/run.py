@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,14 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerCallback
 
 from childtuning.child import Child
 from childtuning.child.eligible import matches
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError, did_you_mean
 from childtuning.optim.processes import is_main_process, wait_for_all
-from childtuning.runs.config import RunConfig, json_ready
+from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
     CHECKPOINTS,
@@ -33,7 +29,6 @@ from childtuning.runs.folder import (
     METHOD_FILES,
     METRICS,
     START,
-    TENSORBOARD,
     RunFolder,
     RunResult,
     check_output,
@@ -44,6 +39,7 @@ from childtuning.runs.folder import (
     write_text,
 )
 from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
+from childtuning.runs.log import RunLog, peak_memory_bytes, reset_peak_memory, trackers
 from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
 from childtuning.training import (
     ChildTrainer,
@@ -307,97 +303,6 @@ def _describe(child: Any) -> str:
             f"the child trains {child.num_trained:,} of {child.num_eligible:,} entries ({child.density:.1%})"
         )
     return f"each step trains a fresh random {child.density:.1%} of the entries"
-
-
-class RunLog(TrainerCallback):
-    """Append every log entry of the trainer to a file.
-
-    Args:
-        path: the file; its folder exists once training starts.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove entries that an interrupted run logged after the checkpoint it now resumes from."""
-        if state.is_world_process_zero and self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [
-                line
-                for line in lines
-                if line.endswith("\n") and json.loads(line)["step"] <= state.global_step
-            ]
-            self._path.write_text("".join(kept if state.global_step else []), encoding="utf-8")
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        """Write one line; stop training if the loss is not finite."""
-        if state.is_world_process_zero and logs:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(json_ready({"step": state.global_step, **logs})) + "\n")
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
-            control.should_training_stop = True
-
-
-def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """Return callbacks that log to TensorBoard and similar trackers; TensorBoard's files are in the run's folder.
-
-    Args:
-        names: as in the Trainer's ``report_to``.
-        folder: the run's folder.
-    Raises:
-        ConfigError: when a tracker is unknown to the Trainer or not installed.
-    """
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    found: list[TrainerCallback] = []
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = sorted(INTEGRATION_TO_CALLBACK)
-            raise ConfigError(f"report_to has no tracker {name!r}. {did_you_mean(name, known)}")
-        try:
-            callback = INTEGRATION_TO_CALLBACK[name]()
-        except (ImportError, RuntimeError) as fault:
-            reason = " ".join(str(fault).split())
-            raise ConfigError(
-                f"report_to {name!r} is not installed ({reason}) Install it, or leave it out."
-            ) from None
-        if name == "tensorboard":
-            callback.logging_dir = str(folder / TENSORBOARD)
-        found.append(callback)
-    return found
-
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def reset_peak_memory() -> None:
-    """Reset the peak; if the system does not support it, the peak remains that of the whole process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak since ``reset_peak_memory``, in bytes; 0 if the system does not report it."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        if sys.platform == "win32":
-            return 0
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def score_run(
