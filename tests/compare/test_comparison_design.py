@@ -51,7 +51,7 @@ def test_grids_are_of_all_methods_or_of_one() -> None:
     [
         ("lr", "the grid takes NAME=VALUE"),
         ("lr=", "the grid takes NAME=VALUE"),
-        ("lr=fast", "learning_rate must be a number, got 'fast'"),
+        ("lr=fast", "learning_rate must be a number, or auto, got 'fast'"),
         ("epochz=3", "Did you mean 'epochs'"),
         ("batch_size=1.5", "batch_size must be a whole number"),
         ("seed=1,2", "the grid cannot hold 'seed'. Pass --seeds"),
@@ -181,3 +181,20 @@ def test_domain_transfer_scores_on_what_is_there(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="contains none of mnli"):
         inference_splits(tmp_path / "rte")
+
+
+def test_earlier_comparisons_keep_the_rate_that_they_had() -> None:
+    now = asked(methods=["full"])
+    assert {run.config["learning_rate"] for run in now.first_runs} == {"auto"}
+    before = {name: value for name, value in now.to_dict().items() if name != "defaults"}
+    old = Comparison.from_dict(before)
+    assert {(run.config["learning_rate"], run.config["epochs"]) for run in old.first_runs} == {(2e-5, 3.0)}
+    assert Comparison.from_dict(now.to_dict()) == now
+    assert not {run.id for run in old.first_runs} & {run.id for run in now.first_runs}
+    named = asked(methods=["full"], options={"learning_rate": 2e-5, "epochs": 3.0})
+    assert [run.id for run in named.first_runs] == [run.id for run in old.first_runs]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocols_keep_the_numbers_of_the_paper(name: str) -> None:
+    assert PROTOCOLS[name].options == {"learning_rate": 2e-5, "epochs": 3.0}

@@ -294,9 +294,8 @@ def test_every_run_can_be_done_again() -> None:
 
 
 def test_the_command_leaves_defaults_out() -> None:
-    assert (
-        train_words({"task": "rte", "epochs": 3.0, "mass": 0.9, "compile": False, "seed": 0}) == "--task rte"
-    )
+    given = {"task": "rte", "epochs": 3.0, "mass": 0.9, "compile": False, "seed": 0, "learning_rate": "auto"}
+    assert train_words(given) == "--task rte --epochs 3.0"
 
 
 def test_what_all_runs_share_stands_once(page) -> None:

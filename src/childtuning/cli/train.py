@@ -28,6 +28,9 @@ def run(
         bool,
         typer.Option("--resume", help="Continue a run that was stopped; the result is bitwise the same."),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what was understood of the examples, and stop.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")
     ] = False,
@@ -42,9 +45,16 @@ def run(
 
         childtuning train --train a.csv --eval b.jsonl --text review --label stars --output runs/mine
     """
-    from childtuning.runs import train_run
+    from childtuning.runs import train_run, understand_run
 
     settings = o.run_config(config, given)
+    if dry_run:
+        found = understand_run(settings, tell=tell)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            print(*found.lines(), sep="\n")
+        return
     name = settings.task or Path(settings.train or "").name.split(".")[0]
     method = re.sub(r"[^\w.+-]+", "-", settings.method)  # some file systems forbid other characters
     folder = output or Path("runs") / f"{name}-{method}-{settings.seed}"
@@ -55,17 +65,25 @@ def run(
         print_json(result.to_dict())
     else:
         _print(result)
+    for remark in result.remarks:
+        tell(f"warning: {remark}")
     if result.fault is not None:
         tell(f"childtuning: {result.fault}")
         raise typer.Exit(1)
+    if not as_json:
+        tell(f"Next: childtuning predict {result.output} --input FILE")
+        tell(f"      childtuning merge {result.output} --output MODEL_DIR")
 
 
 def _print(result: RunResult) -> None:
     num_beside = result.trained_parameters - result.child_parameters
+    constant = result.constant or {}
     beside = f", and {num_beside:,} others" if num_beside else ""
     print_facts(
         {
-            **{name: score_text(value) for name, value in result.metrics.items()},
+            **{
+                name: _beside(score_text(value), constant.get(name)) for name, value in result.metrics.items()
+            },
             **{f"{name}, held out": score_text(value) for name, value in (result.held_out or {}).items()},
             **{f"on {name}": score_text(found["accuracy"]) for name, found in result.elsewhere.items()},
             "trained": f"{result.trained_parameters:,} entries ({result.density:.1%} of the eligible{beside})",
@@ -75,4 +93,10 @@ def _print(result: RunResult) -> None:
             "peak memory": human_bytes(result.peak_memory_bytes),
             "run": result.output,
         }
+    )
+
+
+def _beside(score: str, constant: float | None) -> str:
+    return (
+        score if constant is None else f"{score}  (the same answer for every example: {score_text(constant)})"
     )

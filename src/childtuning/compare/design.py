@@ -43,7 +43,9 @@ _FIXED = {  # options that a grid cannot contain -> the remedy
 }
 SELECTIONS = ("held-out", "reported")
 _NOT_IDENTITY = ("data_dir", "save_steps", "report_to")
-_DEFAULTS = {option.name: option.default for option in fields(RunConfig)}
+PAPER = {"learning_rate": 2e-5, "epochs": 3.0}
+"""The paper's training, which every run had by default before rates and epochs were chosen by the run itself."""
+_DEFAULTS = {option.name: option.default for option in fields(RunConfig)} | PAPER
 
 
 @dataclass(frozen=True)
@@ -231,12 +233,15 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""
-        return asdict(self)
+        return {**asdict(self), "defaults": "auto"}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Return the comparison whose fields ``to_dict`` returned."""
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+        if "defaults" not in values:
+            values["options"] = {**PAPER, **values.get("options", {})}
+        values.pop("defaults", None)
         return cls(**values)
 
 

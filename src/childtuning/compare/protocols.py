@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from childtuning.compare.design import Comparison, read_grid, read_methods, read_sizes
+from childtuning.compare.design import PAPER, Comparison, read_grid, read_methods, read_sizes
 from childtuning.errors import ConfigError, did_you_mean
 
 _GLUE_SMALL = ("cola", "rte", "mrpc", "stsb")
@@ -31,14 +31,14 @@ class Protocol:
     Attributes:
         summary: one line for listings.
         settings: fields of ``Comparison``.
-        options: options of all runs.
+        options: options of all runs; the paper's rate and epochs.
         scores_elsewhere: score every network on the other language-inference tasks of the data folder.
         overlaps: measure how far the children of different tasks overlap.
     """
 
     summary: str
     settings: Mapping[str, Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=lambda: PAPER)
     scores_elsewhere: bool = False
     overlaps: bool = False
 

@@ -133,7 +133,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
         done = replace(
             run,
             state="done",
-            result=json_ready(result.to_dict() | {"output": str(folder) if keep else None}),
+            result=json_ready(result.to_dict() | {"output": str(folder) if keep else None, "understood": {}}),
             curve=_curve(folder / "log.jsonl"),
             parts=_parts(folder),
         )

@@ -62,6 +62,12 @@ class Combination:
         return next((method.density for method in self.methods if method.part == "child"), 1.0)
 
     @property
+    def rate(self) -> float:
+        """The learning rate that suits them, as a multiple of full tuning's: that of added modules, or of the child."""
+        parts = {method.part: method.rate for method in self.methods}
+        return parts.get("modules", parts.get("child", 1.0))
+
+    @property
     def takes_density(self) -> bool:
         """Whether a method trains a share of the entries, which the user may set."""
         return any(method.part == "child" and method.density < 1 for method in self.methods)

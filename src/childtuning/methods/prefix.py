@@ -31,6 +31,7 @@ class Prefix(VirtualTokens):
     summary = "train virtual keys and values in every layer, and the head (PEFT)"
     source = "Li & Liang 2021, arXiv 2101.00190"
     trains = "keys and values of virtual tokens, in every layer"
+    rate = 200.0
     memory = "2n state, n values"
 
     def peft_config(self, model: Any, task_type: str | None, head: list[str]) -> Any:

@@ -28,6 +28,7 @@ class Prompt(VirtualTokens):
     summary = "train virtual tokens in front of the input, and the head (PEFT)"
     source = "Lester et al. 2021, arXiv 2104.08691"
     trains = "embeddings of virtual tokens"
+    rate = 200.0
     memory = "2n state, n values"
 
     start: str = "vocabulary"

@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from childtuning.runs.config import RunConfig
     from childtuning.runs.predict import FinishedRun
-    from childtuning.runs.run import score_run, train_run
+    from childtuning.runs.run import score_run, train_run, understand_run
 
-__all__ = ["FinishedRun", "RunConfig", "score_run", "train_run"]
-_HOMES = {"FinishedRun": "predict", "RunConfig": "config", "score_run": "run", "train_run": "run"}
+__all__ = ["FinishedRun", "RunConfig", "score_run", "train_run", "understand_run"]
+_HOMES = {
+    "FinishedRun": "predict",
+    "RunConfig": "config",
+    "score_run": "run",
+    "train_run": "run",
+    "understand_run": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

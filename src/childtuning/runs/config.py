@@ -86,17 +86,21 @@ class Child(ChildOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Training hyperparameters. The defaults are those of the paper's protocol, if it specifies them."""
+    """Training hyperparameters. Most defaults are those of the paper's protocol; it uses rate 2e-5 and 3 epochs."""
 
-    learning_rate: float = option(
-        2e-5,
-        "Peak learning rate, after the warm-up and before a linear decay to 0.",
+    learning_rate: float | Literal["auto"] = option(
+        "auto",
+        "Peak learning rate, after the warm-up and before a linear decay to 0; auto: by the width of the model and "
+        "by method.",
         flags=("--learning-rate", "--lr"),
         within="(0, inf)",
         argument="learning_rate",
     )
-    epochs: float = option(
-        3.0, "Passes over the training set.", within="(0, inf)", argument="num_train_epochs"
+    epochs: float | Literal["auto"] = option(
+        "auto",
+        "Passes over the training set; auto: by its size, 3 to 20.",
+        within="(0, inf)",
+        argument="num_train_epochs",
     )
     batch_size: int = option(
         16, "Examples per batch.", within="(0, 2147483648)", argument="per_device_train_batch_size"
@@ -217,7 +221,7 @@ class RunConfig(Train, Child, Model, Data):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Make a run from option names and values; a density may be text, as typed.
+        """Make a run from option names and values; a number may be text, as typed.
 
         Raises:
             ConfigError: for an unknown option, or a value of the wrong type or outside its range.
@@ -227,8 +231,8 @@ class RunConfig(Train, Child, Model, Data):
         for name, value in by_field(options).items():
             if name not in known:
                 raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
-            is_number = name == "density" and isinstance(value, str)
-            values[name] = known[name].parse(value) if is_number else value
+            is_typed = isinstance(value, str) and known[name].kind == "float" and known[name].words
+            values[name] = known[name].parse(value) if is_typed else value
         return cls(**values)
 
 

@@ -140,7 +140,7 @@ class RunTests:
 
     @property
     def encoded(self) -> list[Any]:
-        """All evaluation sets, encoded."""
+        """All evaluation sets, encoded; first the dev examples."""
         aside = [] if self._aside is None else [self._aside]
         return [self._dev, *aside, *self._elsewhere_encoded]
 

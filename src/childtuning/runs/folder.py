@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,18 @@ def _check_same(folder: Path, config: RunConfig) -> None:
     before = RunConfig.from_options(read_toml(folder / CONFIG))
     for name in RunConfig.__dataclass_fields__:
         then, now = getattr(before, name), getattr(config, name)
-        if then != now and name not in _NOT_IDENTITY:
+        if then != now != "auto" and name not in _NOT_IDENTITY:
             raise ConfigError(
                 f"the run in {str(folder)!r} was started with {name}={then!r}, got {now!r}. "
                 "Resume with the same options, or pass another output folder."
             )
+
+
+def as_begun(folder: Path, config: RunConfig) -> RunConfig:
+    """Return a run that is continued with what its beginning chose in place of ``auto``."""
+    before = RunConfig.from_options(read_toml(folder / CONFIG))
+    autos = [name for name in RunConfig.__dataclass_fields__ if getattr(config, name) == "auto"]
+    return replace(config, **{name: getattr(before, name) for name in autos})
 
 
 def clear_run(folder: Path) -> None:
@@ -176,6 +183,8 @@ class RunResult:
         train_examples, eval_examples, empty_texts: counts.
         cut_by_length: the number of words or rows (by kind of task) that ``max_length`` truncated in both splits.
         output: the run's folder.
+        learning_rate, epochs: of the training; ``None`` in results of earlier versions.
+        understood: what ``Understood`` describes.
         diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.
     """
 
@@ -201,6 +210,9 @@ class RunResult:
     held_out: dict[str, float] | None = None
     constant: dict[str, float] | None = None
     elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)
+    learning_rate: float | None = None
+    epochs: float | None = None
+    understood: dict[str, Any] = field(default_factory=dict)
     diverged_at: int | None = None
 
     @property
@@ -212,6 +224,18 @@ class RunResult:
             f"training diverged and was stopped: the loss is not finite at step {self.diverged_at}. "
             f"Lower the learning rate (--lr), or train in fp32; the log is {self.output}/log.jsonl."
         )
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know about the score, one line each."""
+        name, value = self.metric["name"], self.metric["value"]
+        constant = (self.constant or {}).get(name)
+        if self.diverged_at is not None or constant is None or value > constant:
+            return []
+        return [
+            f"{name} {value:.3f} is not above {constant:.3f}, the score of one answer for every example: the model has "
+            "learnt nothing. Give it more examples or --epochs, try another --lr, and check the labels."
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""

@@ -31,6 +31,7 @@ from childtuning.runs.folder import (
     START,
     RunFolder,
     RunResult,
+    as_begun,
     check_output,
     clear_run,
     last_checkpoint,
@@ -40,6 +41,7 @@ from childtuning.runs.folder import (
 )
 from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
 from childtuning.runs.log import RunLog, peak_memory_bytes, reset_peak_memory, trackers
+from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
 from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
 from childtuning.training import (
     ChildTrainer,
@@ -63,10 +65,11 @@ def build_trainer(
     progress: bool,
     scores: ScoreFn | None = None,
 ) -> ChildTrainer:
-    """Return the trainer of a run, ready to start."""
+    """Return the trainer of a run whose learning rate and epochs are numbers, ready to start."""
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
+    assert isinstance(config.epochs, float)
     num_steps = int(len(encoded) * config.epochs / (config.batch_size * config.gradient_accumulation))
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
@@ -107,17 +110,20 @@ def build_trainer(
 
 
 class _Begun(NamedTuple):
-    """The state of a run before the child is chosen: examples, model, start, and predictor."""
+    """The state of a run before the child is chosen: the settled options, examples, model, start, and predictor."""
 
+    config: RunConfig
+    reasons: dict[str, str]
     task: Task
     held_out: Split | None
     loaded: LoadedModel
     start: Delta | None
     predictor: Predictor
+    train: Any
 
 
 def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -> _Begun:
-    """Load examples and model, and align the order of labels and the maximum length."""
+    """Load examples and model; align the order of labels, the maximum length, the learning rate and the epochs."""
     task, held_out = inputs.task(config)
     if task.num_empty:
         tell(f"{task.num_empty} rows have empty text; they are kept")
@@ -130,7 +136,36 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     if max_length < config.max_length:
         tell(f"texts are cut at {max_length} tokens: {loaded.name!r} has no more positions")
     predictor = Predictor(task.rules, loaded.processor, task.label_names, max_length, tell=tell)
-    return _Begun(task, held_out, loaded, start, predictor)
+    train = inputs.encoded(config, predictor.encode, task.train, "the training examples")
+    check_tokens(loaded.model, train)
+    config, reasons = choose_training(config, loaded, len(train))
+    return _Begun(config, reasons, task, held_out, loaded, start, predictor, train)
+
+
+def _understood(begun: _Begun, tests: RunTests, trainer: ChildTrainer) -> Understood:
+    found = understood(begun.config, begun.task, begun.held_out, begun.train, tests, begun.reasons)
+    return replace(found, seconds=estimate_seconds(found, begun.config, trainer, begun.train))
+
+
+def understand_run(config: RunConfig, *, tell: Tell = lambda line: None) -> Understood:
+    """Load and check all that a run needs, and describe it, without training; nothing is written.
+
+    Args:
+        config: the options.
+        tell: called with lines for the user.
+    Raises:
+        ConfigError, DataError, ModelError, ParameterError: as ``train_run`` does.
+    """
+    inputs = Inputs()
+    begun = _begin(config.resolved(), inputs, None, tell)
+    tests = RunTests(begun.config, begun.task, begun.held_out, begun.predictor, inputs)
+    for encoded in tests.encoded:
+        check_tokens(begun.loaded.model, encoded)
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer(
+            begun.config, begun.task.rules, begun.train, begun.loaded, Path(folder), progress=False
+        )
+        return _understood(begun, tests, trainer)
 
 
 def _diverged_at(trainer: ChildTrainer) -> int | None:
@@ -176,20 +211,24 @@ def train_run(
     inputs = inputs or Inputs()
     folder = Path(output).expanduser()
     check_output(folder, config, overwrite=overwrite, resume=resume)
+    if resume:
+        config = as_begun(folder, config)
     if resume and (folder / METRICS).is_file():
         tell("the run is already finished; this is its result")
         return RunResult(**RunFolder(folder).metrics)
     begun = _begin(config, inputs, folder if resume else None, tell)
-    task, loaded = begun.task, begun.loaded
-    train = inputs.encoded(config, begun.predictor.encode, task.train, "the training examples")
+    config, task, loaded, train = begun.config, begun.task, begun.loaded, begun.train
     tests = RunTests(config, task, begun.held_out, begun.predictor, inputs)
-    for encoded in (train, *tests.encoded):
+    for encoded in tests.encoded:
         check_tokens(loaded.model, encoded)
     reset_peak_memory()
     labels = _labels(task, loaded)
     trainer = build_trainer(
         config, task.rules, train, loaded, folder, progress=progress, scores=inputs.scores(config)
     )
+    found = _understood(begun, tests, trainer)
+    for line in () if resume else found.lines():
+        tell(line)
     checkpoint = last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
     start = time.perf_counter()
@@ -224,6 +263,7 @@ def train_run(
         "empty_texts": task.num_empty,
         "cut_by_length": train.num_cut + tests.num_cut,
         "diverged_at": diverged_at,
+        "understood": found.to_dict(),
         **(tests.measure(trainer.model) if diverged_at is None else tests.nothing()),
     }
     if is_main:
@@ -272,6 +312,8 @@ def _result(
         method=config.method,
         seed=config.seed,
         metric={"name": task.metrics[0], "value": facts["metrics"][task.metrics[0]]},
+        learning_rate=config.learning_rate,  # type: ignore[arg-type]
+        epochs=config.epochs,  # type: ignore[arg-type]
         density=child.density,
         trained_parameters=delta.num_trained,
         child_parameters=child_parameters,
@@ -334,9 +376,7 @@ def score_run(
 
     inputs = Inputs()
     begun = _begin(config, inputs, None, tell)
-    task, loaded = begun.task, begun.loaded
-    encoded = inputs.encoded(config, begun.predictor.encode, task.train, "the training examples")
-    check_tokens(loaded.model, encoded)
+    config, task, loaded, encoded = begun.config, begun.task, begun.loaded, begun.train
     with TemporaryDirectory() as folder:
         trainer = build_trainer(
             config, task.rules, encoded, loaded, Path(folder), progress=progress, scores=keep

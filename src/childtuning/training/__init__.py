@@ -28,6 +28,7 @@ from childtuning.training.models import (
     num_positions,
     packaged_model,
 )
+from childtuning.training.rates import layer_width, suggested_epochs, suggested_rate
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "fisher_scores",
     "has_fast_bf16",
     "in_model_order",
+    "layer_width",
     "load_classifier",
     "load_model",
     "logits_of",
@@ -55,5 +57,7 @@ __all__ = [
     "output_axes",
     "packaged_model",
     "predicted_labels",
+    "suggested_epochs",
+    "suggested_rate",
     "task_head",
 ]

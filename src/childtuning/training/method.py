@@ -141,6 +141,7 @@ class Method:
         part: what it changes: the ``child`` (which parameters are trained), added ``modules`` (the pretrained network
             is frozen), the ``start`` (weights or layers before training), a term of the ``loss``, or the ``update``.
         density: the default of p.
+        rate: the learning rate that suits it, as a multiple of full tuning's.
         chooses: it sets the parameters that a child is chosen from, so that ``eligible`` patterns are refused.
         acts_on_pretrained: it selects pretrained weights or changes their effect, so that it cannot be combined with
             added modules, which freeze them.
@@ -156,6 +157,7 @@ class Method:
     memory: ClassVar[str]
     part: ClassVar[Part]
     density: ClassVar[float] = 1.0
+    rate: ClassVar[float] = 1.0
     chooses: ClassVar[bool] = False
     acts_on_pretrained: ClassVar[bool] = False
     whole_gradients: ClassVar[bool] = False

@@ -1,0 +1,259 @@
+"""What a run has understood before it starts: its examples, and the learning rate and epochs chosen for them."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from childtuning.optim.processes import num_processes
+from childtuning.runs.config import RunConfig
+from childtuning.runs.evaluate import RunTests
+from childtuning.tasks import Columns, Split, Task
+from childtuning.training import ChildTrainer, LoadedModel, layer_width, suggested_epochs, suggested_rate
+
+_NAMED = 12  # classes that a line lists
+_FEW = 5  # examples; with fewer, a class is rare
+_BACKWARD = 3  # a training step takes about three forward passes
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What a run has understood of its options and examples.
+
+    Attributes:
+        task, kind, columns: the task's.
+        train_examples, eval_examples, held_out_examples: counts.
+        classes: class -> its examples in training and in evaluation; ``None`` without classes.
+        values: least, mean and largest target in training; ``None`` unless targets are numbers.
+        tokens: median and most tokens of the training examples; ``None`` for images.
+        cut_by_length: training words or rows (by kind of task) that ``max_length`` truncates.
+        duplicates: evaluation examples that the model sees like a training example.
+        examples: the first training example of each of two classes, with its label.
+        method, learning_rate, epochs, steps: of the training.
+        reasons: option -> why it has its value, for those chosen by the run.
+        seconds: an estimate of the time to choose the child, train and evaluate; ``None`` where it was not made.
+        warnings: what looks wrong, one line each.
+    """
+
+    task: str
+    kind: str
+    columns: dict[str, Any]
+    train_examples: int
+    eval_examples: int
+    held_out_examples: int
+    classes: dict[str, list[int]] | None
+    values: list[float] | None
+    tokens: list[int] | None
+    cut_by_length: int
+    duplicates: int
+    examples: list[list[str]]
+    method: str
+    learning_rate: float
+    epochs: float
+    steps: int
+    reasons: dict[str, str]
+    seconds: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields."""
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """Yield what a user should check, a line each."""
+        named = [f"{name} {column!r}" for name, column in self.columns.items() if column]
+        yield f"task        {', '.join([self.kind, *named])}"
+        yield f"training    {self._counts(self.train_examples, 0)}"
+        yield f"evaluation  {self._counts(self.eval_examples, 1)}"
+        if self.tokens is not None:
+            cut = f"{self.cut_by_length} are cut" if self.cut_by_length else "none is cut"
+            yield f"length      median {self.tokens[0]} tokens, longest {self.tokens[1]}; {cut}"
+        for shown, label in self.examples:
+            yield f"example     {shown!r} → {label}"
+        chosen = [
+            f"learning rate {self.learning_rate:g}{self._reason('learning_rate')}",
+            f"{self.epochs:g} epochs{self._reason('epochs')}, {self.steps:,} steps",
+        ]
+        yield f"method      {self.method}: {'; '.join(chosen)}"
+        if self.seconds is not None:
+            yield f"time        about {_duration(self.seconds)}"
+        for warning in self.warnings:
+            yield f"warning: {warning}"
+
+    def _counts(self, examples: int, column: int) -> str:
+        if self.classes is None:
+            found = "" if self.values is None or column else ", from {:g} to {:g}, mean {:.3g}"
+            least, mean, largest = self.values or (0, 0, 0)
+            return f"{examples:,} examples{found.format(least, largest, mean)}"
+        counts = sorted(self.classes.items(), key=lambda item: -item[1][column])
+        words = [f"{name} {both[column]:,}" for name, both in counts[:_NAMED]]
+        rest = f", and {len(counts) - _NAMED:,} more classes" if counts[_NAMED:] else ""
+        return f"{examples:,} examples: {', '.join(words)}{rest}"
+
+    def _reason(self, name: str) -> str:
+        return f" ({self.reasons[name]})" if name in self.reasons else ""
+
+
+def choose_training(
+    config: RunConfig, loaded: LoadedModel, num_examples: int
+) -> tuple[RunConfig, dict[str, str]]:
+    """Return a run with its learning rate and epochs as numbers, and why: option -> reason for those that were auto."""
+    reasons: dict[str, str] = {}
+    chosen: dict[str, float] = {}
+    if config.learning_rate == "auto":
+        chosen["learning_rate"] = suggested_rate(loaded.model, config.methods().rate)
+        reasons["learning_rate"] = f"auto: layers of width {layer_width(loaded.model)}"
+    if config.epochs == "auto":
+        processes = max(num_processes(), int(os.environ.get("WORLD_SIZE", "1")))
+        batch = config.batch_size * config.gradient_accumulation * processes
+        chosen["epochs"] = float(suggested_epochs(num_examples, batch))
+        reasons["epochs"] = f"auto: {num_examples:,} examples"
+    return replace(config, **chosen), reasons  # type: ignore[arg-type]
+
+
+def understood(
+    config: RunConfig,
+    task: Task,
+    held_out: Split | None,
+    train: Any,
+    tests: RunTests,
+    reasons: dict[str, str],
+) -> Understood:
+    """Describe a run.
+
+    Args:
+        config: with its learning rate and epochs as numbers.
+        task: its examples.
+        held_out: the held-out training examples.
+        train: the encoded training examples.
+        tests: the encoded evaluation examples.
+        reasons: as ``choose_training`` returns them.
+    """
+    assert isinstance(config.epochs, float) and isinstance(config.learning_rate, float)
+    labels, dev_labels = _labels(task.train), _labels(task.dev)
+    classes = values = None
+    if task.rules.has_classes:
+        here, there = Counter(map(str, labels)), Counter(map(str, dev_labels))
+        classes = {name: [here[name], there[name]] for name in task.label_names}
+    elif labels and isinstance(labels[0], float):
+        values = [min(labels), sum(labels) / len(labels), max(labels)]
+    is_text = "input_ids" in train[0]
+    seen = {tuple(row["input_ids"]) for row in train} if is_text else set()
+    duplicates = sum(tuple(row["input_ids"]) in seen for row in tests.encoded[0]) if is_text else 0
+    batches = math.ceil(len(train) / config.batch_size)
+    found = Understood(
+        task=task.name,
+        kind=task.kind,
+        columns=_columns(task.columns),
+        train_examples=len(train),
+        eval_examples=len(tests.encoded[0]),
+        held_out_examples=0 if held_out is None else len(held_out),
+        classes=classes,
+        values=values,
+        tokens=[int(median(train.lengths)), max(train.lengths)] if is_text else None,
+        cut_by_length=train.num_cut,
+        duplicates=duplicates,
+        examples=_examples(task.train),
+        method=config.method,
+        learning_rate=config.learning_rate,
+        epochs=config.epochs,
+        steps=math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs),
+        reasons=reasons,
+    )
+    return replace(found, warnings=list(_warnings(found, task, len(seen))))
+
+
+def _warnings(found: Understood, task: Task, distinct: int) -> Iterator[str]:
+    if found.duplicates:
+        all_of = "all" if found.duplicates == found.eval_examples else f"{found.duplicates:,}"
+        yield (
+            f"{all_of} of the {found.eval_examples:,} evaluation examples are also in training, so the score says "
+            "too little about new ones. Evaluate on others."
+        )
+    for name in ("text", "text_pair"):
+        texts = getattr(task.train, name, None)
+        if isinstance(texts, list) and len(texts) > 1 and len(set(texts)) == 1:
+            column = found.columns.get(name) or name
+            yield f"every training example has the same {column!r}: {texts[0][:60]!r}. Name another column."
+    if distinct == 1 < found.train_examples:
+        yield "the model sees the same tokens in every training example. Raise --max-length, or check the text."
+    if found.classes is None:
+        if found.values is not None and found.values[0] == found.values[2]:
+            yield f"every training target is {found.values[0]:g}, so there is nothing to learn. Name another column."
+        return
+    counts = [train for train, _ in found.classes.values()]
+    if len(counts) > max(20, found.train_examples / 2):
+        yield (
+            f"the label has {len(counts):,} classes in {found.train_examples:,} examples: perhaps it is an id, or a "
+            "number (--label-type number)."
+        )
+    elif rare := [name for name, (train, _) in found.classes.items() if train < _FEW]:
+        more = f" and {len(rare) - 3} others" if rare[3:] else ""
+        yield f"fewer than {_FEW} training examples have the label {', '.join(rare[:3])}{more}: it is hardly learnt."
+
+
+def estimate_seconds(found: Understood, config: RunConfig, trainer: ChildTrainer, train: Any) -> float:
+    """Estimate the time to choose the child, train and evaluate, from a forward pass; it leaves no trace."""
+    model, rows = trainer.bare_model, sorted(range(len(train)), key=train.lengths.__getitem__)
+    start = max(0, len(rows) // 2 - config.batch_size // 2)
+    batch = trainer.data_collator([train[row] for row in rows[start : start + config.batch_size]])
+    inputs = trainer._prepare_inputs(batch)
+    was_training = model.training
+    model.eval()
+    spent = []
+    try:
+        with torch.no_grad():
+            for _ in range(2):  # the first one also warms up
+                begun = time.perf_counter()
+                model(**inputs)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                spent.append(time.perf_counter() - begun)
+    finally:
+        model.train(was_training)
+    child = config.child()
+    scores = child.variant == "task-driven" and child.scores == "fisher" and child.density != 1.0
+    passes = _BACKWARD * (found.epochs + scores) * found.train_examples + found.eval_examples
+    return min(spent) * passes / len(inputs[next(iter(inputs))])
+
+
+def _labels(split: Split) -> list[Any]:
+    """Return the labels of all examples, or of all their words."""
+    labels = getattr(split, "labels", None) or getattr(split, "tags", None) or []
+    return [label for one in labels for label in (one if isinstance(one, (list, tuple)) else [one])]
+
+
+def _columns(columns: Columns) -> dict[str, Any]:
+    return {"text": columns.text, "text_pair": columns.text_pair, "label": columns.label}
+
+
+def _examples(split: Split) -> list[list[str]]:
+    """The first example, and the first with another label."""
+    labels = (
+        getattr(split, "labels", None) or getattr(split, "tags", None) or getattr(split, "responses", None)
+    )
+    if not labels:
+        return [[split.shown(0), "…"]]
+    other = next((row for row, label in enumerate(labels) if label != labels[0]), None)
+    rows = [0] if other is None else [0, other]
+    return [[split.shown(row), _short(labels[row])] for row in rows]
+
+
+def _short(label: Any) -> str:
+    text = " ".join(label) if isinstance(label, (list, tuple)) else str(label)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 50:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,123 @@
+"""What a run says of its examples before it starts, and what it chooses for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from childtuning.cli import app
+from childtuning.errors import ConfigError
+from childtuning.runs import RunConfig, train_run, understand_run
+from childtuning.runs.folder import RunFolder
+from childtuning.runs.understood import Understood
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def understand(model: Path, folder: Path, train: list[Any], dev: list[Any], **options: Any) -> Understood:
+    files = {"train": write(folder, "train.jsonl", train), "eval": write(folder, "dev.jsonl", dev)}
+    return understand_run(RunConfig(model=str(model), **files, **options))
+
+
+def rows(texts: list[str], labels: list[Any]) -> list[dict[str, Any]]:
+    return [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+
+
+GOOD = rows(
+    [f"a fine day {i}" for i in range(8)] + [f"a bad day {i}" for i in range(6)], ["+"] * 8 + ["-"] * 6
+)
+OTHERS = rows(["what a day", "so bad a film"], ["+", "-"])
+
+
+def test_what_is_understood(tiny_bert: Path, tmp_path: Path) -> None:
+    found = understand(tiny_bert, tmp_path, GOOD, OTHERS, batch_size=4)
+    assert (found.kind, found.columns["text"], found.columns["label"]) == ("classification", "text", "label")
+    assert (found.train_examples, found.eval_examples, found.classes) == (14, 2, {"+": [8, 1], "-": [6, 1]})
+    assert found.examples == [["a fine day 0", "+"], ["a bad day 0", "-"]]
+    assert (found.epochs, found.steps, found.warnings, found.duplicates) == (20, 80, [], 0)
+    assert set(found.reasons) == {"learning_rate", "epochs"} and found.seconds > 0  # type: ignore[operator]
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "words"),
+    [
+        (GOOD, [GOOD[0], GOOD[-1]], "all of the 2 evaluation examples are also in training"),
+        (GOOD, [GOOD[0], *OTHERS], "1 of the 3 evaluation examples are also in training"),
+        (rows(["the same"] * 10, ["+", "-"] * 5), OTHERS, "every training example has the same 'text'"),
+        (
+            rows([f"day {i}" for i in range(30)], [f"id{i}" for i in range(30)]),
+            rows(["a day"], ["id3"]),
+            "the label has 30 classes in 30 examples: perhaps it is an id",
+        ),
+        (GOOD + rows(["rare"], ["?"]), OTHERS, "fewer than 5 training examples have the label ?"),
+        (
+            rows(["a", "b", "c"], [1.5, 1.5, 1.5]),
+            rows(["d", "e"], [1.0, 2.5]),
+            "every training target is 1.5",
+        ),
+    ],
+)
+def test_what_looks_wrong_is_said(
+    tiny_bert: Path, tmp_path: Path, train: list[Any], dev: list[Any], words: str
+) -> None:
+    found = understand(tiny_bert, tmp_path, train, dev)
+    assert [words in warning for warning in found.warnings].count(True) == 1
+    assert any(words in line for line in found.lines())
+
+
+def test_a_rate_that_is_named_is_kept(tiny_bert: Path, tmp_path: Path) -> None:
+    found = understand(tiny_bert, tmp_path, GOOD, OTHERS, learning_rate=3e-3, epochs=0.5)
+    assert (found.learning_rate, found.epochs, found.reasons) == (3e-3, 0.5, {})
+
+
+def test_the_folder_holds_what_was_chosen_and_a_resume_keeps_it(
+    tiny_bert: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    config = RunConfig(**files, model=str(tiny_bert), train_limit=20, batch_size=10)
+    result = train_run(config, tmp_path / "run")
+    kept = RunFolder(tmp_path / "run").config
+    assert (kept.epochs, kept.learning_rate) == (result.epochs, result.learning_rate) == (20, 2.4e-3)
+    monkeypatch.setattr("childtuning.training.rates.RATE", 1.0)
+    again = train_run(config, tmp_path / "run", resume=True)
+    assert again.learning_rate == 2.4e-3
+    with pytest.raises(ConfigError, match="was started with epochs=20.0"):
+        train_run(replace(config, epochs=3.0), tmp_path / "run", resume=True)
+
+
+def test_the_command_stops_there(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    words = [
+        "train",
+        "--model",
+        tiny_bert,
+        "--train",
+        sentiment / "train.jsonl",
+        "--eval",
+        sentiment / "dev.jsonl",
+    ]
+    words += ["--output", tmp_path / "run", "--dry-run"]
+    shown = CliRunner().invoke(app, list(map(str, words)))
+    assert shown.exit_code == 0 and "classification, text 'text'" in shown.stdout
+    as_json = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert json.loads(as_json.stdout)["kind"] == "classification"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_learnt_nothing_is_named(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    config = RunConfig(**files, model=str(tiny_bert), learning_rate=1e-9, epochs=1.0)
+    result = train_run(config, tmp_path / "run")
+    assert result.constant == {"accuracy": 0.5}
+    told = replace(result, metric={"name": "accuracy", "value": 0.5}).remarks
+    assert len(told) == 1 and "0.500 is not above 0.500" in told[0]
+    assert replace(result, metric={"name": "accuracy", "value": 0.6}).remarks == []
