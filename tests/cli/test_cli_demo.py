@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from childtuning.cli.demo import demo_runs, label_sentence, summarize
+import pytest
+from typer.testing import CliRunner
+
+from childtuning.cli import app, demo
 
 
 @pytest.mark.slow
-def test_demo_trains_summarizes_and_labels(tiny_bert, tmp_path) -> None:
-    told: list[str] = []
-    options = {"model": str(tiny_bert), "train_limit": 48, "epochs": 1.0, "num_seeds": 2}
-    results = list(demo_runs(tmp_path / "demo", methods=("full", "child-d"), tell=told.append, **options))
-    again = list(demo_runs(tmp_path / "demo", methods=("full",), **options))
-    assert [r.metrics for r in again] == [r.metrics for r in results if r.method == "full"]
-    assert len(told) == 4
-    rows = summarize(results)
-    assert [row["method"] for row in rows] == ["full", "child-d"]
-    assert rows[0]["mean"] == pytest.approx(sum(rows[0]["values"]) / 2)
-    assert rows[1]["trained_parameters"] < rows[0]["trained_parameters"]
-    assert rows[1]["state_bytes"] < rows[0]["state_bytes"] and rows[1]["delta_bytes"] < rows[0]["delta_bytes"]
-    label, confidence = label_sentence(results[0].output, "Open a socket.")
-    assert label.isalpha() and 0 < confidence <= 1
+def test_demo_trains_reports_and_labels(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_OPTIONS", {**demo._OPTIONS, "train_limit": 48, "epochs": 1.0})
+    words = ["demo", "--model", str(tiny_bert), "--output", str(tmp_path / "demo"), "--seeds", "2"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    page = tmp_path / "demo" / "demo.html"
+    assert str(page) in shown.stdout and "<!doctype html>" in page.read_text()
+    assert all(sentence in shown.stdout for sentence in demo.SENTENCES)
+    again = CliRunner().invoke(app, [*words, "--text", "Open a socket.", "--json"])
+    found = json.loads(again.stdout)
+    full, child = found["methods"]
+    assert (full["method"], child["method"], len(full["values"])) == ("full", "child-d", 2)
+    assert full["mean"] == pytest.approx(sum(full["values"]) / 2)
+    for name in ("trained_parameters", "state_bytes", "delta_bytes"):
+        assert child[name] < full[name]
+    assert child["step_seconds"] > 0 == full["choose_seconds"] // 1
+    (one,) = found["predictions"]
+    assert one["text"] == "Open a socket." and one["prediction"].isalpha() and 0 < one["confidence"] <= 1
+    assert (Path(found["run"]) / "metrics.json").is_file()
+    assert "[2/4]" not in again.stderr  # nothing was trained again

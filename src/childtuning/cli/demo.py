@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from childtuning.cli import options as o
 from childtuning.cli.printing import human_bytes, is_terminal, print_json, print_table, tell
-from childtuning.runs.config import RunConfig
 
 if TYPE_CHECKING:
-    from childtuning.runs.folder import RunResult
+    from childtuning.compare import Record, Row
 
 NAME = "demo"
-METHODS = ("full", "child-f", "child-d")
-SENTENCE = "Return a dictionary that counts how often each word occurs in the message's subject line."
-_OPTIONS: dict[str, Any] = {
-    "task": "docstrings",
+METHODS = ("full", "child-d")
+MORE_METHODS = ("full", "child-d", "child-f", "lora")
+SENTENCES = (
+    "Return a list of the recipients in the message's Cc header.",
+    "Compress the files of a folder into an archive.",
+    "Return the number of days between two dates.",
+)
+_OPTIONS: Mapping[str, Any] = {
     "train_limit": 400,
-    "epochs": 3.0,
+    "epochs": 6.0,
     "learning_rate": 3e-4,
-    "max_length": 64,
+    "max_length": 32,
+    "density": 0.1,
+    "granularity": "row",
     "save_steps": 100_000,
 }
 
@@ -35,17 +40,19 @@ _OPTIONS: dict[str, Any] = {
 def run(
     *,
     output: Annotated[
-        Path, typer.Option(help="Folder for the runs; earlier demo runs there are replaced.")
+        Path, typer.Option(help="Folder for the runs; runs that it holds already are not repeated.")
     ] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(help="Seeds for each method.", min=1)] = 2,
+    full: Annotated[bool, typer.Option("--full", help="Four methods with five seeds; half an hour.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds for each method.  \\[1, or 5 with --full]", min=1)
+    ] = None,
     text: Annotated[
         str | None, typer.Option(help="A sentence to label at the end; prompted for on a terminal.")
     ] = None,
-    train_limit: Annotated[int, typer.Option(help="Training examples.", min=24)] = 400,
     as_json: o.AsJson = False,
     **given: Any,
 ) -> None:
-    """Compare full, task-free and task-driven tuning on docstrings of Python's standard library.
+    """Compare full tuning with a child on docstrings of Python's standard library.
 
     The task is to predict the topic of a docstring. It uses a real pretrained model and needs no download.
 
@@ -53,118 +60,138 @@ def run(
 
         childtuning demo --text "Open a socket and wait for a reply."
     """
-    tell("Loading a pretrained encoder and a few hundred docstrings of Python's standard library …")
-    options = {"train_limit": train_limit, **o.explicit(given)}
-    results = list(demo_runs(output, num_seeds=seeds, progress=is_terminal(), tell=tell, **options))
-    rows = summarize(results)
-    best = max(results, key=lambda result: result.metric["value"])
+    tell("Training a pretrained encoder to tell the topic of a docstring of Python's standard library …")
+    methods = MORE_METHODS if full else METHODS
+    output = output.expanduser()
+    records, rows = run_demo(output, methods, seeds or (5 if full else 1), o.explicit(given))
+    facts = [summary(row, [r for r in records if r.group == row.group]) for row in rows]
+    page = write_page(output)
+    best = max((record for record in records if record.state == "done"), key=lambda record: record.score)
     if text is None and sys.stdin.isatty() and not as_json:
-        print(
-            "\nType a sentence about code (press Enter for an example): ", end="", file=sys.stderr, flush=True
-        )
+        print("\nType a sentence about code (Enter for examples): ", end="", file=sys.stderr, flush=True)
         text = sys.stdin.readline().strip() or None
-    sentence = text or SENTENCE
-    label, confidence = label_sentence(best.output, sentence)
+    folder = str(folder_of(output, best))
+    labelled = label_sentences(folder, [text] if text else SENTENCES)
+    result = best.result or {}
+    counts = {name: result[name] for name in ("train_examples", "eval_examples")}
     if as_json:
-        print_json(
-            {
-                "methods": rows,
-                "train_examples": results[0].train_examples,
-                "eval_examples": results[0].eval_examples,
-                "sentence": sentence,
-                "prediction": label,
-                "confidence": confidence,
-                "run": best.output,
-            }
-        )
+        print_json({"methods": facts, **counts, "predictions": labelled, "run": folder, "report": str(page)})
         return
     print_table(
-        f"Topic of a docstring: {results[0].train_examples} training, {results[0].eval_examples} evaluation examples, "
-        f"{seeds} seeds",
-        ("method", f"{rows[0]['metric']}", "trained", "optimizer state", "delta", "time"),
+        f"Topic of a docstring: 12 topics, {counts['train_examples']} training and {counts['eval_examples']} "
+        "evaluation examples",
+        ("method", facts[0]["metric"], "trained", "optimizer", "saved file", "to choose", "a step"),
         [
             [
-                row["method"],
-                f"{row['mean']:.3f} ± {row['sd']:.3f}",
-                f"{row['trained_parameters']:,}",
-                human_bytes(row["state_bytes"]),
-                human_bytes(row["delta_bytes"]),
-                f"{row['seconds']:.0f} s",
+                fact["method"],
+                f"{fact['mean']:.3f}" + (f" ± {fact['sd']:.3f}" if fact["sd"] is not None else ""),
+                f"{fact['trained_parameters']:,}",
+                human_bytes(fact["state_bytes"]),
+                human_bytes(fact["delta_bytes"]),
+                f"{fact['choose_seconds']:.0f} s",
+                f"{1000 * fact['step_seconds']:.0f} ms",
             ]
-            for row in rows
+            for fact in facts
         ],
     )
-    print(f"\n“{sentence}”\n→ {label} ({confidence:.0%}), by {best.output}")
-    print(f"\nNext: childtuning predict {best.output} --text '…'   or   childtuning train --help")
+    print()
+    for one in labelled:
+        print(f"“{one['text']}” → {one['prediction']} ({one['confidence']:.0%})")
+    print(f"\nReport: {page}")
+    print(f"Next: childtuning predict {folder} --text '…'   or   childtuning train --train FILE")
 
 
-def demo_runs(
-    folder: Path,
-    *,
-    num_seeds: int = 2,
-    methods: Sequence[str] = METHODS,
-    progress: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-    **options: Any,
-) -> Iterator[RunResult]:
-    """Train each method with several seeds on the standard library's docstrings; yield results as they finish.
+def run_demo(
+    folder: Path, methods: Sequence[str], num_seeds: int, options: Mapping[str, Any]
+) -> tuple[Sequence[Record], Sequence[Row]]:
+    """Compare methods on the standard library's docstrings.
 
     Args:
-        folder: the folder of the runs' folders; earlier demo runs there are replaced.
+        folder: the folder of the comparison; its finished runs are not repeated.
+        methods: names of methods; the first is the baseline.
         num_seeds: seeds 0 … num_seeds − 1.
-        methods: names of methods.
         options: options of ``RunConfig`` that replace the demo's.
-    """
-    from childtuning.runs.folder import CONFIG
-    from childtuning.runs.run import train_run
-
-    for seed in range(num_seeds):
-        for method in methods:
-            output = folder / f"{method}-{seed}"
-            config = RunConfig(**{**_OPTIONS, "method": method, "seed": seed, **options})
-            start = time.perf_counter()
-            result = train_run(
-                config,
-                output,
-                overwrite=(output / CONFIG).is_file(),
-                progress=progress,
-                tell=lambda line: None,
-            )
-            took = time.perf_counter() - start
-            tell(f"{method} seed {seed}: {result.metric['name']} {result.metric['value']:.3f}, {took:.0f} s")
-            yield result
-
-
-def summarize(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Summarise the seeds of each method, in order of appearance.
-
     Returns:
-        for each method: mean and sample standard deviation of the metric, the value of every seed, and the costs.
+        the runs, and a summary of each method.
     """
-    rows = []
-    for method in dict.fromkeys(result.method for result in results):
-        runs = [result for result in results if result.method == method]
-        values = [run.metric["value"] for run in runs]
-        rows.append(
-            {
-                "method": method,
-                "metric": runs[0].metric["name"],
-                "values": values,
-                "mean": mean(values),
-                "sd": stdev(values) if len(values) > 1 else 0.0,
-                "trained_parameters": runs[0].trained_parameters,
-                "state_bytes": runs[0].state_bytes,
-                "delta_bytes": runs[0].delta_bytes,
-                "seconds": mean(run.fisher_seconds + run.train_seconds for run in runs),
-            }
-        )
-    return rows
+    from childtuning.cli.compare_progress import watched
+    from childtuning.compare import Comparison, choose, compare, foreseen, set_up, summarize
+
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = Comparison(
+        tasks=("docstrings",),
+        methods=tuple(methods),
+        num_seeds=num_seeds,
+        options={**_OPTIONS, **options},
+        threads=os.cpu_count() or 1,
+        keep=True,
+    )
+    store = store_of(folder)
+    set_up(store, asked, retry_failed=True)
+    with watched(store, asked, jobs=1, tell=tell, live=is_terminal()):
+        recorded = compare(store, asked)
+    wanted = {run.id for run in foreseen(store, asked)}
+    records = [record for record in recorded.records if record.id in wanted]
+    return records, summarize(choose(records, asked.seeds_to_tune), asked.against)
 
 
-def label_sentence(run: str | Path, sentence: str) -> tuple[str, float]:
-    """Return the label that a run's model predicts for a sentence, and its probability."""
+def store_of(folder: Path) -> Path:
+    """Return the store of the demo's runs."""
+    return folder / "demo.db"
+
+
+def folder_of(folder: Path, record: Record) -> Path:
+    """Return the folder of one of the demo's runs."""
+    from childtuning.compare import Store
+
+    with Store.open(store_of(folder)) as store:
+        return store.folder_of(record.id)
+
+
+def write_page(folder: Path) -> Path:
+    """Write the report of the demo's runs beside them; return its path."""
+    from childtuning.report import html_page, read_recorded
+
+    page = folder / "demo.html"
+    page.write_text(html_page(read_recorded(store_of(folder))), encoding="utf-8")
+    return page
+
+
+def summary(row: Row, records: Sequence[Record]) -> dict[str, Any]:
+    """Return what the demo shows of a method, JSON-ready.
+
+    Args:
+        row: its summary over seeds.
+        records: its runs.
+    """
+    results = [record.result for record in records if record.result is not None]
+    steps = [
+        result["train_seconds"] / record.curve[-1]["step"]
+        for record in records
+        if (result := record.result) is not None and record.curve
+    ]
+    found = row.description
+    return {
+        "method": row.group.method,
+        "metric": row.metric,
+        "values": list(row.scores.values()),
+        "mean": found.mean,
+        "sd": found.sd if found.num > 1 else None,
+        "trained_parameters": row.costs.trained_parameters,
+        "state_bytes": row.costs.state_bytes,
+        "delta_bytes": row.costs.delta_bytes,
+        "choose_seconds": median(result["fisher_seconds"] for result in results),
+        "step_seconds": median(steps),
+    }
+
+
+def label_sentences(run: str | Path, sentences: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for each sentence the label that a run's model predicts, and its probability."""
     from childtuning.runs import FinishedRun
     from childtuning.tasks import Examples
 
-    predicted = FinishedRun(run).predict(Examples([sentence], None, None))[0]
-    return predicted["prediction"], predicted["confidence"]
+    predicted = FinishedRun(run).predict(Examples(list(sentences), None, None))
+    return [
+        {"text": text, "prediction": one["prediction"], "confidence": one["confidence"]}
+        for text, one in zip(sentences, predicted, strict=True)
+    ]
