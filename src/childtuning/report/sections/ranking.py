@@ -76,7 +76,8 @@ def _across(across: Across, marks: MethodMarks, baseline: str | None) -> Markup:
         if compared:
             cells += _difference(average, significance(average))
         cells += [_cell(average.method, setting) for setting in across.settings]
-        body.append(el("tr", name, cells, data_m=marks.place(average.method)))
+        class_ = "best" if average.method in across.standing.clear else None
+        body.append(el("tr", name, cells, data_m=marks.place(average.method), class_=class_))
     table = el(
         "table", el("thead", el("tr", headers)), el("tbody", body), class_="across", aria_label=across.label
     )
