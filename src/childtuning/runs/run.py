@@ -44,6 +44,7 @@ from childtuning.runs.folder import (
     write_text,
 )
 from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
+from childtuning.runs.progress import ProgressLines
 from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
 from childtuning.training import (
     ChildTrainer,
@@ -164,7 +165,7 @@ def train_run(
     Args:
         config: the options.
         output: the run's folder; new or empty, unless ``overwrite`` (an earlier run's) or ``resume``.
-        progress: draw bars on standard error.
+        progress: draw bars on standard error; otherwise ``tell`` gets a line every ten seconds.
         tell: called with lines for the user.
         inputs: loads data, model and scores; by default, without caching.
     Returns:
@@ -194,6 +195,8 @@ def train_run(
     trainer = build_trainer(
         config, task.rules, train, loaded, folder, progress=progress, scores=inputs.scores(config)
     )
+    if not progress:
+        trainer.add_callback(ProgressLines(tell))
     checkpoint = last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
     start = time.perf_counter()
