@@ -174,6 +174,11 @@ class ChildConfig(ChildOptions):
         if faults:
             raise ConfigError(" ".join(faults))
 
+    def __repr__(self) -> str:
+        shown = {"variant": self.variant, "density": self.density}
+        shown |= {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        return f"ChildConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields; ``from_dict`` restores an equal configuration."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

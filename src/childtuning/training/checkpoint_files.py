@@ -75,7 +75,7 @@ class CheckpointFiles:
         """Return how the child was chosen, so that a run is not resumed with another child by mistake."""
         if self.child_config is not None:
             return self.child_config.to_dict()
-        return {"child": self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)}
+        return {"child": self.select().fingerprint()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
