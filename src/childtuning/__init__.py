@@ -1,6 +1,7 @@
 """Fine-tune pretrained networks on little data by training only a child network."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from childtuning.delta import Delta
     from childtuning.fisher import fisher_information
     from childtuning.optim import ChildOptimizer
+    from childtuning.runs import load
 
 __all__ = [
     "Child",
@@ -25,15 +27,18 @@ __all__ = [
     "TaskFree",
     "density_for_mass",
     "fisher_information",
+    "load",
     "magnitude_scores",
     "random_child",
     "select_child",
 ]
-_HOMES = {"ChildOptimizer": "optim", "Delta": "delta", "fisher_information": "fisher"}
+_HOMES = {"ChildOptimizer": "optim", "Delta": "delta", "fisher_information": "fisher", "load": "runs"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is asked for: the command line explains itself without torch."""
+    if name == "__version__":
+        return version("childtuning")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'child')}"), name)

@@ -11,6 +11,13 @@ from typing import Any, Literal, Self
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.options import option, settle
 
+# The methods that are a child alone, by name: the fields that each one sets.
+CHILD_METHODS: dict[str, dict[str, Any]] = {
+    "child-d": {"variant": "task-driven", "scores": "fisher", "lowest": False},
+    "child-f": {"variant": "task-free"},
+    "child-lowest": {"variant": "task-driven", "scores": "fisher", "lowest": True},
+    "child-random": {"variant": "task-driven", "scores": "random", "lowest": False},
+}
 KINDS = ("element", "row", "block", "parameter")
 SCOPES = ("global", "parameter")
 _FIXED_BY_OFFICIAL = {
@@ -167,9 +174,29 @@ class ChildConfig(ChildOptions):
         if faults:
             raise ConfigError(" ".join(faults))
 
+    def __repr__(self) -> str:
+        shown = {"variant": self.variant, "density": self.density}
+        shown |= {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        return f"ChildConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields; ``from_dict`` restores an equal configuration."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def of_method(cls, name: str, density: float | Literal["auto"] | None = None) -> Self:
+        """Make the configuration of a method that is a child alone, such as ``child-d`` or ``child-f``.
+
+        Args:
+            name: the method's name.
+            density: as in ``ChildConfig``; ``None``: 0.3.
+        Raises:
+            ConfigError: for an unknown name, or a density outside its range.
+        """
+        if name not in CHILD_METHODS:
+            raise ConfigError(f"there is no child {name!r}. {did_you_mean(name, CHILD_METHODS)}")
+        asked: dict[str, Any] = {} if density is None else {"density": density}
+        return cls(**CHILD_METHODS[name], **asked)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

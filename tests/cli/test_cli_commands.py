@@ -190,10 +190,12 @@ def test_a_half_written_checkpoint_is_passed_over(childtuning, train_words, tmp_
     assert resumed.code == 0 and resumed.json["metrics"] == straight["metrics"]
 
 
-def test_the_default_folder_is_named_for_the_run(childtuning, train_words, tmp_path, monkeypatch) -> None:
+def test_the_default_folder_is_named_for_the_run(
+    childtuning, train_words, sentiment, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = childtuning(*train_words, "--method", "last-k:layers=1 + smart:weight=0.5", "--train-limit", 8)
     assert done.code == 0, done.err
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [
-        "train-last-k-layers-1-+-smart-weight-0.5-0"
+        f"{sentiment.name}-last-k-layers-1-+-smart-weight-0.5-0"
     ]

@@ -27,6 +27,14 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
     ]
     done = childtuning(*words, "--dry-run")
     assert done.code == 0 and "6 runs" in done.err and "0 done, 6 to do" in done.err
+    assert "6 runs: 1 task × 2 methods, 2 seeds" in done.err
+    assert (
+        "2 seeds can never reach p < 0.05 on a single task: the smallest corrected p is 0.5. Take 6"
+        in done.err
+    )
+    plan = childtuning(*words, "--dry-run", "--json").json["plan"]
+    assert (plan["runs"], plan["comparisons"], plan["smallest_p"]) == (6, 1, 0.5)
+    assert "Take 6 seeds or more." in plan["power_limit"]
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
     done = childtuning(*words, "--json")
     assert done.code == 0, done.err
@@ -34,6 +42,8 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
     told = done.json
     assert told["runs"] == 6 and told["failed"] == [] and told["baseline"] == "full"
     assert [row["group"]["method"] for row in told["rows"]] == ["full", "child-d"]
+    (setting,) = told["standings"]
+    assert setting["task"].startswith("sentiment") and setting["clear"] == [] and setting["eval_examples"] > 0
     full, child = told["rows"]
     assert full["paired"] is None and child["paired"]["num"] == 2
     assert child["point"]["density"] == 0.1 and "density" not in full["point"]
@@ -45,7 +55,9 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
         "runs",
         "2/2",
         "95 % interval",
-        "beyond: lr of full; lr of child-d.",
+        "lr of full",
+        "lr of child-d",
+        "Measured on ",
         "Next: childtuning report",
     ):
         assert word in again.out
@@ -88,3 +100,9 @@ def test_a_foreign_file_is_left_alone(childtuning: Any, compare_words: list[obje
     done = childtuning(*compare_words, "--methods", "full")
     assert done.code == 2 and "Pass another --store" in done.err
     assert (tmp_path / "runs.db").read_text() == "my notes\n" * 300
+
+
+def test_one_seed_has_no_spread(childtuning: Any, compare_words: list[object]) -> None:
+    done = childtuning(*compare_words, "--methods", "full", "--seeds", 1)
+    assert done.code == 0 and "1 run: 1 task × 1 method, 1 seed\n" in done.err
+    assert "±" not in done.out.replace("mean ± sd", "") and "never reach" not in done.err

@@ -22,6 +22,7 @@ from childtuning.compare.statistics import (
     describe,
     expected_best,
     holm,
+    power_limit,
 )
 
 NAN = math.nan
@@ -361,3 +362,28 @@ def test_results_are_json() -> None:
     }
     paired = compare_paired({0: 0.5, 1: NAN}, {0: 0.4, 1: 0.6}).to_dict()
     assert json.loads(json.dumps(paired, allow_nan=False))["smallest_p"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("seeds", "comparisons", "words"),
+    [
+        (6, 1, None),  # 2 / 64
+        (
+            5,
+            1,
+            "5 seeds can never reach p < 0.05 on a single task: the smallest corrected p is 0.062. Take 6 seeds",
+        ),
+        (6, 2, "with 2 comparisons: the smallest corrected p is 0.062. Take 7 seeds or more."),
+        (7, 2, None),
+        (
+            1,
+            2,
+            "1 seed cannot show a significant difference: a test needs at least two. Take 7 seeds or more.",
+        ),
+        (20, 300, "Compare fewer methods or tasks."),
+        (3, 0, None),
+    ],
+)
+def test_what_the_seeds_cannot_show_is_said(seeds: int, comparisons: int, words: str | None) -> None:
+    line = power_limit(seeds, comparisons, 0.05)
+    assert line is None if words is None else words in (line or "")

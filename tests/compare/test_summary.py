@@ -12,7 +12,7 @@ import pytest
 
 from childtuning.compare.plan import Choice, choose
 from childtuning.compare.records import Group, Record
-from childtuning.compare.summary import Row, across_tasks, summarize
+from childtuning.compare.summary import Row, across_tasks, standard_error, standing, summarize
 
 NAN = math.nan
 
@@ -261,3 +261,38 @@ def test_what_cannot_be_averaged_has_no_mean() -> None:
     averages = across_tasks(summarize(mixed, "full"), "full")
     assert [(one.mean, one.paired) for one in averages] == [(None, None)] * 2
     assert across_tasks([], "full") == []
+
+
+STANDINGS: dict[str, tuple[dict[str, dict[int, float]], list[str], set[str]]] = {
+    "a clear lead": ({"full": FLAT, "child-d": above(0.7, 1, 2, 3, 4, 5, 6)}, ["child-d"], {"child-d"}),
+    "too few seeds": ({"full": above(0.6, 1, 2), "child-d": above(0.7, 1, 2)}, ["child-d"], set()),
+    "equal means": ({"full": FLAT, "child-d": above(0.6, -1, 1, 0, 0, -2, 2)}, ["full", "child-d"], set()),
+    "equal as shown": (
+        {"full": FLAT, "child-d": above(0.6002, 0, 0, 0, 0, 0, 0)},
+        ["child-d", "full"],
+        set(),
+    ),
+    "equal on common seeds": ({"full": {0: 0.6, 1: 0.7}, "child-d": {1: 0.7}}, ["child-d", "full"], set()),
+    "a clear baseline": ({"full": FLAT, "child-d": above(0.5, 1, 2, 3, 4, 5, 6)}, ["full"], {"full"}),
+    "no mean": ({"full": {0: NAN}, "child-d": {0: NAN}}, [], set()),
+}
+
+
+@pytest.mark.parametrize("name", STANDINGS)
+def test_only_a_significant_difference_is_a_lead(name: str) -> None:
+    scores, best, clear = STANDINGS[name]
+    found = standing(summarize([choice(Group("rte", m), s) for m, s in scores.items()], "full"), "full")
+    assert (list(found.best), found.clear, found.is_tie) == (best, clear, len(best) > 1)
+
+
+def test_lower_is_better_ranks_from_below() -> None:
+    rows = summarize(
+        [choice(Group("lm", m), {0: s}, metric="perplexity") for m, s in (("full", 20.0), ("lora", 15.0))],
+        None,
+    )
+    assert standing(rows, None).best == ("lora",)
+
+
+def test_the_noise_of_evaluation_examples() -> None:
+    assert standard_error("accuracy", 0.8, 100) == pytest.approx(0.04)
+    assert standard_error("f1", 0.8, 100) is None and standard_error("accuracy", None, 100) is None

@@ -96,7 +96,7 @@ def test_the_headline_says_what_was_compared(page) -> None:
         findings[0],
     )
     assert re.fullmatch(
-        r"rte child-d leads with accuracy 0\.5\d\d \(0\.5\d\d … 0\.\d{3}\), 0\.0\d\d above full: "
+        r"rte child-d (leads with|has the best) accuracy,? 0\.5\d\d \(0\.5\d\d … 0\.\d{3}\), 0\.0\d\d above full: "
         r"(no clear difference|significant), p\s[=<]\s0\.\d+\.",
         findings[1],
     )
@@ -114,6 +114,7 @@ def test_the_headline_claims_no_more_than_the_runs_show() -> None:
     clear = "child-d leads with accuracy 0.704 (0.702 … 0.705), 0.100 above full: significant, p = 0.008."
     assert findings({"full": 0.6, "child-d": 0.7}, 8) == [f"rte {clear}"]
     (few,) = findings({"full": 0.6, "child-d": 0.7}, 3)
+    assert few.startswith("rte child-d has the best accuracy, 0.701 (")
     assert few.endswith("0.100 above full: no clear difference, p = 0.250.")
     (single,) = findings({"full": 0.6, "child-d": 0.7}, 1)
     assert single.endswith("0.100 above full: one common seed is not enough for a test.")
@@ -121,6 +122,9 @@ def test_the_headline_claims_no_more_than_the_runs_show() -> None:
     assert best.endswith(", the baseline; every other method is significantly worse.")
     (near,) = findings({"full": 0.7, "child-d": 0.6}, 3)
     assert near.endswith(", the baseline; none is significantly better.")
+    assert findings({"full": 0.7, "child-d": 0.7}, 8) == ["rte full and child-d tie at accuracy 0.704."]
+    (third,) = findings({"full": 0.6, "child-d": 0.7, "lora": 0.7002}, 8)
+    assert third == "rte lora and child-d tie at accuracy 0.704, 0.100 above full: significant, p = 0.016."
     (collapsed,) = findings({"full": 0.5, "child-d": 0.4}, 3)
     assert (
         collapsed
@@ -162,6 +166,11 @@ def test_the_ranking_is_in_order_with_every_seed() -> None:
         ["", "", "baseline"],
         ["−0.100", "0.016", "worse"],
     ]
+    assert [row.attributes.get("class") for row in forest.one("tbody").all("tr")] == ["best", None, None]
+    note = root.one("section", id="ranking").one("figcaption").text
+    assert note.endswith(
+        "accuracy, 2,490 training examples, 277 evaluation examples, standard error of a score 0.027"
+    )
     for row, (method, level) in zip(
         forest.one("tbody").all("tr"), sorted(levels.items(), key=lambda i: -i[1]), strict=True
     ):

@@ -40,7 +40,26 @@ def test_markdown_ranks_and_marks_what_is_significant(separate: Recorded) -> Non
     # 2 / 2⁸ times four comparisons
     assert rte[4].endswith("| 0.735 | 0.770 | 0 of 8 | +0.100 ▲ | 0.031 |")
     assert rte[6].startswith("| full | 0.635 ± 0.024 |") and rte[6].endswith("| 0 of 8 |  |  |")
+    assert rte[8].startswith("child-d leads with accuracy 0.735 (0.7")
+    assert rte[8].endswith("277 evaluation examples, standard error of a score 0.027.")
     assert text.endswith(f"\n    {synthetic.COMMAND}\n")
+
+
+def test_nothing_is_bold_that_is_not_significant() -> None:
+    levels = {"full": 0.6, "child-d": 0.6, "lora": 0.7}
+    runs = [
+        synthetic.record(method=m, seed=s, score=level + s / 99)
+        for m, level in levels.items()
+        for s in range(2)
+    ]
+    recorded = Recorded(synthetic.comparison(["rte"], list(levels), 2), runs)
+    assert "**" not in markdown_tables(recorded) and "textbf" not in latex_tables(recorded)
+    two = Recorded(recorded.comparison, [run for run in runs if run.group.method != "lora"])
+    assert "full and child-d tie at accuracy 0.605." in markdown_tables(two)
+    assert "full and child-d tie at accuracy 0.605." in latex_tables(two)
+    (setting,) = json_content(two)["summary"]["standings"]
+    assert setting["best"] == ["full", "child-d"] and setting["tie"] and setting["clear"] == []
+    assert setting["eval_examples"] == 277 and setting["standard_error"] == pytest.approx(0.02937, abs=1e-5)
 
 
 def test_latex_says_the_same_in_booktabs(separate: Recorded) -> None:

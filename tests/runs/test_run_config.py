@@ -10,6 +10,7 @@ import pytest
 
 from childtuning.errors import ConfigError
 from childtuning.runs import RunConfig
+from childtuning.runs.config import name_of_data
 
 
 def test_toml_round_trip() -> None:
@@ -79,3 +80,16 @@ def test_a_file_may_spell_options_as_the_command_line_does() -> None:
 def test_columns_of_a_named_task_are_its_own() -> None:
     with pytest.raises(ConfigError, match="a named task has its own columns, got text, label_type"):
         RunConfig(task="rte", text="premise", label_type="class")
+
+
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ("data/reviews/train.csv", "reviews"),
+        ("reviews.train.csv.gz", "reviews"),
+        ("pets/train", "pets"),
+        ("/train.csv", "train"),
+    ],
+)
+def test_data_is_named_by_its_file_or_the_folder_around_it(train: str, name: str) -> None:
+    assert name_of_data(train) == name

@@ -32,7 +32,9 @@ def examples(count: int = 40) -> list[Example]:
 _TRAINER_ARGUMENTS = ("callbacks", "train_batches", "data_collator", "eval_dataset")
 
 
-def a_trainer(model_folder: Path, output: Path, child: Any, **options: Any) -> ChildTrainer:
+def a_trainer(
+    model_folder: Path, output: Path, child: Any, *, child_density: float | None = None, **options: Any
+) -> ChildTrainer:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "num_train_epochs": 3,
@@ -54,7 +56,9 @@ def a_trainer(model_folder: Path, output: Path, child: Any, **options: Any) -> C
         report_to="none",
         **(settings | options),
     )
-    return ChildTrainer(model, arguments, train_dataset=examples(), child=child, **extra)
+    return ChildTrainer(
+        model, arguments, train_dataset=examples(), child=child, density=child_density, **extra
+    )
 
 
 def weights(trainer: ChildTrainer) -> dict[str, torch.Tensor]:
@@ -327,3 +331,28 @@ def test_layers_form_the_trained_rows_alone_while_training(
     before = weights(trainer)
     trainer.train()  # attaches again
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_a_method_names_the_child(tiny_bert: Path, tmp_path: Path) -> None:
+    trainer = a_trainer(tiny_bert, tmp_path, "child-d", child_density=0.1)
+    assert trainer.child_config == ChildConfig("task-driven", density=0.1)
+    assert a_trainer(tiny_bert, tmp_path, "child-f").child_config == ChildConfig("task-free")
+    assert a_trainer(tiny_bert, tmp_path, "child-lowest").child_config == ChildConfig(lowest=True)
+    assert a_trainer(tiny_bert, tmp_path, "child-random").child_config == ChildConfig(scores="random")
+
+
+@pytest.mark.parametrize(
+    ("child", "density", "words"),
+    [
+        ("chlid-d", None, "there is no child 'chlid-d'. Did you mean 'child-d'"),
+        ("child-d", 30, "density must be in"),
+        (ChildConfig(), 0.1, "density belongs to the name of a method, got one beside a ChildConfig"),
+        (TaskFree(0.3, 0), 0.1, "beside a TaskFree"),
+        (0.3, None, "child must be a method's name, a ChildConfig, a Child or a TaskFree, got 0.3"),
+    ],
+)
+def test_other_children_are_refused(
+    tiny_bert: Path, tmp_path: Path, child: Any, density: float | None, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        a_trainer(tiny_bert, tmp_path, child, child_density=density)

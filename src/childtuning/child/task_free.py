@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
@@ -130,6 +130,15 @@ class TaskFree:
 
     def _coordinates(self, name: str, step: int) -> tuple[object, ...]:
         return "task-free", self.seed, step, name
+
+    def __repr__(self) -> str:
+        units = "" if self.granularity == "element" else f", granularity={self.granularity!r}"
+        always = f", always={list(self.always)}" if self.always else ""
+        return f"TaskFree(density={self.density:.4g}, seed={self.seed}{units}{always})"
+
+    def fingerprint(self) -> str:
+        """Return a text that is equal for equal masks; saved states hold it."""
+        return f"TaskFree({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields; ``TaskFree(**fields)`` is equal to this."""

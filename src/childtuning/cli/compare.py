@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -106,7 +105,7 @@ def run(
 
         childtuning compare --train a.csv --eval b.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
-    from childtuning.cli.compare_progress import tell_plan, watched
+    from childtuning.cli.compare_progress import plan_content, tell_plan, watched
     from childtuning.compare import EXECUTORS, compare, foreseen, read_comparison, set_up, stored
 
     if executor not in EXECUTORS:
@@ -132,8 +131,11 @@ def run(
     )
     if not dry_run:
         set_up(store, comparison, retry_failed=retry_failed)
-    tell_plan(foreseen(store, comparison), comparison, jobs=jobs, again=retry_failed, tell=tell)
+    runs = foreseen(store, comparison)
+    tell_plan(runs, comparison, jobs=jobs, again=retry_failed, tell=tell)
     if dry_run:
+        if as_json:
+            print_json({"store": str(store), "plan": plan_content(runs, comparison)})
         return
     with watched(store, comparison, jobs=jobs, tell=tell, live=is_terminal()):
         recorded = compare(store, comparison, executor=executor, jobs=jobs)  # type: ignore[arg-type]
@@ -141,32 +143,34 @@ def run(
 
 
 def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None:
-    from childtuning.cli.compare_progress import run_text
-    from childtuning.compare import choose, summarize
+    from childtuning.cli.compare_progress import plan_content, run_text
+    from childtuning.report.evidence import Evidence
+    from childtuning.report.findings import finding, noise
+    from childtuning.report.numbers import counted
 
-    rows = summarize(choose(recorded.records, comparison.seeds_to_tune), comparison.against)
-    failed = [record for record in recorded.records if record.state == "failed"]
+    evidence = Evidence(recorded)
     if as_json:
         print_json(
             {
                 "store": str(store),
                 "runs": len(recorded.records),
-                "failed": [{"id": run.id, "error": run.error} for run in failed],
+                "plan": plan_content(recorded.records, comparison),
+                "failed": [{"id": run.id, "error": run.error} for run in evidence.failed],
                 "baseline": comparison.against,
-                "rows": [row.to_dict() for row in rows],
+                "rows": [row.to_dict() for row in evidence.rows],
+                "standings": [setting.to_dict() for setting in evidence.settings],
                 "artifacts": dict(recorded.artifacts),
             }
         )
         return
-    for run in failed:
+    for run in evidence.failed:
         tell(f"failed: {run_text(run)}: {run.error}")
-    for where in dict.fromkeys((row.group.task, row.group.train_size, row.group.start) for row in rows):
-        mine = [row for row in rows if (row.group.task, row.group.train_size, row.group.start) == where]
-        task, size, start = where
-        of = "" if size is None else f", {size} examples"
-        after = "" if start is None else f", a new head after {start}"
+    for setting in evidence.settings:
+        rows = [result.row for result in setting.results]
+        of = "" if setting.train_size is None else f", {counted(setting.train_size, 'example')}"
+        after = "" if setting.start is None else f", a new head after {setting.start}"
         print_table(
-            f"{task} ({mine[0].metric}){of}{after}",
+            f"{setting.task} ({setting.metric}){of}{after}",
             (
                 "method",
                 "runs",
@@ -179,10 +183,14 @@ def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None
                 "p",
                 "chosen",
             ),
-            [_row(row, comparison.num_seeds) for row in mine],
+            [_row(row, comparison.num_seeds) for row in rows],
         )
+        print(finding(rows, setting.standing, evidence.baseline))
+        print(f"Measured on {noise(setting.eval_examples, setting.standard_error)}.")
+        if any(row.description.num_collapsed for row in rows):
+            print("Collapsed: no better than always predicting the most frequent answer, or without a score.")
         ends = [
-            f"{', '.join(map(short_name, row.at_end))} of {row.group.method}" for row in mine if row.at_end
+            f"{', '.join(map(short_name, row.at_end))} of {row.group.method}" for row in rows if row.at_end
         ]
         if ends:
             print(f"Chosen at the end of the tried range, a better value may lie beyond: {'; '.join(ends)}.")
@@ -190,24 +198,18 @@ def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None
 
 
 def _row(row: Any, num_seeds: int) -> list[str]:
+    from childtuning.report import numbers
+
     known, paired = row.description, row.paired
-    beside = "" if paired is None else f"{_number(paired.difference, sign=True)}"
-    p = None if paired is None else row.p_corrected
     return [
         row.group.method,
         f"{known.num}/{num_seeds}",
-        f"{_number(known.mean)} ± {_number(known.sd)}",
-        "" if known.interval is None else " … ".join(map(_number, known.interval)),
-        _number(known.median),
-        _number(known.best),
+        numbers.mean_and_sd(known),
+        "" if known.interval is None else numbers.interval(known.interval),
+        numbers.score(known.median),
+        numbers.score(known.best),
         str(known.num_collapsed),
-        beside,
-        "" if p is None else f"{p:.3f}",
+        "" if paired is None else numbers.difference(paired.difference),
+        "" if paired is None else numbers.p_value(row.p_corrected),
         point_text(row.point),
     ]
-
-
-def _number(value: float | None, *, sign: bool = False) -> str:
-    if value is None or math.isnan(value):
-        return "—"
-    return f"{value:+.4f}" if sign else f"{value:.4f}"

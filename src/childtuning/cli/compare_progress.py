@@ -15,6 +15,9 @@ from rich.table import Table
 
 from childtuning.cli.printing import point_text
 from childtuning.compare import Comparison, Record, Store, num_runs
+from childtuning.compare.statistics import power_limit, smallest_p
+from childtuning.compare.summary import SIGNIFICANT
+from childtuning.report.numbers import counted
 
 _SECONDS = 2.0
 Tell = Callable[[str], None]
@@ -31,21 +34,41 @@ def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, agai
         tell: called with each line.
     """
     total = num_runs(comparison)
-    tell(
-        f"{total} runs: {len(comparison.tasks)} tasks × {len(comparison.methods)} methods"
-        + (f" × {len(comparison.train_sizes)} sizes" if len(comparison.train_sizes) > 1 else "")
-        + f", {comparison.num_seeds} seeds"
-    )
+    shape = [counted(len(comparison.tasks), "task"), counted(len(comparison.methods), "method")]
+    if len(comparison.train_sizes) > 1:
+        shape.append(counted(len(comparison.train_sizes), "size"))
+    tell(f"{counted(total, 'run')}: {' × '.join(shape)}, {counted(comparison.num_seeds, 'seed')}")
     for method in comparison.methods:
         points = comparison.points(method)
         if len(points) > 1:
-            seeds = f"{comparison.tune_seeds} {'seed' if comparison.tune_seeds == 1 else 'seeds'}"
-            tell(f"  {method}: {len(points)} sets of hyperparameters, each with {seeds}")
+            tell(
+                f"  {method}: {len(points)} sets of hyperparameters, "
+                f"each with {counted(comparison.tune_seeds, 'seed')}"
+            )
         elif points[0]:
             tell(f"  {method}: {point_text(points[0])}")
+    limit = _power_limit(comparison)
+    if limit is not None:
+        tell(limit)
     ended = ("done",) if again else ("done", "failed")
     done = sum(run.state in ended for run in runs)
     tell(f"{done} done, {total - done} to do; {_left(runs, total, jobs)}")
+
+
+def plan_content(runs: Sequence[Record], comparison: Comparison) -> dict[str, Any]:
+    """Return the plan for ``--json``: counts, and what the number of seeds cannot show."""
+    return {
+        "runs": num_runs(comparison),
+        "done": sum(run.state == "done" for run in runs),
+        "seeds": comparison.num_seeds,
+        "comparisons": comparison.num_comparisons,
+        "smallest_p": smallest_p(comparison.num_seeds),
+        "power_limit": _power_limit(comparison),
+    }
+
+
+def _power_limit(comparison: Comparison) -> str | None:
+    return power_limit(comparison.num_seeds, comparison.num_comparisons, SIGNIFICANT)
 
 
 @contextmanager
@@ -90,7 +113,7 @@ def _tell_new(runs: Sequence[Record], told: set[str], total: int, tell: Tell) ->
 
 def run_text(run: Record) -> str:
     """Return a short description of a run."""
-    size = "" if run.group.train_size is None else f"{run.group.train_size} examples"
+    size = "" if run.group.train_size is None else counted(run.group.train_size, "example")
     start = "" if run.group.start is None else f"after {run.group.start}"
     words = (run.group.task, run.group.method, start, size, f"seed {run.seed}", point_text(run.point))
     return " ".join(word for word in words if word)
@@ -99,7 +122,7 @@ def run_text(run: Record) -> str:
 def _table(runs: Sequence[Record], total: int, jobs: int) -> Table:
     done = [run for run in runs if run.state in ("done", "failed")]
     table = Table(
-        title=f"{len(done)} of {total} runs, {_left(runs, total, jobs)}",
+        title=f"{len(done)} of {counted(total, 'run')}, {_left(runs, total, jobs)}",
         title_justify="left",
         header_style="bold",
     )

@@ -24,9 +24,9 @@ def run(
 
         childtuning evaluate runs/rte --eval test.jsonl.gz
     """
-    from childtuning.runs import FinishedRun
+    from childtuning.runs import load
 
-    opened = FinishedRun(run_dir, progress=is_terminal(), tell=tell)
+    opened = load(run_dir, progress=is_terminal(), tell=tell)
     examples = opened.read_input(eval, labelled=True)
     if examples.num_empty:
         tell(f"{examples.num_empty} rows have empty text")

@@ -27,14 +27,14 @@ def run(
 
         childtuning inspect runs/rte --verify
     """
-    from childtuning.runs import FinishedRun
+    from childtuning.runs import load
 
-    opened = FinishedRun(run_dir)
+    opened = load(run_dir)
     delta = opened.delta
     shares = {name: part.num_trained / max(part.numel, 1) for name, part in delta.parts.items()}
     content: dict[str, Any] = {
         "run": str(run_dir),
-        "method": opened.config.method,
+        "method": opened.method,
         "base": opened.about["base_name"],
         "metrics": opened.metrics["metrics"],
         "density": opened.metrics["density"],
@@ -60,7 +60,7 @@ def run(
 def _print(content: dict[str, Any], shares: dict[str, float]) -> None:
     facts = {
         "method": content["method"],
-        "base model": content["base"],
+        "base model": content["base"] or "not named",
         **{name: score_text(value) for name, value in content["metrics"].items()},
         "trained": f"{content['trained_parameters']:,} entries (density {content['density']:.4g})",
         "parameters": f"{content['parameters_touched']} touched, {content['parameters_frozen']} frozen",

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import is_terminal, print_json
-from childtuning.errors import ConfigError
+from childtuning.cli.printing import is_terminal, print_json, tell
 
 NAME = "merge"
 
@@ -25,19 +24,14 @@ def run(
 
         childtuning merge runs/rte --output models/rte
     """
-    from childtuning.runs import FinishedRun
+    from childtuning.runs import load
 
-    output = output.expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"output {str(output)!r} is not an empty folder. Pass a new one.")
-    opened = FinishedRun(run_dir)
-    model, processor = opened.merged(), opened.processor()
+    opened = load(run_dir, tell=tell)
     if not is_terminal():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    output = opened.merge(output)
     if as_json:
         print_json({"run": str(run_dir), "output": str(output)})
     else:

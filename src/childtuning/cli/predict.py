@@ -36,7 +36,7 @@ def run(
 
         childtuning predict runs/mine --text "What a lovely day."
     """
-    from childtuning.runs import FinishedRun
+    from childtuning.runs import load
     from childtuning.tasks import Answers
 
     output = output.expanduser() if output is not None else None
@@ -50,9 +50,9 @@ def run(
         raise ConfigError("--text-pair needs --text; in a file the second text is a column. Leave it out.")
     if output is not None and output.exists():
         raise ConfigError(f"output file {str(output)!r} already exists. Pass another.")
-    opened = FinishedRun(run_dir, progress=is_terminal(), tell=tell)
+    opened = load(run_dir, progress=is_terminal(), tell=tell)
     if text is not None:
-        examples = opened.kind.of_text(text, text_pair)
+        examples = opened.kind.of_texts([text], None if text_pair is None else [text_pair])
     else:
         assert input is not None
         examples = opened.read_input(input, labelled=False)

@@ -46,6 +46,7 @@ def run(
         childtuning train --train a.csv --eval b.jsonl --text review --label stars --output runs/mine
     """
     from childtuning.runs import train_run, understand_run
+    from childtuning.runs.config import name_of_data
 
     settings = o.run_config(config, given)
     if dry_run:
@@ -55,7 +56,7 @@ def run(
         else:
             print(*found.lines(), sep="\n")
         return
-    name = settings.task or Path(settings.train or "").name.split(".")[0]
+    name = settings.task or name_of_data(settings.train or "")
     method = re.sub(r"[^\w.+-]+", "-", settings.method)  # some file systems forbid other characters
     folder = output or Path("runs") / f"{name}-{method}-{settings.seed}"
     result = train_run(

@@ -6,7 +6,7 @@ from childtuning.compare.plan import Choice, Tried, choose, num_runs
 from childtuning.compare.protocols import PROTOCOLS, read_comparison
 from childtuning.compare.records import Group, Record, Recorded
 from childtuning.compare.store import Store
-from childtuning.compare.summary import Average, Row, across_tasks, summarize
+from childtuning.compare.summary import Average, Row, Standing, across_tasks, standing, summarize
 
 __all__ = [
     "Average",
@@ -18,6 +18,7 @@ __all__ = [
     "Record",
     "Recorded",
     "Row",
+    "Standing",
     "Store",
     "Tried",
     "across_tasks",
@@ -28,6 +29,7 @@ __all__ = [
     "read_comparison",
     "read_methods",
     "set_up",
+    "standing",
     "stored",
     "summarize",
 ]

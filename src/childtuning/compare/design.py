@@ -57,7 +57,7 @@ class Comparison:
     the choice is based on these, not on the reported examples, unless ``selection`` is ``reported``.
 
     Attributes:
-        tasks: names; the file's name alone if ``options`` name files.
+        tasks: names; the name of the data alone (``name_of_data``) if ``options`` name files.
         methods: as typed: ``child-d+r3f:0.7``.
         num_seeds: runs have the seeds 0 … num_seeds − 1.
         tune_seeds: the number of seeds that every set of hyperparameters is tried with.
@@ -137,6 +137,12 @@ class Comparison:
     def chooses(self) -> bool:
         """Whether any method has more than one set of hyperparameters."""
         return any(len(self.points(method)) > 1 for method in self.methods)
+
+    @property
+    def num_comparisons(self) -> int:
+        """The number of tests on single tasks: every method but the baseline, at every size, task and start."""
+        places = len(self.tasks) + sum(task != to for task in self.tasks for to in self.transfer_to)
+        return (len(self.methods) - 1) * places * len(self.train_sizes)
 
     @property
     def seeds_to_tune(self) -> range:

@@ -10,6 +10,7 @@ from typing import Any
 
 from childtuning.compare.design import PAPER, Comparison, read_grid, read_methods, read_sizes
 from childtuning.errors import ConfigError, did_you_mean
+from childtuning.runs.config import name_of_data
 
 _GLUE_SMALL = ("cola", "rte", "mrpc", "stsb")
 _MAIN = ("full", "child-f", "child-d")
@@ -167,7 +168,7 @@ def read_comparison(
     if tasks:
         given["tasks"] = tuple(word.strip() for text in tasks for word in text.split(","))
     elif "train" in runs:
-        given["tasks"] = (Path(runs["train"]).name.split(".")[0],)
+        given["tasks"] = (name_of_data(runs["train"]),)
     if anew and "tasks" not in given:
         raise ConfigError(
             f"protocol {protocol!r} names no tasks of its own. Pass --task NAME, or --train and --eval."

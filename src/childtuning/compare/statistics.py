@@ -71,8 +71,8 @@ class Paired:
 
     @property
     def smallest_p(self) -> float | None:
-        """The smallest p that is possible with n pairs: 2 / 2ⁿ, exactly or by draws; ``None`` for fewer than two."""
-        return None if self.num < 2 else max(2 / 2**self.num, 2 / (NUM_RESAMPLES + 1))
+        """As ``smallest_p``, for these pairs."""
+        return smallest_p(self.num)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""
@@ -167,6 +167,39 @@ def compare_stratified(
         difference=fmean(map(fmean, differences)),
         interval=mean_interval(differences),
         p_permutation=sign_flip_p(terms) if len(terms) > 1 else None,
+    )
+
+
+def smallest_p(num_pairs: int) -> float | None:
+    """Return the smallest p of the permutation test: 2 / 2ⁿ, exactly or by draws; ``None`` for fewer than two pairs."""
+    return None if num_pairs < 2 else max(2 / 2**num_pairs, 2 / (NUM_RESAMPLES + 1))
+
+
+def power_limit(num_seeds: int, num_comparisons: int, alpha: float) -> str | None:
+    """Return one line if no difference can be significant, whatever the scores; ``None`` if one can.
+
+    Holm's correction multiplies the smallest of m values of p by m.
+
+    Args:
+        num_seeds: the number of pairs of each comparison.
+        num_comparisons: their number m.
+        alpha: the level that the corrected p must be below.
+    """
+
+    def corrected(seeds: int) -> float:
+        return min(1.0, num_comparisons * (smallest_p(seeds) or 1.0))
+
+    if not num_comparisons or corrected(num_seeds) < alpha:
+        return None
+    seeds = f"{num_seeds} seed{'s' * (num_seeds != 1)}"
+    found = next((n for n in range(2, 100) if corrected(n) < alpha), None)
+    take = "Compare fewer methods or tasks" if found is None else f"Take {found} seeds or more"
+    if num_seeds < 2:
+        return f"{seeds} cannot show a significant difference: a test needs at least two. {take}."
+    with_how_many = "" if num_comparisons == 1 else f" with {num_comparisons} comparisons"
+    return (
+        f"{seeds} can never reach p < {alpha:g} on a single task{with_how_many}: the smallest corrected p is "
+        f"{corrected(num_seeds):.2g}. {take}."
     )
 
 

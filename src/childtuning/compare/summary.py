@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Protocol
 
 from childtuning.compare.plan import Choice
 from childtuning.compare.records import Group, lower_is_better
@@ -19,6 +19,9 @@ from childtuning.compare.statistics import (
     expected_best,
     holm,
 )
+
+SIGNIFICANT = 0.05
+SHOWN_DIGITS = 3  # decimals of a score in tables; means that are equal with so many are a tie
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,16 @@ class Row:
     paired: Paired | None = None
     p_corrected: float | None = None
 
+    @property
+    def method(self) -> str:
+        """The method as typed."""
+        return self.group.method
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the scores; ``None`` if a run has none."""
+        return self.description.mean
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields: NaN is null, and seeds are strings."""
         return {
@@ -86,6 +99,7 @@ class Average:
         method: with its options, as typed.
         train_size, start: as in ``Group``; methods are averaged separately for each.
         tasks: the tasks that every method has.
+        metric: the main metric of the first of them.
         mean: mean of the tasks' means; ``None`` if one of them is, or if metrics have different directions.
         paired: the result of ``compare_stratified``; ``None`` for the baseline itself, if the baseline is missing, or
             if metrics have different directions.
@@ -96,13 +110,115 @@ class Average:
     train_size: int | None
     start: str | None
     tasks: tuple[str, ...]
+    metric: str | None
     mean: float | None
     paired: Paired | None = None
     p_corrected: float | None = None
 
+    @property
+    def scores(self) -> Mapping[int, float]:
+        """None: the scores of different tasks are not compared one by one."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields."""
         return {**asdict(self), "paired": None if self.paired is None else self.paired.to_dict()}
+
+
+class Ranked(Protocol):
+    """What a ranking needs of a method: a ``Row``, or an ``Average``."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def metric(self) -> str | None: ...
+    @property
+    def mean(self) -> float | None: ...
+    @property
+    def scores(self) -> Mapping[int, float]: ...
+    @property
+    def paired(self) -> Paired | None: ...
+    @property
+    def p_corrected(self) -> float | None: ...
+
+
+def significance(one: Ranked) -> int:
+    """Return +1 or -1 if a method is better or worse than the baseline at 5 % after Holm's correction, else 0."""
+    paired, p = one.paired, one.p_corrected
+    if paired is None or p is None or p >= SIGNIFICANT or not paired.difference:
+        return 0
+    return 1 if (paired.difference > 0) != lower_is_better(one.metric) else -1
+
+
+def best_first(one: Ranked) -> tuple[bool, float]:
+    """Return the key that sorts methods by their means; those without one come last."""
+    if one.mean is None:
+        return True, 0.0
+    return False, one.mean if lower_is_better(one.metric) else -one.mean
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who is ahead in a ranking, and whose place is beyond doubt.
+
+    Attributes:
+        best: the method with the best mean, and those that tie with it: their means are equal as shown, or their
+            scores are equal for every common seed. Empty if no method has a mean.
+        clear: the methods that are significantly better than all that they are compared with: the baseline; or, for
+            the baseline, every other method. Only these may be said to lead, and are bold in tables.
+    """
+
+    best: tuple[str, ...]
+    clear: frozenset[str]
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether several methods are the best."""
+        return len(self.best) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready fields."""
+        return {"best": list(self.best), "tie": self.is_tie, "clear": sorted(self.clear)}
+
+
+def standing(rows: Sequence[Ranked], baseline: str | None) -> Standing:
+    """Return who is ahead.
+
+    Args:
+        rows: the methods of one table, in any order.
+        baseline: the method that they were compared with.
+    """
+    ranked = sorted((row for row in rows if row.mean is not None), key=best_first)
+    best = [row.method for row in ranked if _tie(ranked[0], row)]
+    signs = {row.method: significance(row) for row in rows}
+    clear = {method for method, sign in signs.items() if sign > 0}
+    others = [sign for method, sign in signs.items() if method != baseline]
+    if baseline in signs and others and all(sign < 0 for sign in others):
+        clear.add(baseline)
+    if baseline in best and len(best) > 1:
+        clear.difference_update(best)
+    return Standing(tuple(best), frozenset(clear))
+
+
+def _tie(one: Ranked, other: Ranked) -> bool:
+    common = one.scores.keys() & other.scores.keys()
+    same = bool(common) and all(one.scores[seed] == other.scores[seed] for seed in common)
+    return same or _shown(one.mean) == _shown(other.mean)
+
+
+def _shown(mean: float | None) -> float | None:
+    return None if mean is None else round(mean, SHOWN_DIGITS)
+
+
+def standard_error(metric: str | None, score: float | None, num_examples: int) -> float | None:
+    """Return the standard error of an accuracy on so many independent examples: √(p (1 − p) / n).
+
+    It is the noise of the evaluation examples, which more seeds do not reduce. ``None`` for metrics that are no share
+    of the examples.
+    """
+    if metric != "accuracy" or score is None or not num_examples:
+        return None
+    return math.sqrt(max(0.0, score * (1 - score)) / num_examples)
 
 
 def summarize(choices: Sequence[Choice], baseline: str | None) -> list[Row]:
@@ -146,7 +262,8 @@ def across_tasks(rows: Sequence[Row], baseline: str | None) -> list[Average]:
                 [by_task[task] for task in tasks],
                 None if beside is None else [beside[task] for task in tasks],
             )
-            averages.append(Average(method, train_size, start, tasks, *found))
+            metric = by_task[tasks[0]].metric if tasks else None
+            averages.append(Average(method, train_size, start, tasks, metric, *found))
     corrected = holm([None if one.paired is None else one.paired.p_permutation for one in averages])
     return [replace(one, p_corrected=p) for one, p in zip(averages, corrected, strict=True)]
 

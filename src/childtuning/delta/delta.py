@@ -85,6 +85,12 @@ class Delta:
             from_recipe=from_recipe,
         )
 
+    def __repr__(self) -> str:
+        entries = sum(part.numel for part in self.parts.values())
+        base = f", base={self.base['name']!r}" if self.base.get("name") else ""
+        share = self.num_trained / max(entries, 1)
+        return f"Delta(num_trained={self.num_trained:,} of {entries:,}, {share:.2%}{base})"
+
     @property
     def num_trained(self) -> int:
         """Number of stored parameter entries."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from childtuning.child import ChildConfig
+from childtuning.config import CHILD_METHODS
 from childtuning.methods.registry import register
 from childtuning.training import Method
 
@@ -24,7 +25,7 @@ class ChildD(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, variant="task-driven", scores="fisher", lowest=False)
+        return replace(config, **CHILD_METHODS[self.name])
 
 
 @register
@@ -42,7 +43,7 @@ class ChildF(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, variant="task-free")
+        return replace(config, **CHILD_METHODS[self.name])
 
 
 @register
@@ -60,7 +61,7 @@ class ChildLowest(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, variant="task-driven", scores="fisher", lowest=True)
+        return replace(config, **CHILD_METHODS[self.name])
 
 
 @register
@@ -78,4 +79,4 @@ class ChildRandom(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, variant="task-driven", scores="random", lowest=False)
+        return replace(config, **CHILD_METHODS[self.name])

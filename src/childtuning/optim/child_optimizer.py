@@ -118,7 +118,7 @@ class ChildOptimizer(Optimizer):
         self._changed: Release | DrawnRows | None = None
         self._frozen: Frozen | None = None
         self._trained = self._lay_out(child)
-        check_same_child(self._identity())
+        check_same_child(self.child.fingerprint())
         self._check_inner(inner)
         try:
             self.inner = inner(self._inner_groups([group.options for group in self._named]), **options)
@@ -409,6 +409,9 @@ class ChildOptimizer(Optimizer):
         """Return what is trained: each parameter with the runs of its entries in it, or ``None`` for all of it."""
         return [(t.parameter, t.runs) for t in chain.from_iterable(self._trained)]
 
+    def __repr__(self) -> str:
+        return f"ChildOptimizer({type(self.inner).__name__}, {self.child!r})"
+
     @property
     def structured(self) -> tuple[str, ...]:
         """Names of the parameters without a dense gradient."""
@@ -461,15 +464,12 @@ class ChildOptimizer(Optimizer):
         self._share_options()
         about: dict[str, Any] = {
             "version": _STATE_VERSION,
-            "identity": self._identity(),
+            "identity": self.child.fingerprint(),
             "num_steps": self._num_steps,
         }
         if self._frozen is not None:
             about["frozen"] = self._frozen.checksums()
         return {**state_by_name(self._trained, self.inner), "child": about}
-
-    def _identity(self) -> str:
-        return self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
@@ -479,7 +479,7 @@ class ChildOptimizer(Optimizer):
             ParameterError: it is that of another child, or of other parameters.
         """
         about = state_dict.get("child")
-        if about is None or about["identity"] != self._identity():
+        if about is None or about["identity"] != self.child.fingerprint():
             raise ParameterError(
                 "the optimizer state belongs to another child. Build the optimizer with the child saved beside it."
             )

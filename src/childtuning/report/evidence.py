@@ -7,15 +7,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from childtuning.compare.plan import Choice, choose
-from childtuning.compare.records import Group, Record, Recorded, lower_is_better
-from childtuning.compare.statistics import Paired
-from childtuning.compare.summary import Average, Row, across_tasks, summarize
+from childtuning.compare.records import Group, Record, Recorded
+from childtuning.compare.summary import (
+    Average,
+    Row,
+    Standing,
+    across_tasks,
+    best_first,
+    significance,
+    standard_error,
+    standing,
+    summarize,
+)
 from childtuning.report.joining import commands
 from childtuning.report.numbers import counted
-
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Result:
     @property
     def sign(self) -> int:
         """+1 or -1 if significantly better or worse than the baseline, else 0."""
-        return significance(self.row.paired, self.row.p_corrected, self.row.metric)
+        return significance(self.row)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Setting:
         task, train_size, start: as in ``Group``.
         results: best first; those without a mean last.
         label: the setting in words.
+        standing: who is ahead.
     """
 
     task: str
@@ -51,6 +60,7 @@ class Setting:
     start: str | None
     results: Sequence[Result]
     label: str
+    standing: Standing
 
     @property
     def metric(self) -> str:
@@ -66,9 +76,32 @@ class Setting:
     @property
     def examples(self) -> int:
         """The number of training examples of its runs."""
-        if self.train_size is not None:
-            return self.train_size
-        return max(record.result["train_examples"] for one in self.results for record in one.choice.records)  # type: ignore[index]
+        return self.train_size if self.train_size is not None else self._most("train_examples")
+
+    @property
+    def eval_examples(self) -> int:
+        """The number of examples that its scores are measured on."""
+        return self._most("eval_examples")
+
+    @property
+    def standard_error(self) -> float | None:
+        """The noise of its evaluation examples, at the best mean; ``None`` if it is not known for the metric."""
+        return standard_error(self.metric, self.results[0].row.mean, self.eval_examples)
+
+    def _most(self, name: str) -> int:
+        return max(record.result[name] for one in self.results for record in one.choice.records)  # type: ignore[index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready: the setting, who is ahead, and the noise of its evaluation examples."""
+        return {
+            "task": self.task,
+            "train_size": self.train_size,
+            "start": self.start,
+            "metric": self.metric,
+            **self.standing.to_dict(),
+            "eval_examples": self.eval_examples,
+            "standard_error": self.standard_error,
+        }
 
 
 @dataclass(frozen=True)
@@ -79,15 +112,13 @@ class Across:
         averages: best first; methods without a mean are left out.
         settings: the averaged tasks.
         label: what is averaged, in words.
+        standing: who is ahead.
     """
 
     averages: Sequence[Average]
     settings: Sequence[Setting]
     label: str
-
-    def sign(self, average: Average) -> int:
-        """As ``Result.sign``."""
-        return significance(average.paired, average.p_corrected, self.settings[0].metric)
+    standing: Standing
 
 
 class Evidence:
@@ -152,10 +183,9 @@ class Evidence:
             settings = [s for s in self.settings if (s.train_size, s.start) == (size, start)]
             settings = [setting for setting in settings if setting.task in averages[0].tasks]
             if max(len(setting.results) for setting in settings) > 1:
-                sign = 1 if lower_is_better(settings[0].metric) else -1
-                averages.sort(key=lambda average: sign * (average.mean or 0.0))
+                averages.sort(key=best_first)
                 label = _label("Across tasks", size, start, self._several_sizes)
-                tables.append(Across(averages, settings, label))
+                tables.append(Across(averages, settings, label, standing(averages, self.baseline)))
         return sorted(tables, key=lambda table: -_size(table.settings[0].train_size))
 
     @cached_property
@@ -174,8 +204,9 @@ class Evidence:
                 task,
                 size,
                 start,
-                sorted(results, key=_best_first),
+                sorted(results, key=lambda result: best_first(result.row)),
                 _label(task, size, start, self._several_sizes),
+                standing([result.row for result in results], self.baseline),
             )
             for (task, size, start), results in found.items()
         ]
@@ -196,20 +227,6 @@ class Evidence:
     def group_label(self, group: Group) -> str:
         """Return a label for a run's group, without the method."""
         return _label(group.task, group.train_size, group.start, self._several_sizes)
-
-
-def significance(paired: Paired | None, p_corrected: float | None, metric: str | None) -> int:
-    """Return +1 or -1 if a method is better or worse than the baseline at 5 % after Holm's correction, else 0."""
-    if paired is None or p_corrected is None or p_corrected >= SIGNIFICANT or not paired.difference:
-        return 0
-    return 1 if (paired.difference > 0) != lower_is_better(metric) else -1
-
-
-def _best_first(result: Result) -> tuple[bool, float]:
-    mean = result.row.description.mean
-    if mean is None:
-        return True, 0.0
-    return False, mean if lower_is_better(result.row.metric) else -mean
 
 
 def _size(train_size: int | None) -> float:

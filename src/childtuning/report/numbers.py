@@ -7,20 +7,29 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from childtuning.compare.statistics import Description
+from childtuning.compare.summary import SHOWN_DIGITS
+
 NOTHING = "–"  # where there is no number
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def score(value: float | None, digits: int = 3) -> str:
+def score(value: float | None, digits: int = SHOWN_DIGITS) -> str:
     """Return a score with a fixed number of decimals."""
     return NOTHING if missing(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def difference(value: float | None, digits: int = 3) -> str:
+def difference(value: float | None, digits: int = SHOWN_DIGITS) -> str:
     """Return a difference of scores with its sign."""
     if missing(value):
         return NOTHING
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def mean_and_sd(found: Description) -> str:
+    """Return mean ± standard deviation; the mean alone for one run, which has no spread."""
+    mean = score(found.mean)
+    return mean if found.sd is None or found.num < 2 else f"{mean} ± {score(found.sd)}"
 
 
 def interval(ends: tuple[float, float] | None, write_fn: Callable[[float], str] = score) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from childtuning.compare.records import Recorded
+from childtuning.compare.summary import SIGNIFICANT, significance
 from childtuning.report import numbers
-from childtuning.report.evidence import SIGNIFICANT, Across, Evidence, Result, Setting
+from childtuning.report.evidence import Across, Evidence, Result, Setting
+from childtuning.report.findings import finding, noise
 
 _SIGNS = {1: "▲", -1: "▼", 0: ""}
 _LATEX = {
@@ -44,13 +46,15 @@ class Table:
     Attributes:
         title: what it shows.
         columns, rows: headers and cells; the first column is text, the others numbers.
-        best: the row in bold; ``None`` for none.
+        bold: the methods in bold.
+        note: what the table says, in a sentence or two.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    best: int | None = None
+    bold: frozenset[str]
+    note: str
 
 
 def markdown_tables(recorded: Recorded) -> str:
@@ -69,12 +73,16 @@ def latex_tables(recorded: Recorded) -> str:
 
 
 def json_content(recorded: Recorded) -> dict[str, Any]:
-    """Return a store's export, with the statistics of the ranking in ``summary``."""
+    """Return a store's export, with the statistics of the ranking, and who is ahead, in ``summary``."""
     evidence = Evidence(recorded)
     averages = [average.to_dict() for across in evidence.across for average in across.averages]
     return {
         **recorded.to_dict(),
-        "summary": {"rows": [row.to_dict() for row in evidence.rows], "across_tasks": averages},
+        "summary": {
+            "rows": [row.to_dict() for row in evidence.rows],
+            "standings": [setting.to_dict() for setting in evidence.settings],
+            "across_tasks": averages,
+        },
     }
 
 
@@ -104,18 +112,16 @@ def _ranking(setting: Setting, baseline: str | None) -> Table:
         [result.method, *_scores(result), *(_comparison(result) if compared else [])]
         for result in setting.results
     ]
-    best = 0 if setting.results[0].row.description.mean is not None else None
-    return Table(setting.label, columns, rows, best)
+    found = finding([result.row for result in setting.results], setting.standing, baseline)
+    note = f"{found} {noise(setting.eval_examples, setting.standard_error)}."
+    return Table(setting.label, columns, rows, setting.standing.clear, note)
 
 
 def _scores(result: Result) -> list[str]:
     found = result.row.description
-    mean = numbers.score(found.mean)
-    if found.sd is not None and found.num > 1:
-        mean += f" ± {numbers.score(found.sd)}"
     collapsed = f"{found.num_collapsed} of {found.num}"
     return [
-        mean,
+        numbers.mean_and_sd(found),
         numbers.interval(found.interval),
         numbers.score(found.median),
         numbers.score(found.best),
@@ -141,11 +147,12 @@ def _across(across: Across, baseline: str | None) -> Table:
         if compared:
             paired = average.paired
             difference = "" if paired is None else numbers.difference(paired.difference)
-            row += [f"{difference} {_SIGNS[across.sign(average)]}".strip()]
+            row += [f"{difference} {_SIGNS[significance(average)]}".strip()]
             row += ["" if paired is None else numbers.p_value(average.p_corrected)]
         means = [{r.method: r.row.description.mean for r in setting.results} for setting in across.settings]
         rows.append([*row, *(numbers.score(by_method.get(average.method)) for by_method in means)])
-    return Table(across.label, columns, rows, 0)
+    note = str(finding(across.averages, across.standing, baseline))
+    return Table(across.label, columns, rows, across.standing.clear, note)
 
 
 def _markdown(table: Table) -> str:
@@ -155,12 +162,12 @@ def _markdown(table: Table) -> str:
         _markdown_row(table.columns),
         _markdown_row(["---", *["---:"] * (len(table.columns) - 1)], plain=False),
     ]
-    for place, row in enumerate(table.rows):
+    for row in table.rows:
         cells = [_plain(cell) for cell in row]
-        if place == table.best:
+        if row[0] in table.bold:
             cells = [f"**{cell}**" if cell else "" for cell in cells[:2]] + cells[2:]
         lines.append(_markdown_row(cells, plain=False))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _plain(table.note)]) + "\n"
 
 
 def _markdown_row(cells: Sequence[str], *, plain: bool = True) -> str:
@@ -174,16 +181,16 @@ def _plain(text: str) -> str:
 
 def _latex(table: Table) -> str:
     body = []
-    for place, row in enumerate(table.rows):
+    for row in table.rows:
         cells = [_tex(cell) for cell in row]
-        if place == table.best:
+        if row[0] in table.bold:
             cells = [f"\\textbf{{{cell}}}" for cell in cells[:2]] + cells[2:]
         body.append(f"    {' & '.join(cells)} \\\\")
     return "\n".join(
         [
             "\\begin{table}",
             "  \\centering",
-            f"  \\caption{{{_tex(table.title)}}}",
+            f"  \\caption{{{_tex(table.title)}. {_tex(table.note)}}}",
             f"  \\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
             "    \\toprule",
             f"    {' & '.join(map(_tex, table.columns))} \\\\",

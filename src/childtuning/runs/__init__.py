@@ -1,5 +1,7 @@
 """Layer 4: configure, execute, record, resume and reopen runs."""
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ if TYPE_CHECKING:
     from childtuning.runs.predict import FinishedRun
     from childtuning.runs.run import score_run, train_run, understand_run
 
-__all__ = ["FinishedRun", "RunConfig", "score_run", "train_run", "understand_run"]
+__all__ = ["FinishedRun", "RunConfig", "load", "score_run", "train_run", "understand_run"]
 _HOMES = {
     "FinishedRun": "predict",
     "RunConfig": "config",
@@ -16,6 +18,40 @@ _HOMES = {
     "train_run": "run",
     "understand_run": "run",
 }
+
+
+def load(
+    path: Any, *, model: Any = None, progress: bool = False, tell: Any = lambda line: None
+) -> FinishedRun:
+    """Open the folder of a finished run, or one that ``ChildTrainer`` saved.
+
+    Args:
+        path: the folder, str or Path.
+        model: for a folder of ``ChildTrainer``: the base model, if it is no longer where the delta says; a folder, a
+            hub name or a model, which is not changed.
+        progress: draw bars on standard error.
+        tell: called with lines for the user.
+    Returns:
+        the run, with ``predict``, ``predict_proba``, ``evaluate``, ``merge`` and ``model``.
+    Raises:
+        ConfigError: when the folder is neither.
+        CorruptFileError: when its files are damaged.
+    """
+    from pathlib import Path
+
+    from childtuning.errors import ConfigError
+    from childtuning.runs.folder import CONFIG
+
+    folder = Path(path).expanduser()
+    if (folder / "delta.json").is_file() and not (folder / CONFIG).is_file():
+        from childtuning.runs.trainer_folder import TrainerFolder
+
+        return TrainerFolder(folder, model=model, progress=progress, tell=tell)
+    if model is not None:
+        raise ConfigError("a run's folder names its own base model, got model=. Leave it out.")
+    from childtuning.runs.predict import FinishedRun
+
+    return FinishedRun(folder, progress=progress, tell=tell)
 
 
 def __getattr__(name: str) -> Any:

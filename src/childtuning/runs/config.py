@@ -236,6 +236,21 @@ class RunConfig(Train, Child, Model, Data):
         return cls(**values)
 
 
+_SPLITS = ("train", "training", "data")
+
+
+def name_of_data(train: str) -> str:
+    """Return a short name for the user's own training data: its file's or folder's, or that of the folder around it.
+
+    Example:
+        >>> name_of_data("data/reviews/train.csv.gz"), name_of_data("reviews.csv")
+        ('reviews', 'reviews')
+    """
+    path = Path(train).expanduser().resolve()
+    name = path.name.split(".")[0]
+    return path.parent.name or name if name.lower() in _SPLITS else name
+
+
 def by_field(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options under the names of their fields: ``max-length`` is ``max_length``, ``lr`` ``learning_rate``.
 

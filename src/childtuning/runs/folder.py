@@ -16,6 +16,7 @@ checkpoints/           exists only during training
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -214,6 +215,14 @@ class RunResult:
     epochs: float | None = None
     understood: dict[str, Any] = field(default_factory=dict)
     diverged_at: int | None = None
+
+    def __repr__(self) -> str:
+        value = self.metric["value"]
+        score = f"{self.metric['name']} {math.nan if value is None else value:.4f}"
+        return (
+            f"RunResult({self.task}, {self.method}, seed {self.seed}: {score}, "
+            f"{self.trained_parameters:,} trained entries, density {self.density:.4g}, {self.output!r})"
+        )
 
     @property
     def fault(self) -> str | None:

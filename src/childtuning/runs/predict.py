@@ -1,20 +1,28 @@
-"""Predict with, evaluate and verify a finished run."""
+"""Predict with, evaluate, merge and verify a finished run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from childtuning.errors import DataError, ModelError
+import numpy as np
+
+from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.folder import RunFolder
-from childtuning.runs.inputs import base_model, bits, merged_model, tuned_model
+from childtuning.runs.inputs import base_model, bits, tuned_model
 from childtuning.tasks import Answers, Columns, Source, Split, check_labels
+from childtuning.training import LoadedModel
+
+Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
 class FinishedRun(RunFolder):
-    """A finished run, for prediction, evaluation and verification.
+    """A finished run, for prediction, evaluation, merging and verification.
+
+    The tuned model is loaded once, when it is first needed.
 
     Args:
         path: its folder.
@@ -31,56 +39,135 @@ class FinishedRun(RunFolder):
         super().__init__(path)
         self.progress, self.tell = progress, tell
 
-    def _check_finite(self) -> None:
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics["metrics"].items())
+        return f"{type(self).__name__}({str(self.path)!r}, {self.method}{found and f': {found}'})"
+
+    @property
+    def method(self) -> str:
+        """The method that it was trained with."""
+        return self.config.method
+
+    def model(self) -> Any:
+        """Return the tuned model, the same at every call.
+
+        Raises:
+            ModelError: when training diverged.
+        """
+        return self._model
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._tuned(self._base())
+
+    def _base(self) -> LoadedModel:
+        """Load the base model."""
+        return base_model(self)
+
+    def _tuned(self, base: LoadedModel) -> Any:
+        """Turn the base model into the tuned one, in place."""
         if self.metrics.get("diverged_at") is not None:
             raise ModelError(
                 f"training of the run in {str(self.path)!r} diverged at step {self.metrics['diverged_at']}: its model "
                 "predicts nothing. Train again with a lower --lr."
             )
-
-    def model(self) -> Any:
-        """Return the tuned model."""
-        self._check_finite()
-        return tuned_model(self)
+        return tuned_model(self, base)
 
     def merged(self) -> Any:
-        """Return the tuned model in the base model's own architecture.
+        """Return a tuned model in the base model's own architecture.
 
         Raises:
             ModelError: when the modules added by a method cannot be merged into it.
         """
-        self._check_finite()
-        return merged_model(self)
+        return self.config.methods().merge(self._tuned(self._base())).eval()
+
+    def merge(self, folder: str | Path) -> Path:
+        """Save the merged model with its tokenizer or image processor, as an ordinary folder for transformers.
+
+        Args:
+            folder: new or empty.
+        Raises:
+            ConfigError: when it is not.
+            ModelError: as for ``merged``.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"output {str(folder)!r} is not an empty folder. Pass a new one.")
+        model, processor = self.merged(), self.processor()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
 
     def read_input(self, path: str | Path, *, labelled: bool) -> Split:
         """Read examples from a file or folder, with the run's columns."""
         columns = Columns(**self.about["columns"])
         return self.kind.read(Source(Path(path).expanduser()), columns, part="dev", labelled=labelled)
 
-    def predict(self, examples: Split, options: Answers | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, examples: Texts | str | Path | Split, options: Answers | None = None
+    ) -> list[dict[str, Any]]:
         """Return predictions for examples.
 
+        Args:
+            examples: a list of texts, or of pairs of texts; or a file or folder that ``childtuning train`` reads.
+            options: how a language model answers.
         Returns:
             for each example a dict with "prediction" (the label, the number, …) and other keys that depend on the kind
             of task.
         Raises:
             DataError: when the form of the examples differs from the run's.
         """
-        self._check_form(examples)
-        model = self.model()
-        return self._predictor(model).predict(model, examples, options or Answers())
+        split = self._split(examples)
+        if not len(split):
+            return []
+        self._check_form(split)
+        return self._predictor.predict(self.model(), split, options or Answers())
 
-    def evaluate(self, examples: Split) -> dict[str, float]:
-        """Return the run's metrics on labelled examples.
+    def predict_proba(self, examples: Texts | str | Path | Split) -> np.ndarray:
+        """Return the probability of each class, [num_examples, num_classes], float64, in the order of ``label_names``.
+
+        Args:
+            examples: as for ``predict``.
+        Raises:
+            ConfigError: when the run does not have one class per example.
+        """
+        rows = self.predict(examples) if self.kind.has_classes else [{}]
+        if not all("logits" in row for row in rows):
+            raise ConfigError(f"{self.kind.name} does not have one class per example. Call predict.")
+        logits = np.array([row["logits"] for row in rows], dtype=np.float64).reshape(
+            -1, len(self.label_names)
+        )
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return powers / powers.sum(1, keepdims=True)
+
+    def evaluate(self, examples: str | Path | Split) -> dict[str, float]:
+        """Return the run's metrics on labelled examples: a file or folder, or examples that were read.
 
         Raises:
             DataError: for labels that did not occur in training, or examples of another form.
         """
+        if not isinstance(examples, Split):
+            examples = self.read_input(examples, labelled=True)
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
         self._check_form(examples)
-        model = self.model()
-        return self._predictor(model).measure(model, examples, self.about["metrics"])
+        return self._predictor.measure(self.model(), examples, self.about["metrics"])
+
+    def _split(self, examples: Texts | str | Path | Split) -> Split:
+        """Return what the user passed as examples."""
+        if isinstance(examples, Split):
+            return examples
+        if isinstance(examples, str) and not Path(examples).expanduser().exists():
+            raise DataError(f"there is no file {examples[:80]!r}. Pass a list for texts: [text].")
+        if isinstance(examples, (str, Path)):
+            return self.read_input(examples, labelled=False)
+        rows: list[Any] = list(examples)
+        if all(isinstance(row, str) for row in rows):
+            return self.kind.of_texts(rows, None)
+        if all(isinstance(row, (tuple, list)) and [*map(type, row)] == [str, str] for row in rows):
+            return self.kind.of_texts([one for one, _ in rows], [other for _, other in rows])
+        other = next(row for row in rows if not isinstance(row, str))
+        raise DataError(f"examples must be all texts or all pairs of texts, got {other!r:.80}. Pass strings.")
 
     def _check_form(self, examples: Split) -> None:
         wanted = self.about["form"]
@@ -89,10 +176,13 @@ class FinishedRun(RunFolder):
                 f"the run was trained on {wanted}, got {examples.form}. Pass input with the same columns."
             )
 
-    def _predictor(self, model: Any) -> Predictor:
-        most = cut_at(self.config, self.kind, model)
-        names, processor = self.label_names, self.processor()
+    @cached_property
+    def _predictor(self) -> Predictor:
+        names, processor, most = self.label_names, self.processor(), self._max_length()
         return Predictor(self.kind, processor, names, most, progress=self.progress, tell=self.tell)
+
+    def _max_length(self) -> int:
+        return cut_at(self.config, self.kind, self.model())
 
     def verify(self) -> dict[str, int]:
         """Compare the tuned model with the base model, bitwise.
@@ -102,10 +192,10 @@ class FinishedRun(RunFolder):
             base, and how many entries outside the delta differ from the base (0 if all is well). Entries that the
             base does not have (the new head and added modules) are counted separately.
         """
-        loaded = base_model(self)
+        loaded = self._base()
         new = set(loaded.new_parameters)
         pretrained = {id(p): p.detach().clone() for n, p in loaded.model.named_parameters() if n not in new}
-        model = tuned_model(self, loaded)
+        model = self._tuned(loaded)
         named = dict(zip(self.delta.parts, model.parameters(), strict=True))
         counts: dict[str, int] = dict.fromkeys(
             (

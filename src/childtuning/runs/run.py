@@ -40,7 +40,7 @@ from childtuning.runs.folder import (
     write_text,
 )
 from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
-from childtuning.runs.log import RunLog, peak_memory_bytes, reset_peak_memory, trackers
+from childtuning.runs.log import ProgressLines, RunLog, peak_memory_bytes, reset_peak_memory, trackers
 from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
 from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
 from childtuning.training import (
@@ -195,7 +195,7 @@ def train_run(
     Args:
         config: the options.
         output: the run's folder; new or empty, unless ``overwrite`` (an earlier run's) or ``resume``.
-        progress: draw bars on standard error.
+        progress: draw bars on standard error; otherwise ``tell`` gets a line every ten seconds.
         tell: called with lines for the user.
         inputs: loads data, model and scores; by default, without caching.
     Returns:
@@ -229,6 +229,8 @@ def train_run(
     found = _understood(begun, tests, trainer)
     for line in () if resume else found.lines():
         tell(line)
+    if not progress:
+        trainer.add_callback(ProgressLines(tell))
     checkpoint = last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
     start = time.perf_counter()

@@ -72,9 +72,9 @@ class CausalLM(Kind):
             source, columns.text or "prompt", (columns.label or "response") if labelled else None
         )
 
-    def of_text(self, text: str, text_pair: str | None) -> Instructions:
-        """Return one prompt."""
-        return Instructions([text])
+    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Instructions:
+        """Return prompts."""
+        return Instructions([*texts])
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return the loss in nats per token, and its exponential."""

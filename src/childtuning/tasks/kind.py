@@ -116,8 +116,8 @@ class Kind(ABC):
             DataError: when the file cannot be used; one line that names the file.
         """
 
-    def of_text(self, text: str, text_pair: str | None) -> Split:
-        """Return one unlabelled example that a user typed.
+    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Split:
+        """Return unlabelled examples that a user typed: one of each text, or of each pair.
 
         Raises:
             ConfigError: when examples of this kind cannot be typed.

@@ -49,9 +49,9 @@ class TextKind(Kind):
             label_kind=self.label_kind if labelled else None,
         )
 
-    def of_text(self, text: str, text_pair: str | None) -> Examples:
-        """Return one text or pair."""
-        return Examples([text], None if text_pair is None else [text_pair], None)
+    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Examples:
+        """Return texts or pairs."""
+        return Examples(texts, pairs, None)
 
     def check(self, task: Task) -> None:
         """Refuse a task that has pairs in one split and single texts in the other."""

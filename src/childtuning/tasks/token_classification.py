@@ -68,9 +68,9 @@ class TokenClassification(Kind):
             source, columns.text or "tokens", (columns.label or "tags") if labelled else None
         )
 
-    def of_text(self, text: str, text_pair: str | None) -> Sentences:
-        """Split the text at white space and return it as one sentence."""
-        return Sentences([text.split()])
+    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Sentences:
+        """Split each text at white space and return it as one sentence."""
+        return Sentences([text.split() for text in texts])
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return F1 over spans if the tags mark spans, and accuracy over words."""

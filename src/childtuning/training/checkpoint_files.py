@@ -49,7 +49,12 @@ class CheckpointFiles:
         child = self.touched or self.select()
         if self.child_config is not None and self.child_config.preset == "official":
             child = TaskFree(1.0)  # its weight decay changes every parameter
-        return Delta.capture(self.bare_model, child, base=self._base_name)
+        return Delta.capture(self.bare_model, child, base=self._base_name or self._loaded_from())
+
+    def _loaded_from(self) -> str | None:
+        """The hub name, or the full path of the folder, that the model was loaded from; ``None`` if it was not."""
+        name = getattr(self.bare_model, "name_or_path", None) or None
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -61,6 +66,7 @@ class CheckpointFiles:
         (folder / CHOICE_FILE).write_text(json.dumps(self._choice()), encoding="utf-8")
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "save_pretrained"):
+            config.architectures = [type(self.bare_model).__name__]  # as the model's own save_pretrained does
             config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -69,7 +75,7 @@ class CheckpointFiles:
         """Return how the child was chosen, so that a run is not resumed with another child by mistake."""
         if self.child_config is not None:
             return self.child_config.to_dict()
-        return {"child": self.child.fingerprint() if isinstance(self.child, Child) else repr(self.child)}
+        return {"child": self.select().fingerprint()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:

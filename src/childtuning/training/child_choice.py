@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from childtuning.child import (
 )
 from childtuning.child.eligible import as_patterns, match_names, named, output_axes
 from childtuning.child.eligible import eligible as eligible_parameters
-from childtuning.errors import ParameterError
+from childtuning.errors import ConfigError, ParameterError
 from childtuning.fisher import fisher_information
 from childtuning.fisher.losses import LossFn
 
@@ -80,6 +80,25 @@ def _base_names(model: PreTrainedModel) -> set[str] | None:
             return {name for name, _ in base(model.config).named_parameters(remove_duplicate=False)}
     except Exception:  # a configuration that the base model does not accept
         return None
+
+
+def as_child(child: Any, density: float | Literal["auto"] | None) -> ChildConfig | Child | TaskFree:
+    """Return what ``child=`` stands for: a name becomes a configuration.
+
+    Raises:
+        ConfigError: for an unknown name, for something else, and for a density beside anything but a name.
+    """
+    if isinstance(child, str):
+        return ChildConfig.of_method(child, density)
+    if not isinstance(child, (ChildConfig, Child, TaskFree)):
+        raise ConfigError(
+            f"child must be a method's name, a ChildConfig, a Child or a TaskFree, got {child!r:.80}. Pass 'child-d'."
+        )
+    if density is not None:
+        raise ConfigError(
+            f"density belongs to the name of a method, got one beside a {type(child).__name__}. Leave it out."
+        )
+    return child
 
 
 def choose_child(

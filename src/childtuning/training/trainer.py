@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from childtuning.training.child_choice import (
     Progress,
     ScoreFn,
     Scores,
+    as_child,
     choose_child,
     fisher_bar,
     fisher_sample,
@@ -82,7 +83,9 @@ class ChildTrainer(CheckpointFiles, Trainer):
     the child's entries for a fixed child.
 
     Args:
-        child: a ``ChildConfig``, or an existing ``Child`` or ``TaskFree``.
+        child: the name of a method, ``child-d`` or ``child-f``; a ``ChildConfig``, for more options; or an existing
+            ``Child`` or ``TaskFree``.
+        density: of a child that is named; ``None``: 0.3.
         always: names or patterns of parameters trained in full besides the child; used if the configuration has none.
             ``None``: the model's task head (``task_head``), and parameters missing from its checkpoint.
         scores: precomputed scores by parameter name, in place of a Fisher pass; or a function that takes the pass and
@@ -100,7 +103,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
     def __init__(
         self,
         *args: Any,
-        child: ChildConfig | Child | TaskFree,
+        child: str | ChildConfig | Child | TaskFree,
+        density: float | Literal["auto"] | None = None,
         always: Iterable[str] | None = None,
         scores: Scores | ScoreFn | None = None,
         methods: Sequence[Method] = (),
@@ -110,6 +114,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         **trainer_options: Any,
     ) -> None:
         self._is_built = False
+        child = as_child(child, density)
         super().__init__(*args, **trainer_options)
         if self.optimizer is not None:
             raise ConfigError(

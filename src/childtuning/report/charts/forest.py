@@ -37,7 +37,8 @@ def forest(setting: Setting, marks: MethodMarks, baseline: str | None) -> Markup
         ],
     )
     rows = [
-        _row(result, scale, marks, reference, baseline if compared else None) for result in setting.results
+        _row(result, setting, scale, marks, reference, baseline if compared else None)
+        for result in setting.results
     ]
     table = el(
         "table",
@@ -77,6 +78,7 @@ def _axis(scale: Scale, after: int) -> Markup:
 
 def _row(
     result: Result,
+    setting: Setting,
     scale: Scale,
     marks: MethodMarks,
     reference: float | None,
@@ -92,7 +94,8 @@ def _row(
     ]
     if baseline is not None:
         cells += _comparison(result, baseline)
-    return el("tr", cells, data_m=marks.place(result.method), class_="best" if result.sign > 0 else None)
+    class_ = "best" if result.method in setting.standing.clear else None
+    return el("tr", cells, data_m=marks.place(result.method), class_=class_)
 
 
 def _comparison(result: Result, baseline: str) -> list[Markup]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from childtuning.compare.statistics import Paired
 from childtuning.report import numbers
-from childtuning.report.evidence import Across, Evidence, Result, Setting
+from childtuning.report.evidence import Evidence
+from childtuning.report.findings import Finding, finding
 from childtuning.report.markup import Markup, el
 from childtuning.report.method_marks import MethodMarks
 
@@ -19,6 +19,7 @@ _PROTOCOLS = {
     "ablation": "in an ablation",
 }
 _MOST_FINDINGS = 8
+_MOST_NAMES = 4
 
 
 def title(evidence: Evidence) -> str:
@@ -36,8 +37,19 @@ def title(evidence: Evidence) -> str:
 
 def headline(evidence: Evidence, marks: MethodMarks) -> Markup:
     """Return the head of the page."""
-    findings = [_across(across, evidence.baseline, marks) for across in evidence.across[:1]]
-    findings += [_finding(setting, evidence, marks) for setting in evidence.main[:_MOST_FINDINGS]]
+    findings = [
+        _finding(across.label, finding(across.averages, across.standing, evidence.baseline), marks)
+        for across in evidence.across[:1]
+    ]
+    findings += [
+        _finding(
+            setting.label,
+            finding([one.row for one in setting.results], setting.standing, evidence.baseline),
+            marks,
+            setting.task,
+        )
+        for setting in evidence.main[:_MOST_FINDINGS]
+    ]
     rest = len(evidence.main[_MOST_FINDINGS:])
     return el(
         "header",
@@ -94,72 +106,21 @@ def _facts(evidence: Evidence) -> list[tuple[str, str, str | None]]:
     return facts
 
 
-def _finding(setting: Setting, evidence: Evidence, marks: MethodMarks) -> Markup:
-    best = setting.results[0]
-    found = best.row.description
-    words: list[Any] = [el("b", setting.label), " "]
-    if found.mean is None:
-        words.append("no method has a score in every run.")
-    elif all(one.row.description.num_collapsed == one.row.description.num for one in setting.results):
-        words.append("every run collapsed: none is better than always predicting the most frequent answer.")
-    else:
-        leads = "leads with" if len(setting.results) > 1 else "has"
+def _finding(label: str, found: Finding, marks: MethodMarks, task: str | None = None) -> Markup:
+    verdict = el("span", found.verdict, class_="badge better") if found.is_clear else found.verdict
+    return el(
+        "li", el("b", label), " ", _named(found.methods, marks), found.claim, verdict, ".", data_task=task
+    )
+
+
+def _named(methods: Sequence[str], marks: MethodMarks) -> list[Any]:
+    """The names with their marks, as ``numbers.listed`` joins names."""
+    if len(methods) > _MOST_NAMES:
+        return [numbers.listed(methods, _MOST_NAMES), " "]
+    words: list[Any] = []
+    for place, method in enumerate(methods):
         words += [
-            marks.named(best.method),
-            f" {leads} {setting.metric} {numbers.score(found.mean)}{_interval(best)}",
+            marks.named(method),
+            " " if place == len(methods) - 1 else " and " if place == len(methods) - 2 else ", ",
         ]
-        if len(setting.results) == 1:
-            words.append(".")
-        elif best.method == evidence.baseline:
-            words += _as_baseline([other.sign for other in setting.results[1:]])
-        else:
-            words += _beside_baseline(best.row.paired, best.row.p_corrected, best.sign, evidence.baseline)
-    return el("li", words, data_task=setting.task)
-
-
-def _interval(result: Result) -> str:
-    interval = result.row.description.interval
-    return "" if interval is None else f" ({numbers.score(interval[0])} … {numbers.score(interval[1])})"
-
-
-def _across(across: Across, baseline: str | None, marks: MethodMarks) -> Markup:
-    best, *others = across.averages
-    words = [
-        el("b", across.label),
-        " ",
-        marks.named(best.method),
-        f" leads with a mean of {numbers.score(best.mean)}",
-    ]
-    if best.method == baseline:
-        words += _as_baseline([across.sign(other) for other in others])
-    else:
-        words += _beside_baseline(best.paired, best.p_corrected, across.sign(best), baseline)
-    return el("li", words)
-
-
-def _as_baseline(signs: Sequence[int]) -> list[Any]:
-    """Return the comparison if the baseline is the best, from the signs of the others."""
-    if all(sign < 0 for sign in signs):
-        return [", the baseline; every other method is significantly worse."]
-    return [", the baseline; none is significantly better."]
-
-
-def _beside_baseline(
-    paired: Paired | None, p_corrected: float | None, sign: int, baseline: str | None
-) -> list[Any]:
-    """Return the comparison of the best method with the baseline, from the comma on."""
-    if paired is None:
-        return ["."]
-    if paired.difference is None:
-        return [
-            f", not compared with {baseline}: {'a run has no score' if paired.num_nan else 'no common seed'}."
-        ]
-    direction = "above" if paired.difference > 0 else "below"
-    text = f", {numbers.score(abs(paired.difference))} {direction} {baseline}: "
-    if p_corrected is None:
-        return [f"{text}one common seed is not enough for a test."]
-    p = numbers.p_value(p_corrected)
-    p = f"p {p if p.startswith('<') else f'= {p}'}".replace(" ", "\N{NO-BREAK SPACE}")
-    if sign:
-        return [text, el("span", f"significant, {p}", class_="badge better"), "."]
-    return [f"{text}no clear difference, {p}."]
+    return words

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from childtuning.compare.statistics import power_limit
+from childtuning.compare.summary import SIGNIFICANT
 from childtuning.report import numbers
-from childtuning.report.evidence import SIGNIFICANT, Evidence
+from childtuning.report.evidence import Evidence
 from childtuning.report.markup import Markup, el
 
 
@@ -15,6 +17,8 @@ def how_to_read(evidence: Evidence) -> Markup:
         "Collapsed: no better than always predicting the most frequent answer of the training examples, or without "
         "a score. If a run has no score, its method has no mean.",
         *_tests(evidence),
+        "Standard error of a score: √(p (1 − p) / n) for an accuracy p on n evaluation examples. More seeds do not "
+        "make it smaller; more evaluation examples do.",
     ]
     if evidence.comparison.get("selection") == "reported":
         items.append(
@@ -33,14 +37,9 @@ def _tests(evidence: Evidence) -> list[str]:
         f"p: paired permutation test against {evidence.baseline} over common seeds, with Holm's correction for all "
         f"{numbers.counted(num, 'comparison')} on single tasks and, separately, for all averages across tasks. "
         f"“Better” and “worse” are differences with p < {SIGNIFICANT:g}.",
-        "▲ and ▼: significantly better and worse than the baseline. Bold: the best mean.",
+        "▲ and ▼: significantly better and worse than the baseline. Bold: significantly better than the baseline; or "
+        "the baseline, if it is significantly better than every other method. Means that are equal as shown, or scores "
+        "that are equal for every common seed, are a tie.",
     ]
-    smallest = min((one.smallest_p for one in compared if one.smallest_p is not None), default=None)
-    if smallest is not None and smallest * num >= SIGNIFICANT:
-        seeds = numbers.counted(max(one.num for one in compared), "common seed")
-        items.append(
-            f"With {seeds}, no p can be below {smallest:.2g} before the correction, or below "
-            f"{min(1.0, smallest * num):.2g} after it for {numbers.counted(num, 'comparison')}: on a single task, "
-            f"nothing could have been significant. Use more seeds or fewer methods to detect differences."
-        )
-    return items
+    limit = power_limit(max(one.num for one in compared), num, SIGNIFICANT)
+    return [*items, limit] if limit else items

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from childtuning.compare.summary import Average
+from childtuning.compare.summary import Average, significance
 from childtuning.report import numbers
 from childtuning.report.charts.figure import figure, scrolling
 from childtuning.report.charts.forest import forest
 from childtuning.report.evidence import Across, Evidence, Setting
+from childtuning.report.findings import noise
 from childtuning.report.markup import Markup, el
 from childtuning.report.method_marks import LONG, MethodMarks
 from childtuning.report.section import Section
@@ -49,7 +50,7 @@ def _lead(evidence: Evidence) -> str:
 
 def _ranking(setting: Setting, marks: MethodMarks, baseline: str | None) -> Markup:
     examples = numbers.counted(setting.examples, "training example")
-    note = f"{setting.metric}, {examples}"
+    note = f"{setting.metric}, {examples}, {noise(setting.eval_examples, setting.standard_error)}"
     return figure(setting.label, forest(setting, marks, baseline), note=note, task=setting.task, kind="wide")
 
 
@@ -71,11 +72,12 @@ def _across(across: Across, marks: MethodMarks, baseline: str | None) -> Markup:
     body = []
     for average in across.averages:
         name = el("th", marks.named(average.method), scope="row", class_="text")
-        cells = [el("td", el("b", numbers.score(average.mean)))]
+        cells = [el("td", _bold(numbers.score(average.mean), average.method in across.standing.clear))]
         if compared:
-            cells += _difference(average, across.sign(average))
+            cells += _difference(average, significance(average))
         cells += [_cell(average.method, setting) for setting in across.settings]
-        body.append(el("tr", name, cells, data_m=marks.place(average.method)))
+        class_ = "best" if average.method in across.standing.clear else None
+        body.append(el("tr", name, cells, data_m=marks.place(average.method), class_=class_))
     table = el(
         "table", el("thead", el("tr", headers)), el("tbody", body), class_="across", aria_label=across.label
     )
@@ -99,7 +101,11 @@ def _cell(method: str, setting: Setting) -> Markup:
     if result is None:
         return el("td", numbers.NOTHING)
     text = numbers.score(result.row.description.mean)
-    return el("td", el("b", text) if result is setting.results[0] else text, _sign(result.sign))
+    return el("td", _bold(text, method in setting.standing.clear), _sign(result.sign))
+
+
+def _bold(text: str, is_clear: bool) -> Markup | str:
+    return el("b", text) if is_clear else text
 
 
 def _sign(sign: int) -> Markup | None:

@@ -1,0 +1,133 @@
+"""``childtuning.load``: runs and ChildTrainer's folders from Python, with plain strings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import childtuning
+from childtuning import ChildConfig
+from childtuning.errors import ConfigError, DataError
+from childtuning.runs import FinishedRun, RunConfig, train_run
+from childtuning.training import ChildTrainer
+
+TEXTS = ["a great film", "awful food", "the dog sat on the mat"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_bert: Path, sentiment: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    config = RunConfig(**files, model=str(tiny_bert), learning_rate=1e-2, batch_size=8)
+    folder = tmp_path_factory.mktemp("loaded") / "run"
+    train_run(config, folder)
+    return childtuning.load(folder)
+
+
+def test_plain_strings_and_files_are_predicted(run: FinishedRun, sentiment: Path, tmp_path: Path) -> None:
+    rows = run.predict(TEXTS)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    assert rows == run.predict(tmp_path / "texts.jsonl") == run.predict(str(tmp_path / "texts.jsonl"))
+    chances = run.predict_proba(TEXTS)
+    assert chances.shape == (3, 2) and np.allclose(chances.sum(1), 1)
+    assert [run.label_names[i] for i in chances.argmax(1)] == [row["prediction"] for row in rows]
+    assert chances.max(1) == pytest.approx([row["confidence"] for row in rows])
+    assert run.predict([]) == [] and run.predict_proba([]).shape == (0, 2)
+    assert run.model() is run.model(), "the model is loaded once"
+    assert run.evaluate(sentiment / "dev.jsonl") == pytest.approx(run.metrics["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [
+        ("a great film", r"there is no file 'a great film'. Pass a list for texts: \[text\]"),
+        ([("a film", "a book")], "trained on single texts, got pairs of texts"),
+        (["a film", 3], "all texts or all pairs of texts, got 3"),
+        ([("a", "b", "c")], "all texts or all pairs"),
+    ],
+)
+def test_what_is_no_example_is_refused(run: FinishedRun, examples: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        run.predict(examples)
+
+
+def test_numbers_have_no_probabilities(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "a film", "text2": "a book", "label": i / 10} for i in range(40)]
+    (tmp_path / "n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train": str(tmp_path / "n.jsonl"), "eval": str(tmp_path / "n.jsonl"), "text": "text"}
+    config = RunConfig(**files, text_pair="text2", model=str(tiny_bert), method="head", epochs=1.0)
+    train_run(config, tmp_path / "run")
+    run = childtuning.load(tmp_path / "run")
+    assert len(run.predict([("a film", "a book"), ("a dog", "a cat")])) == 2
+    with pytest.raises(ConfigError, match="regression does not have one class per example. Call predict"):
+        run.predict_proba([("a film", "a book")])
+
+
+def test_a_run_is_merged(run: FinishedRun, tmp_path: Path) -> None:
+    import transformers
+
+    made = run.merge(tmp_path / "model")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made)
+    for name, p in run.model().named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        run.merge(made)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, torch.Tensor], Path]:
+    """The weights of a trainer's model, and the folder where it was saved."""
+    from tests.training.test_child_trainer import a_trainer
+
+    folder = tmp_path_factory.mktemp("trainer")
+    trainer: ChildTrainer = a_trainer(tiny_bert, folder, ChildConfig(density=0.1), max_steps=2)
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    return {n: p.detach().clone() for n, p in trainer.bare_model.named_parameters()}, folder / "saved"
+
+
+def test_a_trainers_folder_is_opened(
+    trained: tuple[dict[str, torch.Tensor], Path], tiny_bert: Path, tmp_path: Path
+) -> None:
+    weights, folder = trained
+    run = childtuning.load(folder)
+    assert run.about["base_name"] == str(tiny_bert.resolve()) and run.kind.name == "classification"
+    for name, parameter in run.model().named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    assert run.verify()["changed_outside"] == 0 < run.verify()["changed_inside"]
+    with pytest.raises(ConfigError, match=r"has no tokenizer or image processor. Save it there"):
+        run.predict(TEXTS)
+    assert run.method == "child-d" and run.metrics["density"] == pytest.approx(0.1, abs=1e-3)
+
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    said: list[str] = []
+    whole = childtuning.load(folder, tell=said.append)
+    assert {row["prediction"] for row in whole.predict(TEXTS)} <= {"LABEL_0", "LABEL_1"}
+    assert any("Set model.config.id2label before training" in line for line in said)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(whole.merge(tmp_path / "model"))
+    assert all(torch.equal(p, weights[n]) for n, p in merged.named_parameters())
+
+
+def test_a_base_model_can_be_given(
+    trained: tuple[dict[str, torch.Tensor], Path], tiny_bert: Path, run: FinishedRun
+) -> None:
+    from transformers import BertForSequenceClassification
+
+    weights, folder = trained
+    base = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    model = childtuning.load(folder, model=base).model()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters()), (
+        "the given model is not changed"
+    )
+    with pytest.raises(ConfigError, match="names its own base model, got model="):
+        childtuning.load(run.path, model=base)
