@@ -24,18 +24,22 @@ COMMAND = re.compile(r"^(?:\$ )?(?:\S*/)?(?:python3? -m )?(childtuning(?: .*)?)$
 class Block(NamedTuple):
     line: int  # of its first line of content, from 1
     language: str
-    options: str  # the rest of the info string
+    note: str  # of a comment right above it: <!-- no-run -->
     text: str
 
 
 def blocks_of(markdown: str) -> Iterator[Block]:
     """The fenced blocks of a page, also those that stand indented in a list or a tab."""
     lines = iter(enumerate(markdown.splitlines(), start=1))
+    note = ""
     for number, line in lines:
-        opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*([\w+-]*)\s*(.*)$", line)
+        opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*([\w+-]*)\s*$", line)
         if not opening:
+            assert not re.match(r"\s*(`{3,}|~{3,})", line), f"line {number}: no site shows this fence"
+            comment = re.fullmatch(r"\s*<!-- (.*) -->\s*", line)
+            note = comment[1] if comment else note if not line.strip() else ""
             continue
-        indent, fence, language, options = opening.groups()
+        indent, fence, language = opening.groups()
         content = []
         for _, inner in lines:
             if re.fullmatch(rf"\s*{re.escape(fence[0])}{{{len(fence)},}}\s*", inner):
@@ -43,7 +47,8 @@ def blocks_of(markdown: str) -> Iterator[Block]:
             content.append(inner.removeprefix(indent))
         else:
             raise AssertionError(f"line {number}: this block is never closed")
-        yield Block(number + 1, language, options.strip(), "\n".join(content))
+        yield Block(number + 1, language, note, "\n".join(content))
+        note = ""
 
 
 def command_lines_of(block: Block) -> Iterator[tuple[int, str]]:
@@ -67,7 +72,7 @@ def run_python_blocks(markdown: str, name: str, namespace: dict) -> int:
         if block.language != "python":
             continue
         code = compile("\n" * (block.line - 1) + block.text, name, "exec", dont_inherit=True)
-        if "no-run" not in block.options.split():
+        if block.note != "no-run":
             exec(code, namespace)
             ran += 1
     return ran
@@ -104,7 +109,7 @@ def test_command_lines_name_real_options(page: str, request: pytest.FixtureReque
 def test_the_reader_of_pages() -> None:
     page = (
         "# T\n```python\nx = 1\n```\ntext\n\n    ```python\n    y = x + 1\n    ```\n"
-        "```python no-run\nraise SystemExit\n```\n"
+        "<!-- no-run -->\n\n```python\nraise SystemExit\n```\n"
         "```bash\npip install x\nchildtuning train \\\n  --density 0.3\n"
         ".venv/bin/childtuning demo | tail\n```\n"
         "```console\n$ childtuning --help\nchildtuningly printed\n```\n"
@@ -114,14 +119,14 @@ def test_the_reader_of_pages() -> None:
     assert namespace["y"] == 2
     shells = [block for block in blocks_of(page) if block.language in SHELLS]
     assert [line for block in shells for line in command_lines_of(block)] == [
-        (15, "childtuning train --density 0.3"),
-        (17, "childtuning demo | tail"),
-        (20, "childtuning --help"),
+        (17, "childtuning train --density 0.3"),
+        (19, "childtuning demo | tail"),
+        (22, "childtuning --help"),
     ]
     with pytest.raises(ZeroDivisionError):
         run_python_blocks("```python\n1 / 0\n```", "page", {})
     with pytest.raises(SyntaxError):
-        run_python_blocks("```python no-run\n1 +\n```", "page", {})
+        run_python_blocks("<!-- no-run -->\n```python\n1 +\n```", "page", {})
     with pytest.raises(AssertionError, match="never closed"):
         list(blocks_of("```python\nx = 1"))
 
