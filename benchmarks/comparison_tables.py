@@ -9,6 +9,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from costs import table
+from torch.nn import Linear
+
+from childtuning.methods import Combination
+from childtuning.training import suggested_rate
 
 _TASKS = {
     "rte": "RTE",
@@ -22,6 +26,7 @@ _TASKS = {
     "scitail": "SciTail",
     "qqp": "QQP",
 }
+_MINILM = 384  # the width of all-MiniLM-L6-v2
 _METRICS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 _NAMES = {"learning_rate": "lr"}
 _SPLITS = {"dev_matched": "m", "dev_mismatched": "mm"}  # others are the only one of their task
@@ -39,7 +44,52 @@ def comparison_tables(folder: Path) -> dict[str, str]:
         "ablation": ranking,
     }
     tables = {name: [make(export) for export in _read(folder, name)] for name, make in kinds.items()}
+    tables["rates"] = rates(_read(folder, "rates"))
     return {name: "\n\n".join(parts) or "Not recorded yet." for name, parts in tables.items()}
+
+
+def rates(exports: Iterable[Export]) -> list[str]:
+    """Return a table of the default learning rate beside the best of those tried, and the mean shortfall."""
+    cells, lost, seeds, commands = [], [], set[int](), []
+    for export in exports:
+        commands.append(export["comparison"]["command"])
+        found: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
+        for run in export["records"]:
+            if run["state"] == "done":
+                group = (run["group"]["task"], run["group"]["train_size"], run["group"]["method"])
+                of_rate = found.setdefault(group, {}).setdefault(run["point"]["learning_rate"], {})
+                of_rate[run["seed"]] = run["result"]["metric"]["value"]
+        for (task, size, method), by_rate in found.items():
+            default = suggested_rate(Linear(_MINILM, _MINILM), Combination.parse(method).rate)
+            common = set.intersection(*(set(scores) for scores in by_rate.values()))
+            if default not in by_rate or len(by_rate) < 4 or not common:
+                continue
+            seeds |= common
+            means = {rate: mean(scores[seed] for seed in common) for rate, scores in sorted(by_rate.items())}
+            best = max(means, key=means.__getitem__)
+            lost.append(means[best] - means[default])
+            values = " / ".join(f"{value:.3f}" for value in means.values())
+            tried = ", ".join(f"{rate:g}" for rate in means)
+            cells.append(
+                [
+                    _TASKS.get(task, task),
+                    f"{size}",
+                    f"`{method}`",
+                    f"{default:g}",
+                    f"{means[default]:.3f}",
+                    f"{means[best]:.3f} at {best:g}",
+                    f"{values} at {tried}",
+                ]
+            )
+    if not cells:
+        return []
+    header = ["task", "examples", "method", "default", "its score", "best of four", "all four"]
+    said = (
+        f"all-MiniLM-L6-v2; {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}; 400 evaluation examples at most. The "
+        f"best is chosen by the same scores, which favours it. Mean shortfall of the default: {100 * mean(lost):.1f} "
+        f"points over {len(lost)} rows, at most {100 * max(lost):.1f}."
+    )
+    return ["\n".join([said, "", table(header, cells, text=(0, 2, 5, 6)), "", "```bash", *commands, "```"])]
 
 
 def overview(folder: Path) -> str:
@@ -57,7 +107,17 @@ def overview(folder: Path) -> str:
     cells = [[f"`{method}`", *(column.get(method, "—") for column in columns.values())] for method in methods]
     seeds = "–".join(str(n) for n in sorted({export["comparison"]["num_seeds"] for export in exports}))
     commands = [export["comparison"]["command"] for export in exports]
-    said = f"all-MiniLM-L6-v2, {seeds} seeds; `DATA` is a folder with one subfolder a task:"
+    paired = [row["paired"] for export in exports for row in export["summary"]["rows"] if row["paired"]]
+    least = min(one["smallest_p"] for one in paired) * min(
+        sum(row["paired"] is not None for row in export["summary"]["rows"]) for export in exports
+    )
+    said = (
+        f"More methods, {seeds} seeds; mean ± sd on the dev set. With so few seeds no corrected p can be below "
+        f"{least:.2g}: no difference in this table is significant. `DATA` is a folder with one subfolder a task:"
+        if least >= 0.05
+        else f"More methods, {seeds} seeds; mean ± sd on the dev set, \\* marks a significant difference from `full`. "
+        "`DATA` is a folder with one subfolder a task:"
+    )
     parts = [said, "", table(["method", *columns], cells, text=(0,)), "", "```bash", *commands, "```"]
     return "\n".join(parts)
 

@@ -48,7 +48,9 @@ def costs(folder: Path, *, short: bool = False) -> str:
             median = " (median)" if row["statistic"] == "median" else ""
             limit = "" if row["at_most"] is None else f"{row['at_most']:g}"
             floor = [] if short else [_shown(ratio_floor(row, work, here), "")]
-            rows.append([row["name"] + median, *floor, _shown(row["value"]), limit, f"`{_COMMANDS[name]}`"])
+            missed = row["at_most"] is not None and row["value"] > row["at_most"]
+            value = _shown(row["value"]) + (" (missed)" if missed else "")
+            rows.append([row["name"] + median, *floor, value, limit, f"`{_COMMANDS[name]}`"])
     if not rows:
         return "Nothing is recorded yet."
     header = ["cost", *([] if short else ["floor"]), "measured", "at most", "command"]
@@ -56,7 +58,7 @@ def costs(folder: Path, *, short: bool = False) -> str:
         [
             f"Side by side in alternating runs on {_machines(list(records.values()))}. A ratio is one of minima over "
             "the samples, unless it says median. The command is `python benchmarks/run.py` and what the last column "
-            "says; samples, settings and what could not run are in `benchmarks/results`:",
+            "says; “missed” marks a ratio above the limit that we set ourselves; samples, settings and what could not run are in `benchmarks/results`:",
             "",
             table(header, rows, text=(0, len(header) - 1)),
         ]
