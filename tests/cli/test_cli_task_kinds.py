@@ -174,7 +174,9 @@ def test_scores_of_a_language_model(childtuning, tmp_path) -> None:
     model = save_tiny_lm(tmp_path / "model")
     files = write_instructions(tmp_path, count=6)
     output = tmp_path / "fisher.safetensors"
-    done = childtuning("score", "--train", files[0], "--model", model, "--output", output, "--json")
+    done = childtuning(
+        "score", "--train", files[0], "--eval", files[1], "--model", model, "--output", output, "--json"
+    )
     assert done.code == 0, done.err
     found = load_file(output)
     assert set(found) == set(done.json["parameters"]) and "model.embed_tokens.weight" in found
@@ -214,7 +216,7 @@ def test_wrong_input_is_one_line(childtuning, tiny_bert, tmp_path) -> None:
     silent = write("silent.jsonl", {"prompt": "a", "response": ""})
     (tmp_path / "empty.conll").write_text("")
     output = tmp_path / "o"
-    refused(train(childtuning, (short, good), tiny_bert, output), "short.jsonl row 1", "1 tags for 2 words")
+    refused(train(childtuning, (short, good), tiny_bert, output), "short.jsonl line 1", "1 tags for 2 words")
     refused(train(childtuning, (good, other), tiny_bert, output), "'B-Y'", "Known: 'B-X', 'O'")
     refused(
         train(childtuning, (good, good), tiny_bert, output, "--label", "tag"), "no column 'tag'", "'tags'"
@@ -224,7 +226,7 @@ def test_wrong_input_is_one_line(childtuning, tiny_bert, tmp_path) -> None:
         train(childtuning, (good, good), tiny_bert, output, "--task-kind", "tokens"), "'tokens'", "Known:"
     )
     refused(
-        train(childtuning, (silent, silent), tiny_bert, output), "silent.jsonl row 1 has an empty response"
+        train(childtuning, (silent, silent), tiny_bert, output), "silent.jsonl line 1 has an empty response"
     )
     fine = write("fine.jsonl", {"prompt": "a", "response": "cat"})
     refused(

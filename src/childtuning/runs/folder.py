@@ -176,6 +176,7 @@ class RunResult:
         train_examples, eval_examples, empty_texts: counts.
         cut_by_length: the number of words or rows (by kind of task) that ``max_length`` truncated in both splits.
         output: the run's folder.
+        notes: what was guessed about the files or left out, one line each.
         diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.
     """
 
@@ -201,6 +202,7 @@ class RunResult:
     held_out: dict[str, float] | None = None
     constant: dict[str, float] | None = None
     elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     diverged_at: int | None = None
 
     @property

@@ -62,6 +62,11 @@ class Examples(Split):
         """Return the labels that occur, as class names."""
         return {str(label) for label in self.labels or ()}
 
+    def strata(self) -> list[str] | None:
+        """Return the class names; None for unlabelled texts and targets."""
+        labels = [label for label in self.labels or () if isinstance(label, str)]
+        return labels if labels and len(labels) == len(self) else None
+
     def subset(self, indices: Iterable[int]) -> Examples:
         """Return the rows at `indices`, in that order."""
         rows = [int(index) for index in indices]
