@@ -36,6 +36,26 @@ def finish(childtuning, run: Path, result: dict, evaluated: object, merged: Path
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize("method", ["child-d", "r3f"])
+def test_several_labels(childtuning, tiny_bert, tmp_path, method) -> None:
+    path = tmp_path / "train.jsonl"
+    words = {"animal": "cat", "place": "house"}
+    kinds = [[], ["animal"], ["place"], ["animal", "place"]] * 24
+    rows = [{"text": " ".join(["the", *map(words.get, names), "was"]), "label": names} for names in kinds]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = train(childtuning, (path, path), tiny_bert, tmp_path / "run", "--epochs", 10, "--method", method)
+    assert done.code == 0, done.err
+    # The tiny model, as plain torch trains it, learns one of the two labels.
+    assert done.json["metric"] == {"name": "micro_f1", "value": done.json["metrics"]["micro_f1"]}
+    assert done.json["metrics"]["micro_f1"] > done.json["constant"]["micro_f1"]
+    finish(childtuning, tmp_path / "run", done.json, path, tmp_path / "merged")
+    said = childtuning("predict", tmp_path / "run", "--input", path, "--json").json
+    for row in said["predictions"]:
+        assert row["prediction"] == [
+            n for n, logit in zip(["animal", "place"], row["logits"], strict=True) if logit >= 0
+        ]
+
+
 def test_token_classification(childtuning, tiny_bert, tmp_path) -> None:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 

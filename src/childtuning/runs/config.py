@@ -28,7 +28,7 @@ class Data:
     task: str | None = option(None, "A task by name: a GLUE name, a folder of --data-dir, or docstrings.")
     task_kind: str | None = option(
         None,
-        "classification, regression, token-classification, causal-lm or image-classification.",
+        "classification, multi-label, regression, token-classification, causal-lm or image-classification.",
         unset="inferred from the training file",
     )
     train: str | None = option(

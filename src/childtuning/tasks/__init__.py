@@ -13,6 +13,7 @@ from childtuning.tasks.image_classification import ImageClassification
 from childtuning.tasks.kind import KINDS, Answers, Columns, Kind, Task, find_kind, infer_kind
 from childtuning.tasks.labels import LabelKind, check_labels
 from childtuning.tasks.metrics import METRICS, Metric, compute_metrics, default_metrics
+from childtuning.tasks.multi_label import LabelSets, MultiLabel
 from childtuning.tasks.regression import Regression
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
@@ -32,9 +33,11 @@ __all__ = [
     "KINDS",
     "Kind",
     "LabelKind",
+    "LabelSets",
     "LengthBucketBatches",
     "METRICS",
     "Metric",
+    "MultiLabel",
     "PaddingCollator",
     "Regression",
     "Source",
