@@ -58,7 +58,8 @@ def costs(folder: Path, *, short: bool = False) -> str:
         [
             f"Side by side in alternating runs on {_machines(list(records.values()))}. A ratio is one of minima over "
             "the samples, unless it says median. The command is `python benchmarks/run.py` and what the last column "
-            "says; “missed” marks a ratio above the limit that we set ourselves; samples, settings and what could not run are in `benchmarks/results`:",
+            "says; “missed” marks a ratio above the limit that we "
+            "set ourselves; samples, settings and what could not run are in `benchmarks/results`:",
             "",
             table(header, rows, text=(0, len(header) - 1)),
         ]

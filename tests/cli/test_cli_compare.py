@@ -69,6 +69,18 @@ def test_compare(childtuning: Any, compare_words: list[object], tmp_path: Path) 
     assert wider.json["runs"] == 8
 
 
+def test_one_file_is_enough_and_is_read_before_the_first_run(
+    childtuning: Any, tiny_bert: Path, sentiment: Path, tmp_path: Path
+) -> None:
+    words = ["--model", tiny_bert, "--methods", "full,child-d", "--seeds", 1, "--epochs", 1, "--threads", 1]
+    words = ["compare", *words, "--store", tmp_path / "runs.db"]
+    done = childtuning(*words, "--train", tmp_path / "no.csv")
+    assert done.code == 2 and "no.csv" in done.err and not (tmp_path / "runs.db").exists()
+    done = childtuning(*words, "--train", sentiment / "train.jsonl", "--json")
+    assert done.code == 0 and done.json["failed"] == []
+    assert "no --eval, so 19 of the 96 examples are set aside for evaluation, drawn by class" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -36,6 +36,26 @@ def finish(childtuning, run: Path, result: dict, evaluated: object, merged: Path
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize("method", ["child-d", "r3f"])
+def test_several_labels(childtuning, tiny_bert, tmp_path, method) -> None:
+    path = tmp_path / "train.jsonl"
+    words = {"animal": "cat", "place": "house"}
+    kinds = [[], ["animal"], ["place"], ["animal", "place"]] * 24
+    rows = [{"text": " ".join(["the", *map(words.get, names), "was"]), "label": names} for names in kinds]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = train(childtuning, (path, path), tiny_bert, tmp_path / "run", "--epochs", 10, "--method", method)
+    assert done.code == 0, done.err
+    # The tiny model, as plain torch trains it, learns one of the two labels.
+    assert done.json["metric"] == {"name": "micro_f1", "value": done.json["metrics"]["micro_f1"]}
+    assert done.json["metrics"]["micro_f1"] > done.json["constant"]["micro_f1"]
+    finish(childtuning, tmp_path / "run", done.json, path, tmp_path / "merged")
+    said = childtuning("predict", tmp_path / "run", "--input", path, "--json").json
+    for row in said["predictions"]:
+        assert row["prediction"] == [
+            n for n, logit in zip(["animal", "place"], row["logits"], strict=True) if logit >= 0
+        ]
+
+
 def test_token_classification(childtuning, tiny_bert, tmp_path) -> None:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
@@ -174,7 +194,9 @@ def test_scores_of_a_language_model(childtuning, tmp_path) -> None:
     model = save_tiny_lm(tmp_path / "model")
     files = write_instructions(tmp_path, count=6)
     output = tmp_path / "fisher.safetensors"
-    done = childtuning("score", "--train", files[0], "--model", model, "--output", output, "--json")
+    done = childtuning(
+        "score", "--train", files[0], "--eval", files[1], "--model", model, "--output", output, "--json"
+    )
     assert done.code == 0, done.err
     found = load_file(output)
     assert set(found) == set(done.json["parameters"]) and "model.embed_tokens.weight" in found
@@ -214,7 +236,7 @@ def test_wrong_input_is_one_line(childtuning, tiny_bert, tmp_path) -> None:
     silent = write("silent.jsonl", {"prompt": "a", "response": ""})
     (tmp_path / "empty.conll").write_text("")
     output = tmp_path / "o"
-    refused(train(childtuning, (short, good), tiny_bert, output), "short.jsonl row 1", "1 tags for 2 words")
+    refused(train(childtuning, (short, good), tiny_bert, output), "short.jsonl line 1", "1 tags for 2 words")
     refused(train(childtuning, (good, other), tiny_bert, output), "'B-Y'", "Known: 'B-X', 'O'")
     refused(
         train(childtuning, (good, good), tiny_bert, output, "--label", "tag"), "no column 'tag'", "'tags'"
@@ -224,7 +246,7 @@ def test_wrong_input_is_one_line(childtuning, tiny_bert, tmp_path) -> None:
         train(childtuning, (good, good), tiny_bert, output, "--task-kind", "tokens"), "'tokens'", "Known:"
     )
     refused(
-        train(childtuning, (silent, silent), tiny_bert, output), "silent.jsonl row 1 has an empty response"
+        train(childtuning, (silent, silent), tiny_bert, output), "silent.jsonl line 1 has an empty response"
     )
     fine = write("fine.jsonl", {"prompt": "a", "response": "cat"})
     refused(

@@ -71,8 +71,9 @@ def test_a_file_may_spell_options_as_the_command_line_does() -> None:
     assert (config.learning_rate, config.max_length) == (1e-3, 64)
     with pytest.raises(ConfigError, match="'learning_rate' is given twice, also as 'lr'"):
         RunConfig.from_options({"task": "rte", "learning_rate": 1e-3, "lr": 1e-4})
-    with pytest.raises(ConfigError, match="nothing to measure on. Pass --eval FILE"):
-        RunConfig(train="a.csv")
+    with pytest.raises(ConfigError, match="nothing to train on. Pass --task NAME, or --train FILE"):
+        RunConfig(eval="a.csv")
+    assert "eval_share = 0.2" in RunConfig(train="a.csv").resolved().to_toml()
     with pytest.raises(ConfigError, match="learning_rate must be a number above 0, got 'fast'"):
         RunConfig(task="rte", learning_rate="fast")  # type: ignore[arg-type]
 

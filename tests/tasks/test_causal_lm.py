@@ -182,23 +182,79 @@ def test_files_are_told_apart(tmp_path):
     assert task_from_files(labelled, labelled, text="prompt", label="label").kind == "classification"
 
 
+ALPACA = {"instruction": "Translate to French.", "input": "cheese", "output": "fromage"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "note"),
+    [
+        (
+            ALPACA,
+            "Translate to French.\n\ncheese\n",
+            "prompts are in 'instruction' and 'input', responses in 'output'",
+        ),
+        ({**ALPACA, "input": ""}, "Translate to French.\n", "'instruction' and 'input'"),
+        (
+            {"instruction": "Say cheese.", "output": "fromage"},
+            "Say cheese.\n",
+            "in 'instruction', responses in 'output'",
+        ),
+        (
+            {"Instruction": "Translate.", "Context": "cheese", "Response": "fromage"},
+            "Translate.\n\ncheese\n",
+            "prompts are in 'instruction' and 'context', responses in 'response'",
+        ),
+    ],
+)
+def test_instructions(tmp_path, row, prompt, note):
+    path = write(tmp_path / "a.jsonl", [row])
+    task = task_from_files(path, path)
+    assert task.kind == "causal-lm" and task.train == Instructions([prompt], ["fromage"])
+    assert len(task.notes) == 1 and note in task.notes[0]
+    assert KIND.read(Source(path), task.columns, labelled=False) == Instructions([prompt])
+
+
+def test_conversations_of_sharegpt(tmp_path):
+    said = [("system", "Be brief."), ("human", "Who sat?"), ("gpt", "The cat.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    path = write(tmp_path / "a.jsonl", [row])
+    task = task_from_files(path, path)
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who sat?"}]
+    assert task.train == Instructions([prompt], ["The cat."])
+    assert task.notes == ("a.jsonl: conversations are in column 'conversations' (--text names another)",)
+
+
+def test_the_end_of_a_text_is_set_aside(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat\non the mat\n" * 10)
+    task = task_from_files(tmp_path / "a.txt")
+    assert task.train.text + task.dev.text == "the cat sat\non the mat\n" * 10  # type: ignore[attr-defined]
+    assert 40 <= len(task.dev.text) <= 56  # type: ignore[attr-defined]
+    assert task.notes == ("a.txt: no --eval, so the last 20% of the text is set aside for evaluation",)
+    (tmp_path / "a.txt").write_text("cat\n")
+    with pytest.raises(DataError, match="one word cannot be split"):
+        task_from_files(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}], "row 2 has an empty response"),
-        ([{"prompt": "a", "response": ["b"]}], "row 1 must have text in column 'response', got list"),
-        ([{"messages": CHAT[:1]}], "row 1 must end with a non-empty message of the assistant"),
-        ([{"messages": CHAT}, {"messages": []}], "row 2 must have a list of messages"),
+        (
+            [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": " "}],
+            "line 2 has an empty response",
+        ),
+        ([{"prompt": "a", "response": ["b"]}], "line 1 must have text in column 'response', got list"),
+        ([{"messages": CHAT[:1]}], "line 1 must end with a non-empty message of the assistant"),
+        ([{"messages": CHAT}, {"messages": []}], "line 2 must have a list of messages"),
         (
             [{"messages": [{"role": "user"}]}],
-            "row 1 must have messages in column 'messages', got dict without",
+            "line 1 must have messages in column 'messages', got dict without",
         ),
     ],
 )
 def test_bad_rows(tmp_path, rows, message):
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as caught:
-        task_from_files(path, path)
+        task_from_files(path, path, strict=True)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

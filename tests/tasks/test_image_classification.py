@@ -58,6 +58,8 @@ def test_arrays_of_both_splits(tmp_path):
     task = task_from_files(path, path)
     assert task.train.labels == ["0", "1", "2", "0"] and task.dev.labels == ["1", "2"]  # type: ignore[attr-defined]
     np.testing.assert_array_equal(task.dev.array(1), pixels[5])  # type: ignore[attr-defined]
+    alone = task_from_files(path)
+    assert alone.dev.labels == ["1", "2"] and alone.notes == ()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("scale", ["bytes", "unit", "signed", "channels first", "one channel"])
@@ -230,5 +232,8 @@ def test_a_column_of_images(tmp_path):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match="bad.parquet row 1 is damaged or not an image"):
+    with pytest.raises(
+        DataError,
+        match=r"bad.parquet row 1 has an image that cannot be used .* It is damaged or not an image",
+    ):
         task_from_files(tmp_path / "bad.parquet", paths[1])

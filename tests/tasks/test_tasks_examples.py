@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -67,6 +68,47 @@ def test_sample_is_nested_ordered_and_a_function_of_the_seed():
         rows.sample(0)
 
 
+SHARES = {"a": 400, "b": 60, "c": 10, "d": 1}
+
+
+def by_class(rows: Examples) -> Counter[str]:
+    return Counter(map(str, rows.labels or ()))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("limit", [1, 2, 4, 5, 40, 100, 470])
+def test_a_draw_keeps_the_shares_of_classes(limit: int, seed: int) -> None:
+    labels = [name for name, count in SHARES.items() for _ in range(count)]
+    rows = Examples([str(i) for i in range(len(labels))], None, labels)
+    drawn = rows.sample(limit, seed=seed)
+    counts = by_class(drawn)
+    assert len(drawn) == limit and len(counts) == min(limit, len(SHARES))
+    for name, count in SHARES.items():  # the largest classes first where there is no room for all
+        assert abs(counts[name] - limit * count / len(rows)) < 3.5 or counts[name] == 1
+    assert set(drawn.text) <= set(rows.sample(limit + 1, seed=seed).text)
+    assert drawn == rows.sample(limit, seed=seed) and drawn != rows.sample(limit, seed=seed + 2)
+
+
+def test_what_is_held_out_has_the_shares_of_classes_and_leaves_every_class() -> None:
+    labels = [name for name, count in SHARES.items() for _ in range(count)]
+    rest, aside = Examples(["t"] * len(labels), None, labels).hold_out(0.2, seed=5)
+    assert by_class(aside) == {"a": 80, "b": 12, "c": 2} and by_class(rest)["d"] == 1
+
+
+def test_numbers_are_drawn_whatever_they_are() -> None:
+    rows = Examples([str(i) for i in range(50)], None, [float(i % 2) for i in range(50)])
+    assert rows.sample(9, seed=3).text == Examples(rows.text).sample(9, seed=3).text
+
+
+def test_classes_that_a_draw_lost_are_known_and_told() -> None:
+    task = make_task(["x", "y", "z"] * 4, ["z", "x"], label_names=("x", "y", "z"))
+    assert task.draw(3).notes == ()
+    drawn = task.draw(2)
+    assert drawn.label_names == ("x", "y", "z") and len(drawn.train.classes()) == 2
+    (lost,) = set(task.label_names) - drawn.train.classes()
+    assert drawn.notes == (f"the 2 training examples drawn have none of {lost!r}",)
+
+
 def test_task_knows_its_labels():
     task = make_task(["x", "y"], ["y"])
     assert (task.num_labels, task.label_ids) == (2, {"x": 0, "y": 1})
@@ -84,11 +126,17 @@ def test_task_counts_empty_texts_of_both_splits():
 @pytest.mark.parametrize(
     ("train", "dev", "changes", "message"),
     [
-        (["x", "x"], ["x"], {}, "at least two classes, got only 'x'"),
+        (
+            ["x", "x"],
+            ["x"],
+            {"label_names": ("x",)},
+            "only 'x' in the train split of 'toy'. Add examples of another",
+        ),
+        (["x", "x"], ["x"], {}, "got only 'x' in the train split of 'toy'. Pass a larger --train-limit"),
         (
             ["x", "y"],
             ["z", "x"],
-            {"label_names": ("x", "y", "z")},
+            {},
             "never saw in the dev split of 'toy': 'z'",
         ),
         (["x", "y", "q"], ["x"], {}, "train split of 'toy': 'q'. Known: 'x', 'y'"),

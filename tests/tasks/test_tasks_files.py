@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from childtuning.errors import ConfigError, DataError
-from childtuning.tasks.files import guess_columns, read_examples, task_from_files
-from childtuning.tasks.labels import class_name, convert_labels, infer_label_kind, number_of, sort_labels
+from childtuning.tasks.delimited import BadRow
+from childtuning.tasks.files import read_examples, task_from_files
+from childtuning.tasks.labels import class_name, convert_label, infer_label_kind, number_of, sort_labels
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -20,28 +21,6 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def write_labels(path: Path, labels: list[Any]) -> Path:
     return write_jsonl(path, [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])
-
-
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        (["label", "text2", "text1"], ("text1", "text2")),
-        (["text1", "label"], ("text1", None)),
-        (["sentence1", "sentence2"], ("sentence1", "sentence2")),
-        (["question", "sentence"], ("question", "sentence")),
-        (["question1", "question2"], ("question1", "question2")),
-        (["sentence", "idx"], ("sentence", None)),
-        (["Premise", "Hypothesis"], ("Premise", "Hypothesis")),
-        (["text"], ("text", None)),
-    ],
-)
-def test_customary_columns_are_guessed(columns, expected):
-    assert guess_columns(columns) == expected
-
-
-def test_no_customary_column():
-    with pytest.raises(DataError, match=r"got review, stars\. Name the text column"):
-        guess_columns(["review", "stars"])
 
 
 @pytest.mark.parametrize(
@@ -84,14 +63,14 @@ def test_labels_sort_by_value_where_they_are_integers():
 
 @pytest.mark.parametrize("missing", [None, "", "  ", float("nan")])
 def test_row_without_label(missing):
-    with pytest.raises(DataError, match="f row 2 has no label in column 'c'"):
-        convert_labels(["a", missing], "class", where="f", column="c")
+    with pytest.raises(BadRow, match="has no label in column 'c'"):
+        convert_label(missing, "class", "c")
 
 
 @pytest.mark.parametrize("value", ["x", "inf"])
 def test_row_without_number(value):
-    with pytest.raises(DataError, match=f"f row 2 must have a finite number in column 'c', got '{value}'"):
-        convert_labels(["1", value], "number", where="f", column="c")
+    with pytest.raises(BadRow, match=f"must have a finite number in column 'c', got '{value}'"):
+        convert_label(value, "number", "c")
 
 
 def test_texts_become_strings(tmp_path):
@@ -100,7 +79,7 @@ def test_texts_become_strings(tmp_path):
     examples = read_examples(path)
     assert examples.text == ["a", "", "3", "2.5", "true", "half ? pair", ""]
     assert examples.num_empty == 2
-    with pytest.raises(DataError, match="row 1 must have text in column 'text', got list"):
+    with pytest.raises(DataError, match="line 1 must have text in column 'text', got list"):
         read_examples(write_jsonl(path, [{"text": ["a"], "label": "x"}]))
 
 
@@ -125,7 +104,7 @@ def test_unknown_columns_are_named(tmp_path):
 
 
 def test_label_of_a_nested_type(tmp_path):
-    with pytest.raises(DataError, match="row 1 has a label of type list"):
+    with pytest.raises(DataError, match="line 1 has a label of type list"):
         read_examples(write_labels(tmp_path / "a.jsonl", [["x"]]))
 
 
@@ -146,8 +125,8 @@ def test_dev_follows_the_kind_of_train(tmp_path):
     assert task_from_files(train, dev, metric="spearman").metrics == ("spearman", "pearson")
     with pytest.raises(DataError, match="never saw in the dev split"):
         task_from_files(train, write_labels(dev, [3, 0.5]), label_type="class")
-    with pytest.raises(DataError, match="row 1 must have a finite number"):
-        task_from_files(train, write_labels(dev, ["high"]))
+    with pytest.raises(DataError, match="line 2 must have a finite number"):
+        task_from_files(train, write_labels(dev, [1, "high", "low"]))
 
 
 def test_label_type_can_be_forced(tmp_path):
@@ -194,23 +173,26 @@ def test_a_file_of_two_kinds_asks_which(tmp_path):
 @pytest.mark.parametrize("label", ["", "nan", "NaN", "<NA>", None, float("nan")])
 def test_labels_that_are_missing(tmp_path: Path, label: Any) -> None:
     path = write_labels(tmp_path / "a.jsonl", ["x", "y", label])
-    with pytest.raises(DataError, match="row 3 has no label"):
-        task_from_files(path, path)
+    with pytest.raises(DataError, match="line 3 has no label"):
+        task_from_files(path, path, strict=True)
+    task = task_from_files(path, path)
+    assert len(task.train) == 2 and len(task.notes) == 1
+    assert "1 of 3 rows of a.jsonl were left out: line 3 has no label in column 'label'" in task.notes[0]
 
 
 def test_labels_that_are_odd(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud83d"}\n')
     assert task_from_files(tmp_path / "a.jsonl", tmp_path / "a.jsonl").label_names == ("?", "x")
     path = write_labels(tmp_path / "b.jsonl", [f"{number},5" for number in range(30)])
-    with pytest.raises(DataError, match="row 1 must have a finite number in column 'label', got '0,5'"):
+    with pytest.raises(DataError, match="line 1 must have a finite number in column 'label', got '0,5'"):
         task_from_files(path, path)
 
 
 @pytest.mark.parametrize("word", ["NA", "None", "null", "N/A"])
 def test_words_for_nothing_beside_numbers(tmp_path: Path, word: str) -> None:
     path = write_labels(tmp_path / "a.jsonl", ["1.5", "2.0", "2.5", word])
-    with pytest.raises(DataError, match=f"row 4 must have a finite number in column 'label', got '{word}'"):
-        task_from_files(path, path)
+    with pytest.raises(DataError, match=f"line 4 must have a finite number in column 'label', got '{word}'"):
+        task_from_files(path, path, strict=True)
     classes = write_labels(tmp_path / "b.jsonl", ["x", word, "y"])  # a class may be called so
     assert word in task_from_files(classes, classes).label_names
     grades = write_labels(tmp_path / "c.jsonl", [word, "1", "2"])

@@ -162,18 +162,18 @@ def test_parquet_lists(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a", "b"], "tags": ["X"]}, "row 2 must have one tag per word, got 1 tags for 2 words"),
-        ({"tokens": ["a"], "tags": "X"}, "row 2 must have a list in column 'tags', got str"),
-        ({"tokens": [], "tags": []}, "row 2 has an empty list in column 'tokens'"),
-        ({"tokens": ["a"], "tags": [""]}, "row 2 has an empty tag in column 'tags'"),
-        ({"tokens": [["a"]], "tags": ["X"]}, "row 2 must have words in column 'tokens', got list"),
-        ({"tags": ["X"]}, "row 2 must have a list in column 'tokens', got nothing"),
+        ({"tokens": ["a", "b"], "tags": ["X"]}, "line 2 must have one tag per word, got 1 tags for 2 words"),
+        ({"tokens": ["a"], "tags": "X"}, "line 2 must have a list in column 'tags', got str"),
+        ({"tokens": [], "tags": []}, "line 2 has an empty list in column 'tokens'"),
+        ({"tokens": ["a"], "tags": [""]}, "line 2 has an empty tag in column 'tags'"),
+        ({"tokens": [["a"]], "tags": ["X"]}, "line 2 must have words in column 'tokens', got list"),
+        ({"tags": ["X"]}, "line 2 must have a list in column 'tokens', got nothing"),
     ],
 )
 def test_bad_rows(tmp_path, row, message):
     path = write(tmp_path / "a.jsonl", [{"tokens": ["a", "b"], "tags": ["X", "Y"]}, row])
     with pytest.raises(DataError) as caught:
-        task_from_files(path, path)
+        task_from_files(path, path, strict=True)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

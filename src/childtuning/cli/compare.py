@@ -103,10 +103,12 @@ def run(
 
         childtuning compare --task rte --data-dir data --methods full,child-d --grid lr=2e-5,4e-5 density=0.1,0.3
 
-        childtuning compare --train a.csv --eval b.csv --methods full,child-d,lora --seeds 10 --jobs 2
+        childtuning compare --train a.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
     from childtuning.cli.compare_progress import plan_content, tell_plan, watched
     from childtuning.compare import EXECUTORS, compare, foreseen, read_comparison, set_up, stored
+    from childtuning.runs.config import RunConfig
+    from childtuning.runs.inputs import read_run_task
 
     if executor not in EXECUTORS:
         raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
@@ -129,6 +131,12 @@ def run(
         jobs=jobs,
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )
+    runs = [run for run in foreseen(store, comparison) if run.state != "done"]
+    if (
+        runs and "train" in comparison.options
+    ):  # what is wrong with the files is refused once, and before the first run
+        for note in read_run_task(RunConfig(**runs[0].config))[0].notes:
+            tell(note)
     if not dry_run:
         set_up(store, comparison, retry_failed=retry_failed)
     runs = foreseen(store, comparison)

@@ -44,8 +44,6 @@ def run(
         raise ConfigError(f"output {str(output)!r} is a folder. Pass a file.")
     if output.exists() and not overwrite:
         raise ConfigError(f"output file {str(output)!r} already exists. Pass --overwrite, or another.")
-    if given["eval"] is None and given["train"] is not None:
-        given["eval"] = given["train"]
     result: dict[str, Any] = score_run(o.run_config(config, given), output, progress=is_terminal(), tell=tell)
     if as_json:
         print_json(result)

@@ -150,9 +150,7 @@ def read_comparison(
     runs = _full_paths(options or {})
     anew = bool(tasks or protocol or "train" in runs)
     if not anew and before is None:
-        raise ConfigError(
-            "there is nothing to compare. Pass --task NAME, --train FILE and --eval FILE, or --protocol."
-        )
+        raise ConfigError("there is nothing to compare. Pass --task NAME, --train FILE, or --protocol.")
     if (tasks or protocol not in (None, "paper")) and "train" in runs:
         raise ConfigError("tasks by name and --train/--eval exclude each other. Pass one of them.")
     known = find_protocol(protocol) if protocol else None
@@ -171,7 +169,7 @@ def read_comparison(
         given["tasks"] = (name_of_data(runs["train"]),)
     if anew and "tasks" not in given:
         raise ConfigError(
-            f"protocol {protocol!r} names no tasks of its own. Pass --task NAME, or --train and --eval."
+            f"protocol {protocol!r} names no tasks of its own. Pass --task NAME, or --train FILE."
         )
     if methods:
         given["methods"] = read_methods(methods)

@@ -28,17 +28,25 @@ class Data:
     task: str | None = option(None, "A task by name: a GLUE name, a folder of --data-dir, or docstrings.")
     task_kind: str | None = option(
         None,
-        "classification, regression, token-classification, causal-lm or image-classification.",
+        "classification, multi-label, regression, token-classification, causal-lm or image-classification.",
         unset="inferred from the training file",
     )
     train: str | None = option(
         None,
-        "Training examples: csv, tsv, jsonl, parquet, conll or txt, each also .gz; or images: a folder, npz or idx.",
+        "Training examples: csv, tsv, json, jsonl, parquet, xlsx, conll or txt, each also .gz; "
+        "or images: a folder, npz or idx.",
     )
-    eval: str | None = option(None, "Evaluation examples, in the same form.")
+    eval: str | None = option(
+        None, "Evaluation examples, in the same form.", unset="a share of the training examples"
+    )
+    eval_share: float = option(
+        0.2, "Share of the training examples to evaluate on, without --eval.", within="(0, 1)"
+    )
     text: str | None = option(None, "Column of the text, tokens or prompt; guessed when left out.")
     text_pair: str | None = option(None, "Column of the second text, for pairs.")
-    label: str | None = option(None, "Column of the label, tags or response.", unset="label, tags, response")
+    label: str | None = option(
+        None, "Column of the label, tags or response; guessed when left out.", unset="label, tags, response"
+    )
     label_type: Literal["auto", "class", "number"] = option("auto", "class, number, or auto.")
     data_dir: str | None = option(
         None, "Folder that contains TASK/ with both splits; searched before the hub."
@@ -50,10 +58,17 @@ class Data:
         within="(0, 2147483648)",
     )
     data_seed: int = option(
-        0, "Seed of the draws of --train-limit, --eval-limit and --held-out.", within="[0, 4294967296)"
+        0,
+        "Seed of the draws of --eval-share, --train-limit, --eval-limit and --held-out.",
+        within="[0, 4294967296)",
     )
     held_out: float = option(
         0.0, "Share of the training examples to hold out and score separately.", within="[0, 1)"
+    )
+    strict: bool = option(
+        False,
+        "Refuse the first bad row of a file, instead of leaving out up to one in twenty.",
+        flags=("--strict/--no-strict",),
     )
     elsewhere: tuple[str, ...] | None = option(
         None, "Also score on another task of --data-dir, with mapped labels: sick, snli/test; repeatable."
@@ -155,9 +170,7 @@ class RunConfig(Train, Child, Model, Data):
     def __post_init__(self) -> None:
         faults = settle(self)
         if self.task is None and self.train is None:
-            faults.append("there is nothing to train on. Pass --task NAME, or --train FILE and --eval FILE.")
-        elif self.task is None and self.eval is None:
-            faults.append("there is nothing to measure on. Pass --eval FILE beside --train.")
+            faults.append("there is nothing to train on. Pass --task NAME, or --train FILE.")
         if self.task is not None and (self.train is not None or self.eval is not None):
             faults.append("--task and --train/--eval exclude each other. Pass one of them.")
         if self.task is not None:

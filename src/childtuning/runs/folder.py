@@ -186,6 +186,7 @@ class RunResult:
         output: the run's folder.
         learning_rate, epochs: of the training; ``None`` in results of earlier versions.
         understood: what ``Understood`` describes.
+        notes: what was guessed about the files or left out, one line each.
         diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.
     """
 
@@ -214,6 +215,7 @@ class RunResult:
     learning_rate: float | None = None
     epochs: float | None = None
     understood: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     diverged_at: int | None = None
 
     def __repr__(self) -> str:

@@ -27,18 +27,14 @@ from childtuning.training import LoadedModel, Method, Prepared, load_model
 
 def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
     """Load a run's training and evaluation examples, and its held-out training examples."""
-    # Hold out before limiting, so that the held-out examples are the same for every training size; the docstrings task
-    # is the exception: it draws from a pool.
-    draw_first = config.task == "docstrings" or not config.held_out
-    drawn: dict[str, Any] = {
-        "kind": config.task_kind,
-        "train_limit": config.train_limit if draw_first else None,
-        "seed": config.data_seed,
-    }
+    drawn: dict[str, Any] = {"kind": config.task_kind, "seed": config.data_seed, "strict": config.strict}
     if config.task is not None:
-        task = load_task(config.task, data_dir=config.data_dir, **drawn)
+        # The docstrings task draws from a pool; others hold out before they limit, so that the held-out examples are
+        # the same for every training size.
+        limit = config.train_limit if config.task == "docstrings" else None
+        task = load_task(config.task, data_dir=config.data_dir, train_limit=limit, **drawn)
     else:
-        assert config.train is not None and config.eval is not None
+        assert config.train is not None
         task = task_from_files(
             config.train,
             config.eval,
@@ -46,6 +42,7 @@ def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
             text_pair=config.text_pair,
             label=config.label,
             label_type=config.label_type,  # type: ignore[arg-type]
+            eval_share=config.eval_share,
             **drawn,
         )
     task = task.limit_evaluation(config.eval_limit, seed=config.data_seed)

@@ -99,9 +99,16 @@ class FinishedRun(RunFolder):
         return folder
 
     def read_input(self, path: str | Path, *, labelled: bool) -> Split:
-        """Read examples from a file or folder, with the run's columns."""
+        """Read examples from a file or folder, with the run's columns.
+
+        Bad rows are left out and told if they are to be measured; predictions need every row.
+        """
         columns = Columns(**self.about["columns"])
-        return self.kind.read(Source(Path(path).expanduser()), columns, part="dev", labelled=labelled)
+        source = Source(Path(path).expanduser(), strict=self.config.strict or not labelled)
+        examples = self.kind.read(source, columns, part="dev", labelled=labelled)
+        for note in source.notes:
+            self.tell(note)
+        return examples
 
     def predict(
         self, examples: Texts | str | Path | Split, options: Answers | None = None

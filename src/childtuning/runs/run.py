@@ -125,6 +125,8 @@ class _Begun(NamedTuple):
 def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -> _Begun:
     """Load examples and model; align the order of labels, the maximum length, the learning rate and the epochs."""
     task, held_out = inputs.task(config)
+    for note in task.notes:
+        tell(note)
     if task.num_empty:
         tell(f"{task.num_empty} rows have empty text; they are kept")
     loaded = inputs.model(config, task)
@@ -263,6 +265,7 @@ def train_run(
         "peak_memory_bytes": peak_memory_bytes(),
         "train_examples": len(train),
         "empty_texts": task.num_empty,
+        "notes": list(task.notes),
         "cut_by_length": train.num_cut + tests.num_cut,
         "diverged_at": diverged_at,
         "understood": found.to_dict(),

@@ -7,14 +7,15 @@ from childtuning.tasks.causal_lm import CausalLM
 from childtuning.tasks.classification import Classification
 from childtuning.tasks.docstrings import load_docstring_task
 from childtuning.tasks.examples import Examples
-from childtuning.tasks.files import guess_columns, read_examples, task_from_files
+from childtuning.tasks.files import read_examples, task_from_files
 from childtuning.tasks.glue import GLUE, GlueTask, load_task
 from childtuning.tasks.image_classification import ImageClassification
 from childtuning.tasks.kind import KINDS, Answers, Columns, Kind, Task, find_kind, infer_kind
 from childtuning.tasks.labels import LabelKind, check_labels
 from childtuning.tasks.metrics import METRICS, Metric, compute_metrics, default_metrics
+from childtuning.tasks.multi_label import LabelSets, MultiLabel
 from childtuning.tasks.regression import Regression
-from childtuning.tasks.rows import Source, read_rows
+from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 from childtuning.tasks.token_classification import TokenClassification
 from childtuning.tasks.transfer import TransferTask, load_transfer_task
@@ -32,9 +33,11 @@ __all__ = [
     "KINDS",
     "Kind",
     "LabelKind",
+    "LabelSets",
     "LengthBucketBatches",
     "METRICS",
     "Metric",
+    "MultiLabel",
     "PaddingCollator",
     "Regression",
     "Source",
@@ -47,12 +50,10 @@ __all__ = [
     "default_metrics",
     "encode",
     "find_kind",
-    "guess_columns",
     "infer_kind",
     "load_docstring_task",
     "load_task",
     "load_transfer_task",
     "read_examples",
-    "read_rows",
     "task_from_files",
 ]

@@ -27,14 +27,14 @@ class EncodedExamples(Dataset[dict[str, Any]]):
 
     Args:
         columns: input name -> one list of token ids per row, unpadded.
-        labels: class ids (int) or targets (float), one per row or one per token; or None.
+        labels: class ids (int), one per row or one per token; or targets (float), one or several per row; or None.
         num_cut: how many words or rows were truncated by the length limit, if counted.
     """
 
     def __init__(
         self,
         columns: Mapping[str, list[list[int]]],
-        labels: list[int] | list[float] | list[list[int]] | None,
+        labels: list[int] | list[float] | list[list[int]] | list[list[float]] | None,
         *,
         num_cut: int = 0,
     ) -> None:
@@ -50,6 +50,10 @@ class EncodedExamples(Dataset[dict[str, Any]]):
         if self._labels is not None:
             row["labels"] = self._labels[index]
         return row
+
+    def with_labels(self, labels: list[list[float]] | None) -> EncodedExamples:
+        """Return the same examples with several targets per row."""
+        return EncodedExamples(self._columns, labels, num_cut=self.num_cut)
 
     @property
     def largest_token(self) -> int:
@@ -128,8 +132,8 @@ class PaddingCollator:
         side: where to pad; by default the tokenizer's side.
     Returns:
         When called, input_ids, attention_mask (and token_type_ids): int64, shape (B, T); labels: shape (B,),
-        int64 for class ids and float32 for targets; or, for one label per token, shape (B, T), int64,
-        padded with −100, which losses ignore.
+        int64 for class ids and float32 for targets, or (B, K) for K targets per row; or, for one label per
+        token, shape (B, T), int64, padded with −100, which losses ignore.
     Raises:
         ConfigError: when the tokenizer has no padding token.
     """
@@ -179,11 +183,12 @@ class PaddingCollator:
             batch["attention_mask"] = torch.tensor(padded, dtype=torch.int64)
         if "labels" in rows[0]:
             labels = [row["labels"] for row in rows]
-            if isinstance(labels[0], list):
+            several = isinstance(labels[0], list)
+            if several and not isinstance(labels[0][0], float):
                 labels = [self._pad(ids, length, IGNORED) for ids in labels]
                 batch["labels"] = torch.tensor(labels, dtype=torch.int64)
                 return batch
-            dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
+            dtype = torch.float32 if several or isinstance(labels[0], float) else torch.int64
             batch["labels"] = torch.tensor(labels, dtype=dtype)
         return batch
 

@@ -23,6 +23,14 @@ from childtuning.tasks.kind import Answers, Columns, Kind, Part, register
 from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import looks_like_conll
 
+_CONVERSATIONS = ("messages", "conversations")  # the second is ShareGPT's
+# Prompt, what belongs to it, response: this library's, Alpaca's and Dolly's.
+_PROMPTS = (
+    ("prompt", "", "response"),
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+)
+
 
 @register
 class CausalLM(Kind):
@@ -36,7 +44,7 @@ class CausalLM(Kind):
     """
 
     name = "causal-lm"
-    summary = "text to continue: rows with `prompt` and `response`, or `messages`; or text files"
+    summary = "text to continue: prompts and responses, instructions, conversations, or text files"
     auto_model = "AutoModelForCausalLM"
     has_classes = False
     has_new_head = False
@@ -45,22 +53,39 @@ class CausalLM(Kind):
     batch_size: ClassVar[int] = 8  # logits over a vocabulary are large
 
     def claims(self, source: Source, columns: Columns) -> bool:
-        """Accept text files, and tables with prompts and responses or with conversations."""
+        """Accept text files, and tables with prompts and responses, instructions or conversations."""
         if source.is_named(".txt"):
             return not looks_like_conll(source.text)
         if not source.is_table:
             return False
-        if any(_is_conversation(row.get(columns.text or "messages")) for row in source.rows):
+        texts = (columns.text,) if columns.text else _CONVERSATIONS
+        if any(_is_conversation(cell) for text in texts for cell in source.cells(text)):
             return True
-        named = columns.text in (None, "prompt") and columns.label in (None, "response")
-        return named and {"prompt", "response"} <= set(source.columns)
+        return any(
+            columns.text in (None, prompt)
+            and columns.label in (None, response)
+            and source.find(prompt) is not None
+            and source.find(response) is not None
+            for prompt, _, response in _PROMPTS
+        )
 
     def settle(self, source: Source, columns: Columns) -> Columns:
-        """Use the default columns unless others are named."""
-        text = columns.text
-        if text is None:
-            text = "messages" if source.is_table and "messages" in source.columns else "prompt"
-        return Columns(text, None, columns.label or "response")
+        """Use the usual columns unless others are named; note those that are not this library's own."""
+        default = _PROMPTS[0]
+        if columns.text is not None or not source.is_table:
+            return Columns(columns.text or default[0], columns.text_pair, columns.label or default[2])
+        for name in _CONVERSATIONS:
+            if source.find(name) is not None:
+                if name != _CONVERSATIONS[0]:
+                    source.note(f"conversations are in column {name!r} (--text names another)")
+                return Columns(name, None, columns.label or default[2])
+        for prompt, more, response in _PROMPTS[1:]:
+            if all(source.find(name) is not None for name in (prompt, columns.label or response)):
+                pair = columns.text_pair or (more if source.find(more) is not None else None)
+                prompts = f"{prompt!r} and {pair!r}" if pair else repr(prompt)
+                source.note(f"prompts are in {prompts}, responses in {columns.label or response!r}")
+                return Columns(prompt, pair, columns.label or response)
+        return Columns(default[0], columns.text_pair, columns.label or default[2])
 
     def read(
         self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
@@ -68,9 +93,8 @@ class CausalLM(Kind):
         """Read prompts and responses, or a text; an unlabelled text file holds one prompt per line."""
         if source.is_named(".txt"):
             return RunningText(source.text) if labelled else read_prompts(source)
-        return read_instructions(
-            source, columns.text or "prompt", (columns.label or "response") if labelled else None
-        )
+        response = (columns.label or "response") if labelled else None
+        return read_instructions(source, columns.text or "prompt", response, columns.text_pair)
 
     def of_texts(self, texts: list[str], pairs: list[str] | None) -> Instructions:
         """Return prompts."""

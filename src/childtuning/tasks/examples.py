@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from childtuning.errors import DataError
 from childtuning.tasks.split import Split
@@ -62,13 +62,19 @@ class Examples(Split):
         """Return the labels that occur, as class names."""
         return {str(label) for label in self.labels or ()}
 
-    def subset(self, indices: Iterable[int]) -> Examples:
+    def strata(self) -> list[str] | None:
+        """Return the class names; None for unlabelled texts and targets."""
+        labels = [label for label in self.labels or () if isinstance(label, str)]
+        return labels if labels and len(labels) == len(self) else None
+
+    def subset(self, indices: Iterable[int]) -> Self:
         """Return the rows at `indices`, in that order."""
         rows = [int(index) for index in indices]
-        return Examples(
+        return replace(
+            self,
             text=[self.text[i] for i in rows],
             text_pair=rows_of(self.text_pair, rows),
-            labels=cast("list[str] | list[float] | None", rows_of(self.labels, rows)),
+            labels=rows_of(self.labels, rows),  # type: ignore[arg-type]
         )
 
     def shown(self, index: int) -> str:

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
+from childtuning.tasks.columns import text_columns, text_of
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, Task, check_metrics, find_kind, infer_kind
-from childtuning.tasks.labels import LabelKind, convert_labels, infer_label_kind
-from childtuning.tasks.rows import Row, Source
-
-# Pairs before single texts: QNLI's (question, sentence) must not be read as a single sentence.
-_KNOWN_COLUMNS: tuple[tuple[str, str | None], ...] = (
-    ("text1", "text2"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", None),
-    ("sentence", None),
-    ("text", None),
-)
-
-
-def guess_columns(columns: Sequence[str]) -> tuple[str, str | None]:
-    """Return the text column and, for pairs, the second text column, by their usual names.
-
-    Args:
-        columns: the file's column names; case is ignored.
-    Raises:
-        DataError: when no column has a usual name.
-    Example:
-        >>> guess_columns(["idx", "premise", "hypothesis"]), guess_columns(["Text", "label"])
-        (('premise', 'hypothesis'), ('Text', None))
-    """
-    by_lower = {name.lower(): name for name in reversed(columns)}
-    for text, pair in _KNOWN_COLUMNS:
-        if text in by_lower and (pair is None or pair in by_lower):
-            return by_lower[text], None if pair is None else by_lower[pair]
-    customary = ", ".join(text if pair is None else f"{text}/{pair}" for text, pair in _KNOWN_COLUMNS)
-    raise DataError(
-        f"No column has a usual name for text ({customary}), got {', '.join(columns) or 'none'}. "
-        f"Name the text column: --text NAME (text=)."
-    )
+from childtuning.tasks.labels import LabelKind, convert_label, infer_label_kind, some_names
+from childtuning.tasks.rows import Source
+from childtuning.tasks.split import Split
 
 
 def read_examples(
@@ -56,43 +22,45 @@ def read_examples(
     label: str | None = "label",
     label_kind: LabelKind | None = None,
 ) -> Examples:
-    """Read one split from a file that `read_rows` can read.
+    """Read one split from a table file.
 
     Args:
-        path: csv, tsv, jsonl or parquet, each also .gz.
-        text: the text column; None guesses it and the second one (see `guess_columns`).
+        path: a table file, or a `Source`, which counts the rows that are left out.
+        text: the text column; None guesses it and the second one (see `text_columns`).
         text_pair: the column of second texts; None means single texts if `text` is named.
         label: the label column; None reads unlabelled examples.
         label_kind: "class" or "number"; None infers it from the column.
     Returns:
         Labels as class names (str) or numbers (float); a missing text is "".
     Raises:
-        DataError: for a file that `read_rows` rejects, an unknown column, or a row without a usable label.
+        DataError: for a file that cannot be read, an unknown column, or too many rows without a usable label.
     """
     source = path if isinstance(path, Source) else Source(path)
-    path, rows = source.path, source.rows
     if text is None:
-        text, guessed_pair = guess_columns(source.columns)
+        text, guessed_pair = text_columns(source, label)
         text_pair = text_pair or guessed_pair
-    source.check_columns(text, text_pair, label)
-    if label is not None and label in (text, text_pair):
+    columns = [None if name is None else source.column(name) for name in (text, text_pair, label)]
+    if label is not None and columns[2] in columns[:2]:
         raise DataError(
-            f"Column {label!r} of {path} cannot be text and label at once. Name another label column."
+            f"Column {label!r} of {source} cannot be text and label at once. Name another label column."
         )
-    labels: list[str] | list[float] | None = None
-    if label is not None:
-        values = [row.get(label) for row in rows]
-        labels = convert_labels(values, label_kind or infer_label_kind(values), where=str(path), column=label)
+    kind = None if label is None else label_kind or infer_label_kind(source.cells(label))
+
+    def read(*cells: Any) -> tuple[str, str, Any]:
+        target = None if kind is None else convert_label(cells[2], kind, label)
+        return text_of(cells[0], text), text_of(cells[1], text_pair), target
+
+    rows = source.each(read, text, text_pair, label)
     return Examples(
-        text=texts_of(rows, text, path),
-        text_pair=None if text_pair is None else texts_of(rows, text_pair, path),
-        labels=labels,
+        text=[first for first, _, _ in rows],
+        text_pair=None if text_pair is None else [second for _, second, _ in rows],
+        labels=None if label is None else [target for _, _, target in rows],
     )
 
 
 def task_from_files(
     train: str | Path,
-    dev: str | Path,
+    dev: str | Path | None = None,
     *,
     kind: str | None = None,
     text: str | None = None,
@@ -103,18 +71,23 @@ def task_from_files(
     metric: str | None = None,
     train_limit: int | None = None,
     seed: int = 0,
+    eval_share: float = 0.2,
+    strict: bool = False,
 ) -> Task:
     """Build a task from a training and an evaluation file or folder.
 
     Args:
-        train, dev: the files, whose types may differ; or one file that holds both splits.
+        train, dev: the files, whose types may differ; or one file that holds both splits. Without `dev`, it is a
+            share of the training examples, drawn by class, unless the file holds both splits.
         kind: the kind of task; None infers it from `train`.
         text, text_pair, label: columns; None uses the kind's defaults.
         label_type: for texts: "class", "number", or "auto" to infer it from the training labels.
         name: the task's name in reports.
         metric: the metric of the run; None uses the kind's first.
         train_limit: the maximum number of training rows, drawn with `seed`; None keeps all.
-        seed: the seed of that draw.
+        seed: the seed of both draws.
+        eval_share: the share of the training examples to evaluate on, if there is no `dev`.
+        strict: refuse the first bad row instead of leaving it out.
     Raises:
         DataError: for data that the kind or `Task` rejects.
         ConfigError: for an unknown metric or label type, or a metric that does not fit the labels.
@@ -122,50 +95,43 @@ def task_from_files(
     if label_type not in ("auto", "class", "number"):
         remedy = did_you_mean(str(label_type), ("auto", "class", "number"))
         raise ConfigError(f"Unknown label type {label_type!r}. {remedy}")
-    train_source, dev_source = Source(train), Source(dev)
+    source = Source(train, strict=strict)
     columns = Columns(text, text_pair, label, label_type)
-    how = infer_kind(train_source, columns) if kind is None else find_kind(kind)
+    how = infer_kind(source, columns) if kind is None else find_kind(kind)
     if metric is not None:
         check_metrics(how, [metric])
-    columns = how.settle(train_source, columns)
-    train_rows = how.read(train_source, columns, part="train")
-    dev_rows = how.read(dev_source, columns, part="dev")
+    columns = how.settle(source, columns)
+    train_rows = how.read(source, columns, part="train")
     label_names = how.label_names(train_rows)
+    dev_source = source if dev is None else Source(dev, strict=strict)
+    if dev is None and not how.holds_both(source):
+        train_rows, dev_rows = _set_aside(train_rows, eval_share, source, seed)
+    else:
+        dev_rows = how.read(dev_source, columns, part="dev")
     defaults = how.metrics(label_names)
-    return Task(
+    task = Task(
         name=name,
         kind=how.name,
         label_names=label_names,
         metrics=defaults if metric is None else (metric, *(other for other in defaults if other != metric)),
-        train=train_rows.sample(train_limit, seed=seed),
+        train=train_rows,
         dev=dev_rows,
         columns=columns,
+        notes=tuple(dict.fromkeys([*source.notes, *dev_source.notes])),
     )
+    return task.draw(train_limit, seed=seed)
 
 
-def texts_of(rows: list[Row], column: str, path: Path) -> list[str]:
-    """Return a column as text; a missing value is "".
-
-    Raises:
-        DataError: when a value is not text.
-    """
-    return [text_of(row.get(column), path, column, number) for number, row in enumerate(rows, start=1)]
-
-
-def text_of(value: Any, path: Path, column: str, row: int) -> str:
-    """Return one value of a table as text.
-
-    Raises:
-        DataError: when the value is not text; the message names the row (counted from 1).
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, (dict, list, bytes)):
-        raise DataError(
-            f"{path} row {row} must have text in column {column!r}, got {type(value).__name__}. "
-            f"Write it as a string."
-        )
-    if isinstance(value, bool):
-        return str(value).lower()
-    # JSON may contain a lone surrogate, which no tokenizer accepts: it becomes "?".
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+def _set_aside(rows: Split, share: float, source: Source, seed: int) -> tuple[Split, Split]:
+    """Split off a share of the training examples for evaluation, and note it."""
+    train, dev = rows.hold_out(share, seed=seed)
+    by_class = ", drawn by class" if rows.strata() else ""
+    counted = (
+        f"{len(dev)} of the {len(rows)} examples are"
+        if len(rows) > 1
+        else f"the last {share:.0%} of the text is"
+    )
+    missing = sorted(train.classes() - dev.classes())
+    rare = f"; it has none of the rare {some_names(missing)}" if missing else ""
+    source.note(f"no --eval, so {counted} set aside for evaluation{by_class}{rare}")
+    return train, dev

@@ -10,7 +10,8 @@ from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.files import read_examples, task_from_files
 from childtuning.tasks.kind import Task, find_kind
-from childtuning.tasks.labels import LabelKind
+from childtuning.tasks.labels import LabelKind, check_labels
+from childtuning.tasks.rows import Source
 from childtuning.tasks.task_folders import is_task_folder, splits_of
 
 _HUB_DATASET = "nyu-mll/glue"
@@ -52,6 +53,7 @@ def load_task(
     kind: str | None = None,
     train_limit: int | None = None,
     seed: int = 0,
+    strict: bool = False,
 ) -> Task:
     """Load a task by name.
 
@@ -67,6 +69,7 @@ def load_task(
         train_limit: the maximum number of training rows, drawn with `seed`; None keeps all (400 for
             "docstrings").
         seed: the seed of that draw.
+        strict: refuse the first bad row of a file instead of leaving it out.
     Raises:
         DataError: for an unknown name, a missing split, a label that is not the task's, or when neither
             a local copy nor the hub is available.
@@ -74,14 +77,14 @@ def load_task(
     """
     if kind is not None:
         find_kind(kind)
-    task = _load(name, data_dir, kind, train_limit, seed)
+    task = _load(name, data_dir, kind, train_limit, seed, strict)
     if kind not in (None, task.kind):
         raise ConfigError(f"task {name!r} is {task.kind}, got the kind {kind!r}. Leave the kind out.")
     return task
 
 
 def _load(
-    name: str, data_dir: str | Path | None, kind: str | None, train_limit: int | None, seed: int
+    name: str, data_dir: str | Path | None, kind: str | None, train_limit: int | None, seed: int, strict: bool
 ) -> Task:
     if name == _EMBEDDED:
         from childtuning.tasks.docstrings import DEFAULT_TRAIN_LIMIT, load_docstring_task
@@ -93,22 +96,30 @@ def _load(
         raise DataError(f"Unknown task {name!r}. {did_you_mean(name, sorted({*GLUE, *folders, _EMBEDDED}))}")
     if name not in GLUE:
         train, dev = splits_of(name, folders[name])
-        return task_from_files(train, dev, kind=kind, name=name, train_limit=train_limit, seed=seed)
+        return task_from_files(
+            train, dev, kind=kind, name=name, train_limit=train_limit, seed=seed, strict=strict
+        )
     glue = GLUE[name]
+    sources: list[Source] = []
     if name in folders:
         label_kind: LabelKind = "class" if glue.label_names else "number"
-        splits = [read_examples(path, label_kind=label_kind) for path in splits_of(name, folders[name])]
+        sources = [Source(path, strict=strict) for path in splits_of(name, folders[name])]
+        splits = [read_examples(source, label_kind=label_kind) for source in sources]
     else:
         splits = _hub_splits(name, glue, data_dir)
     train_rows, dev_rows = (_with_official_names(rows, glue) for rows in splits)
-    return Task(
+    task = Task(
         name=name,
         kind="classification" if glue.label_names else "regression",
         label_names=glue.label_names,
         metrics=glue.metrics,
-        train=train_rows.sample(train_limit, seed=seed),
+        train=train_rows,
         dev=dev_rows,
+        notes=tuple(note for source in sources for note in source.notes),
     )
+    if glue.label_names:
+        check_labels(dev_rows, sorted(train_rows.classes()), where=f"the dev split of {name!r}")
+    return task.draw(train_limit, seed=seed)
 
 
 def _task_folders(data_dir: str | Path | None) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from childtuning.errors import DataError
 from childtuning.tasks.classification import class_line, class_predictions, likeliest, most_frequent
-from childtuning.tasks.images import Images, holds_images, read_images
+from childtuning.tasks.images import Images, holds_both_splits, holds_images, read_images
 from childtuning.tasks.kind import Collate, Columns, Kind, Part, register
 from childtuning.tasks.metrics import compute_metrics, default_metrics, metrics_of
 from childtuning.tasks.rows import Source
@@ -73,6 +73,10 @@ class ImageClassification(Kind):
     def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Images:
         """Read images."""
         return read_images(source, part=part, labelled=labelled, label=columns.label or "label")
+
+    def holds_both(self, source: Source) -> bool:
+        """Return whether an npz file has arrays of two splits."""
+        return source.is_named(".npz") and holds_both_splits(source.path)
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return accuracy."""

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from childtuning.errors import DataError
+from childtuning.tasks.delimited import BadRow
+from childtuning.tasks.encodings import content_of
 from childtuning.tasks.examples import rows_of
-from childtuning.tasks.labels import class_name, convert_labels
-from childtuning.tasks.rows import Source, content_of
+from childtuning.tasks.labels import class_name, convert_label, is_missing
+from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
 Part = Literal["train", "dev"]
@@ -68,6 +70,10 @@ class Images(Split):
     def classes(self) -> set[str]:
         """Return the labels that occur."""
         return set(self.labels or ())
+
+    def strata(self) -> list[str] | None:
+        """Return the class names; None for unlabelled images."""
+        return self.labels
 
     def subset(self, indices: Iterable[int]) -> Images:
         """Return the images at `indices`, in that order."""
@@ -146,21 +152,21 @@ def _from_table(source: Source, label: str, *, labelled: bool) -> Images:
         raise DataError(
             f"{source} has no column of images. Name the kind of task that it is for: --task-kind."
         )
-    source.check_columns(label if labelled else None)
-    pixels: list[Path | bytes | NDArray[np.uint8]] = []
-    for number, row in enumerate(source.rows, start=1):
-        cell = row[column]
+
+    def read(cell: Any, value: Any) -> tuple[Path | bytes, str | None]:
         content = isinstance(cell, dict) and (cell["bytes"] or cell["path"])
         if not content:
-            raise DataError(f"{source} row {number} has no image in column {column!r}. Drop the row.")
+            raise BadRow(f"has no image in column {column!r}", "Drop the row.")
         image = content if isinstance(content, bytes) else Path(content)
-        open_image(image, f"{source} row {number}")  # a damaged one is found before training
-        pixels.append(image)
-    if not labelled:
-        return Images(pixels)
-    values = [row.get(label) for row in source.rows]
-    names = convert_labels(values, "class", where=str(source), column=label)
-    return Images(pixels, [str(name) for name in names])
+        try:
+            open_image(image, "It")  # a damaged one is found before training
+        except DataError as fault:
+            raise BadRow("has an image that cannot be used", str(fault)) from None
+        return image, str(convert_label(value, "class", label)) if labelled else None
+
+    found = source.each(read, column, label if labelled else None)
+    names = [name for _, name in found if name is not None]
+    return Images([image for image, _ in found], names if labelled else None)
 
 
 def read_images(source: Source, *, part: Part, labelled: bool, label: str = "label") -> Images:
@@ -226,6 +232,12 @@ def array_names(path: Path, part: Part) -> tuple[str, str] | None:
     return next((pair for pair in _ARRAYS[part] if pair[0] in names), None)
 
 
+def holds_both_splits(path: Path) -> bool:
+    """Return whether an npz file has arrays of two splits; a single one would serve for both."""
+    train, dev = array_names(path, "train"), array_names(path, "dev")
+    return train is not None and dev is not None and train != dev
+
+
 def _from_npz(path: Path, part: Part, *, labelled: bool) -> Images:
     content = content_of(path)
     pair = array_names(path, part)
@@ -259,7 +271,10 @@ def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
     plain = [
         value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values.tolist()
     ]
-    return [str(name) for name in convert_labels(plain, "class", where=where, column="labels")]
+    missing = next((row for row, value in enumerate(plain) if is_missing(value)), None)
+    if missing is not None:
+        raise DataError(f"{where} has no label at index {missing}. Fill it in, or drop the image.")
+    return [class_name(value) for value in plain]
 
 
 def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.uint8]]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from childtuning.errors import ConfigError, DataError
+from childtuning.tasks.columns import text_of
+from childtuning.tasks.delimited import BadRow
 from childtuning.tasks.examples import rows_of
-from childtuning.tasks.files import text_of, texts_of
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
 Messages = list[dict[str, str]]
+
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of roles
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,19 @@ class RunningText(Split):
         """Return the beginning on one line."""
         return " ".join(self.text[:400].split())[:100]
 
+    def hold_out(self, share: float, *, seed: int = 0) -> tuple[RunningText, RunningText]:
+        """Split off the end of the text, at a space or line break.
+
+        Raises:
+            DataError: when it is a single word.
+        """
+        cuts = [index for index, mark in enumerate(self.text) if mark.isspace() and self.text[index:].strip()]
+        size = (1 - share) * len(self.text)
+        cut = min(cuts, key=lambda index: abs(index - size), default=0)
+        if not self.text[:cut].strip():
+            raise DataError("a text of one word cannot be split. Pass a longer file, or --eval FILE.")
+        return RunningText(self.text[:cut]), RunningText(self.text[cut:])
+
     def sample(self, limit: int | None, *, seed: int = 0) -> RunningText:
         """Return the text; it has no examples to sample.
 
@@ -96,68 +112,68 @@ class RunningText(Split):
         return self
 
 
-def read_instructions(source: Source, prompt: str, response: str | None) -> Instructions:
+def read_instructions(
+    source: Source, prompt: str, response: str | None, more: str | None = None
+) -> Instructions:
     """Read prompts and responses, or conversations, from a table file.
 
     Args:
-        source: csv, tsv, jsonl or parquet, optionally .gz.
+        source: a table file.
         prompt: a column of texts, or of conversations: lists of messages, the last of which is the response.
         response: the column of responses, if `prompt` holds texts; None reads no responses.
+        more: a column of texts that belong to the prompts, such as the inputs of instructions. A blank line
+            separates the two, and a line break ends the prompt, as it does if `prompt` is called instruction.
     Raises:
-        DataError: for a missing column, or a row with an empty response or messages that cannot be read.
+        DataError: for a missing column, or rows with an empty response or messages that cannot be read.
     """
-    source.check_columns(prompt)
-    if any(isinstance(row.get(prompt), list) for row in source.rows):
-        return _conversations(source, prompt, labelled=response is not None)
-    prompts = texts_of(source.rows, prompt, source.path)
-    if response is None:
-        return Instructions([*prompts])
-    source.check_columns(response)
-    responses = texts_of(source.rows, response, source.path)
-    for number, text in enumerate(responses, start=1):
-        if not text.strip():
-            raise DataError(
-                f"{source} row {number} has an empty response in column {response!r}. Fill it in or drop the row."
-            )
-    return Instructions([*prompts], responses)
+    if any(isinstance(cell, list) for cell in source.cells(prompt)):
+        rows = source.each(lambda cell: _conversation(cell, prompt, labelled=response is not None), prompt)
+    else:
+        ends = more is not None or prompt.lower() == "instruction"
+
+        def read(cell: Any, beside: Any, answer: Any) -> tuple[str | Messages, str]:
+            parts = [text_of(cell, prompt), text_of(beside, more)]
+            whole = "\n\n".join(filter(None, parts)) + "\n" * ends
+            if response is not None and not text_of(answer, response).strip():
+                fault = f"has an empty response in column {response!r}"
+                raise BadRow(fault, "Fill it in or drop the row.")
+            return whole, text_of(answer, response)
+
+        rows = source.each(read, prompt, more, response)
+    return Instructions(
+        [asked for asked, _ in rows], None if response is None else [answer for _, answer in rows]
+    )
 
 
-def _conversations(source: Source, column: str, *, labelled: bool) -> Instructions:
-    prompts: list[str | Messages] = []
-    responses: list[str] = []
-    for number, row in enumerate(source.rows, start=1):
-        where = f"{source} row {number}"
-        messages = _messages(row.get(column), source, column, number)
-        answered = messages[-1]["role"] == "assistant"
-        if labelled and not (answered and messages[-1]["content"].strip() and len(messages) > 1):
-            raise DataError(
-                f"{where} must end with a non-empty message of the assistant, after at least one other message, "
-                f"got the role {messages[-1]['role']!r} last of {len(messages)}. Correct or drop the row."
-            )
-        prompts.append(messages[:-1] if answered and len(messages) > 1 else messages)
-        responses.append(messages[-1]["content"])
-    return Instructions(prompts, responses if labelled else None)
-
-
-def _messages(value: Any, source: Source, column: str, number: int) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{source} row {number} must have a list of messages in column {column!r}. Drop the row."
+def _conversation(cell: Any, column: str, *, labelled: bool) -> tuple[str | Messages, str]:
+    messages = _messages(cell, column)
+    answered = messages[-1]["role"] == "assistant"
+    if labelled and not (answered and messages[-1]["content"].strip() and len(messages) > 1):
+        raise BadRow(
+            f"must end with a non-empty message of the assistant, after at least one other message, "
+            f"got the role {messages[-1]['role']!r} last of {len(messages)}",
+            "Correct or drop the row.",
         )
+    return messages[:-1] if answered and len(messages) > 1 else messages, messages[-1]["content"]
+
+
+def _messages(value: Any, column: str) -> Messages:
+    """Return messages with roles and contents; ShareGPT's have `from` and `value`, and roles of its own."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"must have a list of messages in column {column!r}", "Drop the row.")
+    messages: Messages = []
     for message in value:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
-            raise DataError(
-                f"{source} row {number} must have messages in column {column!r}, got {type(message).__name__} "
-                f'without role or content. Write {{"role": "user", "content": "…"}}.'
+        said = message if isinstance(message, dict) else {}
+        role, content = (
+            said.get(one, said.get(other)) for one, other in (("role", "from"), ("content", "value"))
+        )
+        if not isinstance(role, str) or not ("content" in said or "value" in said):
+            raise BadRow(
+                f"must have messages in column {column!r}, got {type(message).__name__} without role or content",
+                'Write {"role": "user", "content": "…"}.',
             )
-    return [
-        {"role": message["role"], "content": text_of(message["content"], source.path, column, number)}
-        for message in value
-    ]
+        messages.append({"role": _ROLES.get(role, role), "content": text_of(content, column)})
+    return messages
 
 
 def read_prompts(source: Source) -> Instructions:

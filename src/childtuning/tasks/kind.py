@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.tasks.labels import check_labels, sort_labels
+from childtuning.tasks.labels import check_labels, some_names, sort_labels
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
@@ -115,6 +115,10 @@ class Kind(ABC):
         Raises:
             DataError: when the file cannot be used; one line that names the file.
         """
+
+    def holds_both(self, source: Source) -> bool:
+        """Return whether a file holds both splits."""
+        return False
 
     def of_texts(self, texts: list[str], pairs: list[str] | None) -> Split:
         """Return unlabelled examples that a user typed: one of each text, or of each pair.
@@ -273,9 +277,10 @@ class Task:
         train: labelled examples to train on.
         dev: labelled examples to measure on.
         columns: the columns of its files.
+        notes: what was guessed about its files or left out, one line each, for the user.
     Raises:
-        DataError: when a split is empty or unlabelled, training has a single class, dev has a class that
-            is not in training, or the kind's own check fails.
+        DataError: when a split is empty or unlabelled, training has a single class, a split has a class that
+            is not in `label_names`, or the kind's own check fails.
     """
 
     name: str
@@ -285,6 +290,7 @@ class Task:
     train: Split
     dev: Split
     columns: Columns = field(default_factory=Columns)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         kind = find_kind(self.kind)
@@ -309,11 +315,26 @@ class Task:
             raise DataError(f"label_names must be distinct, got {self.label_names}. Drop the duplicates.")
         seen = check_labels(self.train, self.label_names, where=f"the train split of {self.name!r}")
         if len(seen) < 2:
+            remedy = (
+                "Pass a larger --train-limit, or more examples"
+                if len(self.label_names) > 1
+                else "Add examples of another class"
+            )
             raise DataError(
                 f"Training needs at least two classes, got only {min(seen)!r} "
-                f"in the train split of {self.name!r}. Add examples of another class."
+                f"in the train split of {self.name!r}. {remedy}."
             )
-        check_labels(self.dev, sorted(seen), where=f"the dev split of {self.name!r}")
+        check_labels(self.dev, self.label_names, where=f"the dev split of {self.name!r}")
+
+    def draw(self, limit: int | None, *, seed: int = 0) -> Task:
+        """Return the task with at most ``limit`` training examples, as ``Split.sample`` draws them.
+
+        The class names stay; classes that are not drawn are noted.
+        """
+        train = self.train.sample(limit, seed=seed)
+        lost = [name for name in self.label_names if name in self.train.classes() - train.classes()]
+        note = f"the {len(train)} training examples drawn have none of {some_names(lost)}"
+        return replace(self, train=train, notes=(*self.notes, note) if lost else self.notes)
 
     def limit_evaluation(self, limit: int | None, *, seed: int = 0) -> Task:
         """Return the task with at most ``limit`` evaluation examples, as ``Split.sample`` draws them."""
@@ -332,7 +353,7 @@ class Task:
             ConfigError, DataError: when too few examples are left.
         """
         train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
-        return replace(self, train=train.sample(limit, seed=seed)), aside
+        return replace(self, train=train).draw(limit, seed=seed), aside
 
     def in_order(self, label_names: tuple[str, ...]) -> Task:
         """Return the task with its classes in the order of a model's outputs.

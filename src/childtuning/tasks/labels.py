@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from childtuning.errors import DataError
+from childtuning.tasks.delimited import BadRow
 from childtuning.tasks.split import Split
 
 LabelKind = Literal["class", "number"]
@@ -24,14 +25,15 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
     """Return whether a column holds classes or numbers to predict.
 
     It holds numbers if every value is a number (or text that parses as one) and some value is fractional
-    or there are more than 20 distinct values; otherwise classes. Booleans are classes. Words for a missing
-    value (NA, None) do not count, so that they are refused beside numbers and may be classes beside classes.
+    or there are more than 20 distinct values; otherwise classes. Booleans are classes. Missing labels do not
+    count, nor do words for them (NA, None), which are bad beside numbers and may be classes beside classes.
 
     Example:
         >>> infer_label_kind(["0", "1", "1"]), infer_label_kind(["0.5", 1]), infer_label_kind(range(21))
         ('class', 'number', 'number')
     """
-    numbers = [_meant_number(value) for value in values if str(value).strip().lower() not in _NO_NUMBER]
+    there = [value for value in values if not is_missing(value)]
+    numbers = [_meant_number(value) for value in there if str(value).strip().lower() not in _NO_NUMBER]
     known = [number for number in numbers if number is not None]
     if not known or len(known) < len(numbers):
         return "class"
@@ -40,7 +42,7 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
 
 
 def _meant_number(value: Any) -> float | None:
-    """Return the number that a label is meant to be, also with a decimal comma; ``convert_labels`` refuses that."""
+    """Return the number that a label is meant to be, also with a decimal comma; ``convert_label`` refuses that."""
     is_text = isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip())
     return number_of(value.replace(",", ".") if is_text else value)
 
@@ -85,36 +87,28 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def convert_labels(
-    values: Sequence[Any], kind: LabelKind, *, where: str, column: str
-) -> list[str] | list[float]:
-    """Return a label column as class names or as finite numbers.
+def convert_label(value: Any, kind: LabelKind, column: str | None) -> str | float:
+    """Return a label as a class name or as a finite number.
 
     Raises:
-        DataError: naming the first row (counted from 1, without the header) without a valid label.
+        BadRow: when it is missing or not valid.
     """
-    for row, value in enumerate(values, start=1):
-        if is_missing(value):
-            raise DataError(
-                f"{where} row {row} has no label in column {column!r}, got {value!r}. Fill it in or drop the row."
-            )
-        if isinstance(value, (dict, list, bytes)):
-            raise DataError(
-                f"{where} row {row} has a label of type {type(value).__name__} in column {column!r}. "
-                f"Write labels as text or numbers."
-            )
+    if is_missing(value):
+        raise BadRow(f"has no label in column {column!r}, got {value!r}", "Fill it in or drop the row.")
+    if isinstance(value, (dict, list, bytes)):
+        raise BadRow(
+            f"has a label of type {type(value).__name__} in column {column!r}",
+            "Write labels as text or numbers.",
+        )
     if kind == "class":
-        return [class_name(value) for value in values]
-    numbers: list[float] = []
-    for row, value in enumerate(values, start=1):
-        number = number_of(value)
-        if number is None or not math.isfinite(number):
-            raise DataError(
-                f"{where} row {row} must have a finite number in column {column!r}, got {value!r}. "
-                f"Correct it, or pass label_type='class'."
-            )
-        numbers.append(number)
-    return numbers
+        return class_name(value)
+    number = number_of(value)
+    if number is None or not math.isfinite(number):
+        raise BadRow(
+            f"must have a finite number in column {column!r}, got {value!r}",
+            "Correct it, or pass label_type='class'.",
+        )
+    return number
 
 
 def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> set[str]:
@@ -131,17 +125,21 @@ def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> 
     found = examples.classes()
     unknown = sorted(found.difference(known))
     if unknown:
-        rest = len(unknown) - _MAX_NAMED
-        listing = ", ".join(repr(name) for name in unknown[:_MAX_NAMED]) + (
-            f" and {rest} more" if rest > 0 else ""
+        raise DataError(
+            f"Labels that training never saw in {where}: {some_names(unknown)}. "
+            f"Known: {some_names(known, 4 * _MAX_NAMED)}. "
+            f"Correct or drop those rows, or add training examples of these classes."
         )
-        raise DataError(f"Labels that training never saw in {where}: {listing}. {name_labels(known)}")
     return found
 
 
-def name_labels(known: Iterable[str]) -> str:
-    """Return the second half of a message about labels: the known labels, shortened if there are many."""
-    names = list(known)
-    rest = len(names) - 4 * _MAX_NAMED
-    listing = ", ".join(repr(name) for name in names[: 4 * _MAX_NAMED])
-    return f"Known: {listing}{f' and {rest} more' if rest > 0 else ''}. Correct or drop those rows."
+def some_names(names: Iterable[str], most: int = _MAX_NAMED) -> str:
+    """Return names in quotes, shortened if there are many.
+
+    Example:
+        >>> some_names("abc", 2)
+        "'a', 'b' and 1 more"
+    """
+    listed = [repr(name) for name in names]
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from childtuning.errors import DataError
+from childtuning.tasks.columns import find_label, find_text
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, register
 from childtuning.tasks.labels import infer_label_kind
@@ -36,10 +37,9 @@ class Regression(TextKind):
             return False
         if columns.label_type == "number":
             return True
-        label = columns.label or "label"
-        if label not in source.columns:
-            return False
-        return infer_label_kind([row.get(label) for row in source.rows]) == "number"
+        text, pair = (columns.text, columns.text_pair) if columns.text else find_text(source) or (None, None)
+        label = columns.label or find_label(source, text, pair)
+        return label is not None and infer_label_kind(source.cells(label)) == "number"
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return the correlations."""

@@ -1,63 +1,25 @@
-"""Rows of a table file (csv, tsv, jsonl, parquet, each also .gz), as dictionaries."""
+"""Rows of a table file (csv, tsv, json, jsonl, parquet, xlsx, each also .gz), as dictionaries."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
 import io
 import json
-import zlib
-from collections import Counter
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from childtuning.errors import DataError, did_you_mean
+from childtuning.tasks.delimited import BadRow, Row, delimited_rows, header_names, row_of
+from childtuning.tasks.encodings import content_of, decode
 
-Row = dict[str, Any]
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+_BAD_SHARE = 0.05  # the share of bad rows that may be left out; a single one always may
+_NAMED = 3  # the number of bad rows that a message lists
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-_LONGEST_FIELD = 2**31 - 1  # the largest limit that the csv module accepts with a 32-bit C long
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read every row of a table file.
-
-    csv and tsv values are strings; jsonl and parquet values keep their types. Text is UTF-8, with or without a byte
-    order mark, or UTF-16 with one. Blank lines are skipped. A tsv file with unbalanced quotes is read with quotes
-    as plain characters, as GLUE's own files require.
-
-    Args:
-        path: a file that ends in .csv, .tsv, .jsonl or .parquet, or one of these and .gz.
-    Returns:
-        One dictionary per row; at least one row.
-    Raises:
-        DataError: for a file that is missing, empty, damaged, not UTF-8, of another type, or has a row
-            that does not fit; one line that names the file and the line.
-    """
-    path = Path(path)
-    suffix = format_of(path)
-    if suffix is None:
-        raise DataError(
-            f"{path} has an unsupported type, got {''.join(path.suffixes[-2:]) or 'no extension'!r}. "
-            f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."
-        )
-    content = content_of(path)
-    if suffix == ".parquet":
-        rows = _parquet_rows(content, path)
-    else:
-        text = _decode(content, path)
-        if suffix == ".jsonl":
-            rows = _jsonl_rows(text, path)
-        elif suffix == ".tsv":
-            rows = _tsv_rows(text, path)
-        else:
-            rows = _delimited_rows(text, path, delimiter=",")
-    if not rows:
-        raise DataError(f"{path} has no rows. Pass a file with at least one example.")
-    return rows
+_T = TypeVar("_T")
+_Numbered = list[tuple[int, Row | BadRow]]
 
 
 class Unreadable(NamedTuple):
@@ -69,15 +31,44 @@ class Unreadable(NamedTuple):
 class Source:
     """A file or folder of the user; its content is read once and cached.
 
+    csv and tsv values are strings; other values keep their types, and objects become columns with dotted names
+    ("review.body"). Blank lines are skipped. A bad row is left out and counted in `notes`; more than one row in
+    twenty, and more than one, are refused.
+
     Args:
         path: the file or folder.
+        strict: refuse the first bad row.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, strict: bool = False) -> None:
         self.path = Path(path)
+        self.strict = strict
+        self._notes: list[str] = []
+        self._bad: dict[int, BadRow] = {}
+        self._unit = "row"  # what the numbers of rows count
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was guessed about the file, and which rows were left out: one line each, for the user."""
+        bad = sorted(self._bad.items())
+        if not bad:
+            return self._notes
+        listing = "; ".join(f"{self._unit} {number} {row.fault}" for number, row in bad[:_NAMED])
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        total = len(self._numbered)
+        return [
+            *self._notes,
+            f"{len(bad)} of {total} rows of {self.path.name} were left out: {listing}{more}",
+        ]
+
+    def note(self, words: str) -> None:
+        """Add a note about the file: words that continue its name and a colon."""
+        line = f"{self.path.name}: {words}"
+        if line not in self._notes:
+            self._notes.append(line)
 
     @property
     def is_table(self) -> bool:
@@ -89,36 +80,117 @@ class Source:
         return self.path.name.lower().removesuffix(".gz").endswith(endings) and not self.path.is_dir()
 
     @cached_property
+    def text(self) -> str:
+        """The content of a text file.
+
+        Raises:
+            DataError: when the file is missing, empty or damaged, or its encoding cannot be decided.
+        """
+        text, guessed = decode(content_of(self.path), self.path)
+        if guessed:
+            self.note(guessed)
+        return text
+
+    @cached_property
+    def _numbered(self) -> _Numbered:
+        """The rows of a table file, also bad ones, with their numbers."""
+        form = format_of(self.path)
+        if form is None:
+            raise DataError(
+                f"{self.path} has an unsupported type, got {''.join(self.path.suffixes[-2:]) or 'no extension'!r}. "
+                f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."
+            )
+        guessed: str | None = None
+        if form == ".parquet":
+            rows = _parquet_rows(content_of(self.path), self.path)
+        elif form == ".xlsx":
+            rows, guessed = _xlsx_rows(content_of(self.path), self.path)
+        elif form in (".csv", ".tsv"):
+            self._unit = "line"
+            rows, guessed = delimited_rows(self.text, self.path, named="," if form == ".csv" else "\t")
+        elif form == ".json" or self.text.lstrip()[:1] == "[":
+            rows, guessed = _json_rows(self.text, self.path)
+        else:
+            self._unit = "line"
+            rows = _json_lines(self.text)
+        if guessed:
+            self.note(guessed)
+        if not rows:
+            raise DataError(f"{self.path} has no rows. Pass a file with at least one example.")
+        return rows
+
+    @cached_property
+    def _rows(self) -> dict[int, Row]:
+        """The rows that are not bad, by number."""
+        good = {number: row for number, row in self._numbered if not isinstance(row, BadRow)}
+        self._leave_out({number: row for number, row in self._numbered if isinstance(row, BadRow)})
+        return good
+
+    def _leave_out(self, bad: dict[int, BadRow]) -> None:
+        """Count bad rows; refuse the first one if there are too many."""
+        self._bad |= bad
+        total = len(self._numbered)
+        allowed = 0 if self.strict else min(max(1, int(_BAD_SHARE * total)), total - 1)
+        if len(self._bad) > allowed:
+            number = min(self._bad)
+            first = self._bad[number]
+            more = f" ({len(self._bad)} of {total} rows cannot be used)" if len(self._bad) > 1 else ""
+            raise DataError(f"{self.path} {self._unit} {number} {first.fault}{more}. {first.remedy}")
+
+    @cached_property
     def rows(self) -> list[Row]:
-        """The rows of a table file; see `read_rows`."""
-        return read_rows(self.path)
+        """The rows of a table file that can be read."""
+        return list(self._rows.values())
 
     @cached_property
     def columns(self) -> list[str]:
-        """The columns of a table file."""
-        return columns_of(self.rows)
+        """The columns of a table file, in order of appearance."""
+        return list({name: None for row in self.rows for name in row})
 
-    @cached_property
-    def text(self) -> str:
-        """The content of a text file; see `read_text`."""
-        return read_text(self.path)
+    def find(self, name: str) -> str | None:
+        """Return the column of this name, regardless of case if there is only one; None if there is none."""
+        if name in self.columns:
+            return name
+        alike = [column for column in self.columns if column.lower() == name.lower()]
+        return alike[0] if len(alike) == 1 else None
 
-    def check_columns(self, *names: str | None) -> None:
-        """Check that a table file has these columns.
+    def column(self, name: str) -> str:
+        """Return the column of this name, as `find` does.
 
         Raises:
-            DataError: naming the first missing column and the closest existing one.
+            DataError: when there is none, naming the closest, or its cells cannot be read.
         """
-        for name in names:
-            if name is not None and name not in self.columns:
-                raise DataError(f"{self.path} has no column {name!r}. {did_you_mean(name, self.columns)}")
-            if name is not None and isinstance(first := self.rows[0].get(name), Unreadable):
-                raise DataError(first.fault)
+        found = self.find(name)
+        if found is None:
+            raise DataError(f"{self.path} has no column {name!r}. {did_you_mean(name, self.columns)}")
+        if isinstance(first := self.rows[0].get(found), Unreadable):
+            raise DataError(first.fault)
+        return found
 
+    def cells(self, name: str) -> list[Any]:
+        """Return the cells of a column; None for rows without it. A column that does not exist has none."""
+        found = self.find(name)
+        return [] if found is None else [row.get(found) for row in self.rows]
 
-def columns_of(rows: Iterable[Row]) -> list[str]:
-    """Return every column that occurs in any row, in order of appearance."""
-    return list({name: None for row in rows for name in row})
+    def each(self, read_fn: Callable[..., _T], *names: str | None) -> list[_T]:
+        """Apply a function to the cells of each row; rows that are bad for it are left out.
+
+        Args:
+            read_fn: takes the cells and returns what the row holds; raises BadRow.
+            names: columns; the cell of None is None.
+        Raises:
+            DataError: for a column that does not exist, or too many bad rows.
+        """
+        columns = [None if name is None else self.column(name) for name in names]
+        found: list[_T] = []
+        bad: dict[int, BadRow] = {}
+        for number, row in self._rows.items():
+            try:
+                found.append(read_fn(*(None if name is None else row.get(name) for name in columns)))
+            except BadRow as fault:
+                bad[number] = fault
+        self._leave_out(bad)
+        return found
 
 
 def format_of(path: Path) -> str | None:
@@ -127,148 +199,100 @@ def format_of(path: Path) -> str | None:
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
-def read_text(path: Path) -> str:
-    """Return the content of a UTF-8 text file, optionally .gz.
-
-    Raises:
-        DataError: when the file is missing, empty, damaged or not UTF-8.
-    """
-    return _decode(content_of(path), path)
-
-
-def content_of(path: Path) -> bytes:
-    """Return the bytes of a file, unpacked if it is .gz.
-
-    Raises:
-        DataError: when the file is missing, empty or damaged.
-    """
-    if path.is_dir():
-        raise DataError(f"{path} is a folder. Pass a file.")
+def _json_rows(text: str, path: Path) -> tuple[_Numbered, str | None]:
+    """Read a list of objects, or an object with one such list; or else an object a line."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"There is no file {path}. Check the path.") from None
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
-        ) from None
-    if path.name.lower().endswith(".gz") and content:
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path} is truncated or not gzip ({error}). Copy it again, or drop .gz from its name."
-            ) from None
-    if not content:
-        raise DataError(f"{path} is empty. Pass a file with at least one example.")
-    return content
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        is_json = isinstance(error, json.JSONDecodeError)
+        if is_json and error.msg == "Extra data" and text.lstrip()[:1] == "{":
+            return _json_lines(text), "read as one JSON object per line"
+        reason = f"{error.msg} in line {error.lineno}" if is_json else type(error).__name__
+        raise DataError(f"{path} is not JSON ({reason}). Write a list of objects.") from None
+    entries, guessed = _list_of(whole, path)
+    return [(number, _json_row(entry)) for number, entry in enumerate(entries, start=1)], guessed
 
 
-def _decode(content: bytes, path: Path) -> str:
-    """Decode UTF-8, or UTF-16 with a byte order mark; refuse other encodings rather than guess."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        try:
-            content = content.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            raise DataError(f"{path} is truncated: it begins as UTF-16. Save it as UTF-8.") from None
-    if content.startswith(b"PK"):
-        raise DataError(f"{path} is a zip archive, such as Excel writes, not text. Export it as CSV (UTF-8).")
-    if b"\0" in content:
-        raise DataError(
-            f"{path} contains zero bytes, as UTF-16 without a byte order mark does. Save it as UTF-8."
-        )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}, perhaps Windows-1252 (Latin-1). "
-            "Save it as UTF-8."
-        ) from None
+def _list_of(whole: Any, path: Path) -> tuple[list[Any], str | None]:
+    if isinstance(whole, list):
+        return whole, None
+    lists = (
+        [name for name, value in whole.items() if _holds_objects(value)] if isinstance(whole, dict) else []
+    )
+    if len(lists) == 1:
+        return whole[lists[0]], f"its rows are the list {lists[0]!r}"
+    got = f"{len(lists)} of them: {', '.join(lists)}" if lists else type(whole).__name__
+    raise DataError(f"{path} must hold one list of objects, got {got}. Write [{{…}}, {{…}}].")
 
 
-def _jsonl_rows(text: str, path: Path) -> list[Row]:
-    rows: list[Row] = []
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
+
+
+def _json_lines(text: str) -> _Numbered:
+    rows: _Numbered = []
     # Not splitlines: JSON strings may contain unescaped U+2028 and similar characters.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append((number, _json_row(json.loads(line))))
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-            raise DataError(
-                f"{path} line {number} is not JSON ({reason}). Write one JSON object per line."
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path} line {number} must be a JSON object, got {type(row).__name__}. "
-                f'Write lines such as {{"text": "…", "label": "…"}}.'
-            )
-        rows.append(row)
+            rows.append((number, BadRow(f"is not JSON ({reason})", "Write one JSON object per line.")))
     return rows
 
 
-def _tsv_rows(text: str, path: Path) -> list[Row]:
-    try:
-        rows = _delimited_rows(text, path, delimiter="\t")
-        # A quote in one line and another in a later one would swallow the lines between.
-        if not any("\t" in value and "\n" in value for row in rows for value in row.values()):
-            return rows
-    except DataError:
-        if '"' not in text:
-            raise
-    return _delimited_rows(text, path, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _delimited_rows(text: str, path: Path, *, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[Row]:
-    # Strict, so that an unclosed quote is an error and not a field that runs to the end of the file.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
-    previous_limit = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        header = [name.strip() for name in next((fields for fields in reader if fields), [])]
-        _check_separator(header, path, delimiter)
-        _check_header(header, path)
-        rows: list[Row] = []
-        start = reader.line_num + 1
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                raise DataError(
-                    f"{path} line {start} must have {len(header)} fields, as in the header, "
-                    f"got {len(fields)}. Quote fields that contain the separator or a newline."
-                )
-            if fields:
-                rows.append(dict(zip(header, fields, strict=True)))
-            start = reader.line_num + 1
-        return rows
-    except csv.Error as error:
-        raise DataError(
-            f"{path} line {reader.line_num} is malformed ({error}). "
-            f"Close every quote, and double quotes inside fields."
-        ) from None
-    finally:
-        csv.field_size_limit(previous_limit)
-
-
-def _check_separator(header: list[str], path: Path, delimiter: str) -> None:
-    """Refuse a table with a single column whose name contains another format's separator."""
-    others = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-    only = header[0] if len(header) == 1 else ""
-    found = next((name for mark, name in others.items() if mark != delimiter and mark in only), None)
-    if found:
-        raise DataError(
-            f"{path} has one column, {header[0][:60]!r}: its columns are separated by {found}, not by "
-            f"{others[delimiter]} as its name says. Save a .csv with commas, or a .tsv with tabs."
+def _json_row(value: Any) -> Row | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(
+            f"must be a JSON object, got {type(value).__name__}",
+            'Write rows such as {"text": "…", "label": "…"}.',
         )
+    return _flat(value)
 
 
-def _check_header(header: list[str], path: Path) -> None:
-    repeated = sorted(name for name, count in Counter(header).items() if count > 1)
-    if repeated:
-        raise DataError(f"{path} has more than one column {repeated[0]!r}. Rename or drop the repeated ones.")
+def _flat(row: Row) -> Row:
+    """Replace objects within a row by columns with dotted names; images ({"bytes": …, "path": …}) are kept."""
+    flat: Row = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and value and value.keys() != {"bytes", "path"}:
+            flat |= {f"{name}.{inner}": cell for inner, cell in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
-def _parquet_rows(content: bytes, path: Path) -> list[Row]:
+def _xlsx_rows(content: bytes, path: Path) -> tuple[_Numbered, str | None]:
+    try:
+        from openpyxl import load_workbook
+    except ImportError:
+        raise DataError(
+            f"{path} needs the package openpyxl, which is not installed. "
+            f"Run pip install openpyxl, or save it as .csv."
+        ) from None
+    try:
+        with warnings.catch_warnings():  # of styles and features that do not matter here
+            warnings.simplefilter("ignore")
+            book = load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+            sheet = book.worksheets[0]
+            cells = [(number, row) for number, row in enumerate(sheet.iter_rows(values_only=True), start=1)]
+    except Exception as error:  # openpyxl raises what zipfile, its XML parser and its own checks do
+        raise DataError(
+            f"{path} is damaged or not a workbook ({type(error).__name__}). Save it again, or as .csv."
+        ) from None
+    filled = [(number, row) for number, row in cells if any(cell not in (None, "") for cell in row)]
+    if not filled:
+        return [], None
+    names = header_names(filled[0][1], path)
+    rows: _Numbered = [
+        (number, row_of(names, [*row, *[None] * len(names)][: len(names)])) for number, row in filled[1:]
+    ]
+    others = len(book.sheetnames) - 1
+    return rows, f"read the first of its {others + 1} sheets, {sheet.title!r}" if others else None
+
+
+def _parquet_rows(content: bytes, path: Path) -> _Numbered:
     import pyarrow
     import pyarrow.parquet
 
@@ -277,9 +301,10 @@ def _parquet_rows(content: bytes, path: Path) -> list[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} is damaged or not parquet ({reason[:120]}). Save it again.") from None
-    _check_header(table.column_names, path)
+    header_names(table.column_names, path)
     columns = {name: _values(table[name], path, name) for name in table.column_names}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows: Iterable[tuple[Any, ...]] = zip(*columns.values(), strict=True)
+    return [(number, _flat(dict(zip(columns, row, strict=True)))) for number, row in enumerate(rows, start=1)]
 
 
 def _values(column: Any, path: Path, name: str) -> list[Any]:

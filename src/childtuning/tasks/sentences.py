@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from childtuning.errors import DataError
+from childtuning.tasks.delimited import BadRow
 from childtuning.tasks.examples import rows_of
 from childtuning.tasks.labels import class_name, is_missing
 from childtuning.tasks.rows import Source
@@ -38,7 +39,13 @@ class Sentences(Split):
                 f"Pass lists of equal length."
             )
         for row, words in enumerate(self.words):
-            check_sentence(words, None if self.tags is None else self.tags[row], f"sentence {row + 1}")
+            if not words:
+                raise DataError(f"sentence {row + 1} has no words. Drop it.")
+            if self.tags is not None and len(self.tags[row]) != len(words):
+                raise DataError(
+                    f"sentence {row + 1} must have one tag per word, got {len(self.tags[row])} tags for "
+                    f"{len(words)} words. Correct it."
+                )
 
     def __len__(self) -> int:
         return len(self.words)
@@ -67,20 +74,6 @@ class Sentences(Split):
         return " ".join(self.words[index])
 
 
-def check_sentence(words: list[str], tags: list[str] | None, where: str) -> None:
-    """Check that a sentence has words, and one tag per word.
-
-    Raises:
-        DataError: a message that begins with `where`.
-    """
-    if not words:
-        raise DataError(f"{where} has no words. Drop it.")
-    if tags is not None and len(tags) != len(words):
-        raise DataError(
-            f"{where} must have one tag per word, got {len(tags)} tags for {len(words)} words. Correct it."
-        )
-
-
 def read_sentences(source: Source, words: str, tags: str | None) -> Sentences:
     """Read sentences from a table file whose cells are lists.
 
@@ -90,38 +83,35 @@ def read_sentences(source: Source, words: str, tags: str | None) -> Sentences:
     Raises:
         DataError: for a missing column, or a cell that is not a list of words or tags; names the row.
     """
-    source.check_columns(words, tags)
-    sentences = [
-        _cells(row.get(words), f"{source} row {number}", words)
-        for number, row in enumerate(source.rows, start=1)
-    ]
-    if tags is None:
-        return Sentences(sentences)
-    labels: list[list[str]] = []
-    for number, row in enumerate(source.rows, start=1):
-        where = f"{source} row {number}"
-        cell = _cells(row.get(tags), where, tags)
-        if any(is_missing(tag) for tag in cell):
-            raise DataError(f"{where} has an empty tag in column {tags!r}. Fill it in, or drop the row.")
-        check_sentence(sentences[number - 1], cell, where)
-        labels.append([class_name(tag) for tag in cell])
-    return Sentences(sentences, labels)
+
+    def read(cell: Any, labels: Any) -> tuple[list[str], list[str]]:
+        sentence = _cells(cell, words)
+        if tags is None:
+            return sentence, []
+        found = _cells(labels, tags)
+        if any(is_missing(tag) for tag in found):
+            raise BadRow(f"has an empty tag in column {tags!r}", "Fill it in, or drop the row.")
+        if len(found) != len(sentence):
+            fault = f"must have one tag per word, got {len(found)} tags for {len(sentence)} words"
+            raise BadRow(fault, "Correct it.")
+        return sentence, [class_name(tag) for tag in found]
+
+    rows = source.each(read, words, tags)
+    return Sentences([words for words, _ in rows], None if tags is None else [tags for _, tags in rows])
 
 
-def _cells(value: Any, where: str, column: str) -> list[str]:
+def _cells(value: Any, column: str) -> list[str]:
     if not isinstance(value, list):
         got = "nothing" if value is None else type(value).__name__
-        raise DataError(
-            f'{where} must have a list in column {column!r}, got {got}. Write ["a", "word"], for example.'
-        )
+        raise BadRow(f"must have a list in column {column!r}, got {got}", 'Write ["a", "word"], for example.')
     for entry in value:
         if not isinstance(entry, (str, int, float)):
-            raise DataError(
-                f"{where} must have words in column {column!r}, got {type(entry).__name__} among them. "
-                f"Write each as a string."
+            raise BadRow(
+                f"must have words in column {column!r}, got {type(entry).__name__} among them",
+                "Write each as a string.",
             )
     if not value:
-        raise DataError(f"{where} has an empty list in column {column!r}. Drop the row.")
+        raise BadRow(f"has an empty list in column {column!r}", "Drop the row.")
     return [str(entry).encode("utf-8", "replace").decode("utf-8") for entry in value]
 
 

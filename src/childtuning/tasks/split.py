@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -45,11 +46,16 @@ class Split(ABC):
         """Return the class names that occur."""
         return set()
 
+    def strata(self) -> Sequence[str] | None:
+        """Return the class of each example, by which draws are spread; None if they have none."""
+        return None
+
     def sample(self, limit: int | None, *, seed: int = 0) -> Self:
         """Return at most `limit` examples, drawn without replacement, in their original order.
 
-        A pure function of (number of examples, limit, seed). For a given seed, the sample of a smaller limit
-        is a subset of that of a larger one, so that low-resource curves only add examples.
+        Classes keep their shares, and each keeps at least one example if the limit allows it. A pure function of
+        (classes of the examples, limit, seed). For a given seed, the sample of a smaller limit is a subset of that
+        of a larger one, so that low-resource curves only add examples.
 
         Args:
             limit: the maximum number of examples, at least 1; None keeps all.
@@ -65,10 +71,12 @@ class Split(ABC):
             )
         if limit >= len(self):
             return self
-        return self.subset(sorted(_order(len(self), seed)[:limit]))
+        return self.subset(sorted(self._order(seed)[:limit]))
 
     def hold_out(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
         """Split off a random share of the examples; return the rest and the share, both in their original order.
+
+        Classes keep their shares on both sides; the rest has every class, if it has room.
 
         Args:
             share: in (0, 1); each side gets at least one example.
@@ -77,12 +85,26 @@ class Split(ABC):
             ConfigError: when there are fewer than two examples.
         """
         if len(self) < 2:
-            raise ConfigError(f"{len(self)} training examples cannot be split, got held_out={share}. Pass 0.")
+            raise ConfigError(
+                f"{len(self)} training examples cannot be split, got a share of {share}. "
+                f"Pass more examples, or --eval FILE."
+            )
         size = min(max(1, round(share * len(self))), len(self) - 1)
-        order = _order(len(self), seed)
+        order = self._order(seed)
         return self.subset(sorted(order[:-size])), self.subset(sorted(order[-size:]))
 
-
-def _order(size: int, seed: int) -> list[int]:
-    # RandomState has a frozen stream; numpy's newer generators may change between releases.
-    return np.random.RandomState(seed % 2**32).permutation(size).tolist()
+    def _order(self, seed: int) -> list[int]:
+        """Return the order in which examples are drawn: every class's first, then all in proportion."""
+        # RandomState has a frozen stream; numpy's newer generators may change between releases.
+        order: list[int] = np.random.RandomState(seed % 2**32).permutation(len(self)).tolist()
+        classes = self.strata()
+        if classes is None:
+            return order
+        sizes = Counter(classes)
+        ranks: Counter[str] = Counter()
+        places: dict[int, tuple[bool, float]] = {}
+        for row in order:
+            rank = ranks[classes[row]]
+            places[row] = (rank > 0, (rank + 0.5) / sizes[classes[row]])
+            ranks[classes[row]] += 1
+        return sorted(order, key=places.__getitem__)  # a stable sort: ties stay in random order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from childtuning.errors import DataError
-from childtuning.tasks.images import array_names
+from childtuning.tasks.images import holds_both_splits
 from childtuning.tasks.rows import FORMATS
 
 _TEXT_ENDINGS = (*FORMATS, ".conll", ".txt")
@@ -64,8 +64,4 @@ def _find(folder: Path, split: str) -> Path | None:
         if (folder / name).is_dir():
             return folder / name
     arrays = list(folder.glob("*.npz"))
-    if len(arrays) == 1:
-        train, dev = array_names(arrays[0], "train"), array_names(arrays[0], "dev")
-        if train and dev and train != dev:  # a single split would serve for training and evaluation
-            return arrays[0]
-    return None
+    return arrays[0] if len(arrays) == 1 and holds_both_splits(arrays[0]) else None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError
 from childtuning.tasks.batches import EncodedExamples, PaddingCollator, encode
+from childtuning.tasks.columns import label_column, text_columns
 from childtuning.tasks.examples import Examples
-from childtuning.tasks.files import guess_columns, read_examples
+from childtuning.tasks.files import read_examples
 from childtuning.tasks.kind import Columns, Kind, Part
 from childtuning.tasks.rows import Source
 
@@ -25,17 +26,19 @@ class TextKind(Kind):
     label_kind: Literal["class", "number"]
 
     def settle(self, source: Source, columns: Columns) -> Columns:
-        """Guess the text columns from the training file."""
-        text, pair = columns.text, columns.text_pair
-        if text is None:
-            text, guessed = guess_columns(source.columns)
-            pair = pair or guessed
+        """Guess the columns from the training file, where they are not named."""
         if columns.label_type not in ("auto", self.label_kind):
             raise ConfigError(
                 f"{self.name} has labels of type {self.label_kind!r}, got label_type {columns.label_type!r}. "
                 f"Leave one of them out."
             )
-        return Columns(text, pair, columns.label or "label", self.label_kind)
+        text, pair = columns.text, columns.text_pair
+        if text is None:
+            text, guessed = text_columns(source, columns.label)
+            pair = pair or guessed
+        taken = [source.column(name) for name in (text, pair) if name is not None]
+        label = columns.label or label_column(source, *taken)
+        return Columns(text, pair, label, self.label_kind)
 
     def read(
         self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True

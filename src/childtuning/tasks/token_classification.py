@@ -47,12 +47,7 @@ class TokenClassification(Kind):
             return True
         if source.is_named(".txt"):
             return looks_like_conll(source.text)
-        words = columns.text or "tokens"
-        return (
-            source.is_table
-            and words in source.columns
-            and any(_is_words(row.get(words)) for row in source.rows)
-        )
+        return source.is_table and any(map(_is_words, source.cells(columns.text or "tokens")))
 
     def settle(self, source: Source, columns: Columns) -> Columns:
         """Use the default columns unless others are named."""

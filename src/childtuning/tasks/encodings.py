@@ -1,0 +1,87 @@
+"""The bytes of a file, and the text that they encode."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from pathlib import Path
+
+from childtuning.errors import DataError
+
+_MOST_SPECIAL = (
+    0.25  # the share of bytes above 127 up to which text may be Windows-1252: Western languages have less
+)
+
+
+def content_of(path: Path) -> bytes:
+    """Return the bytes of a file, unpacked if it is .gz.
+
+    Raises:
+        DataError: when the file is missing, empty or damaged.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Pass a file.")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"There is no file {path}. Check the path.") from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
+        ) from None
+    if path.name.lower().endswith(".gz") and content:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path} is truncated or not gzip ({error}). Copy it again, or drop .gz from its name."
+            ) from None
+    if not content:
+        raise DataError(f"{path} is empty. Pass a file with at least one example.")
+    return content
+
+
+def decode(content: bytes, path: Path) -> tuple[str, str | None]:
+    """Decode UTF-8, UTF-16 or Windows-1252.
+
+    UTF-16 without a byte order mark is recognised by its zero bytes. Bytes that are not UTF-8 are Windows-1252 if
+    all of them are defined there and they are few, as in Western languages.
+
+    Returns:
+        the text, and what was guessed about it: None for UTF-8, and for UTF-16 with a mark.
+    Raises:
+        DataError: when the encoding cannot be decided.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return _utf_16(content, "utf-16", path), None
+    if content.startswith(b"PK"):
+        raise DataError(
+            f"{path} is a zip archive, such as Excel writes, not text. Name it .xlsx if it is a workbook."
+        )
+    if b"\0" in content:
+        even, odd = content[::2].count(0), content[1::2].count(0)
+        if len(content) % 2 or (even and odd):
+            raise DataError(f"{path} contains zero bytes and is not text. Save it as UTF-8.")
+        name = "utf-16-be" if even else "utf-16-le"
+        return _utf_16(content, name, path), "read as UTF-16 without a byte order mark"
+    try:
+        return content.decode("utf-8-sig"), None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        found = f"byte 0x{content[error.start]:02x} in line {line}"
+    special = sum(byte > 127 for byte in content) / len(content)
+    damaged = any(mark > "\x7f" and mark != "\ufffd" for mark in content.decode("utf-8-sig", "replace"))
+    if special <= _MOST_SPECIAL and not damaged:
+        try:
+            return content.decode("cp1252"), f"not UTF-8 ({found}), so read as Windows-1252"
+        except UnicodeDecodeError:
+            pass
+    raise DataError(f"{path} is neither UTF-8 nor Windows-1252: {found}. Save it as UTF-8.")
+
+
+def _utf_16(content: bytes, name: str, path: Path) -> str:
+    try:
+        return content.decode(name)
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is truncated or damaged: it begins as UTF-16. Save it as UTF-8.") from None

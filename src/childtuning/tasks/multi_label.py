@@ -1,0 +1,171 @@
+"""Text classification with several labels per text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from childtuning.errors import DataError
+from childtuning.tasks.batches import EncodedExamples, encode
+from childtuning.tasks.columns import find_label, find_text, text_of
+from childtuning.tasks.delimited import BadRow
+from childtuning.tasks.examples import Examples
+from childtuning.tasks.kind import Columns, Part, Task, register
+from childtuning.tasks.labels import class_name, is_missing
+from childtuning.tasks.rows import Source
+from childtuning.tasks.text import TextKind
+
+
+class LabelSets(Examples):
+    """Texts, each with any number of labels: `labels` holds a list of class names per text."""
+
+    @property
+    def names(self) -> list[list[str]]:
+        """The labels of each text; [] for unlabelled texts."""
+        return cast("list[list[str]]", self.labels or [])
+
+    def classes(self) -> set[str]:
+        """Return the labels that occur."""
+        return {name for names in self.names for name in names}
+
+    def strata(self) -> None:
+        """Return None: a text has no single class."""
+
+
+@register
+class MultiLabel(TextKind):
+    """Any number of labels per text or pair of texts, trained with binary cross entropy.
+
+    A label is predicted if its probability, the sigmoid of its logit, is 0.5 or more.
+    """
+
+    name = "multi-label"
+    summary = "any number of labels per text or pair of texts: rows with a list of labels"
+    metric_names = ("micro_f1", "macro_f1", "subset_accuracy")
+    label_kind = "class"
+
+    def claims(self, source: Source, columns: Columns) -> bool:
+        """Accept tables of texts whose labels are lists."""
+        if not source.is_table:
+            return False
+        text, pair = (columns.text, columns.text_pair) if columns.text else find_text(source) or (None, None)
+        label = columns.label or find_label(source, text, pair)
+        if text is None or label is None:
+            return False
+        has_texts = any(isinstance(cell, str) for cell in source.cells(text))
+        return has_texts and any(_is_list(cell) for cell in source.cells(label))
+
+    def read(
+        self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
+    ) -> LabelSets:
+        """Read texts and lists of labels from a table file; a list may be empty."""
+        text, pair, label = columns.text, columns.text_pair, columns.label
+
+        def read(*cells: Any) -> tuple[str, str, list[str]]:
+            names = _names(cells[2], label) if labelled else []
+            return text_of(cells[0], text), text_of(cells[1], pair), names
+
+        rows = source.each(read, text, pair, label if labelled else None)
+        return LabelSets(
+            text=[first for first, _, _ in rows],
+            text_pair=None if pair is None else [second for _, second, _ in rows],
+            labels=[names for _, _, names in rows] if labelled else None,  # type: ignore[arg-type]
+        )
+
+    def of_texts(self, texts: list[str], pairs: list[str] | None) -> LabelSets:
+        """Return texts or pairs."""
+        return LabelSets(texts, pairs, None)
+
+    def check(self, task: Task) -> None:
+        """Refuse texts that do not have lists of labels."""
+        super().check(task)
+        if not (isinstance(task.train, LabelSets) and isinstance(task.dev, LabelSets)):
+            raise DataError(f"The splits of {task.name!r} must hold lists of labels. Pass LabelSets.")
+
+    def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
+        """Return F1 over all labels, its mean over labels, and the share of texts with all labels right."""
+        return self.metric_names
+
+    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """Return the label names and the problem type: several labels per text."""
+        return {**super().model_options(label_names), "problem_type": "multi_label_classification"}
+
+    def encode(
+        self, processor: Any, split: LabelSets, *, max_length: int, label_names: Sequence[str] = ()
+    ) -> EncodedExamples:
+        """Tokenise texts; labels are 1.0 for each label of a text and 0.0 for the others."""
+        unlabelled = Examples(split.text, split.text_pair)
+        targets = None if split.labels is None else _indicators(split, label_names).tolist()
+        return encode(processor, unlabelled, max_length=max_length).with_labels(targets)
+
+    def measure(
+        self,
+        metrics: Sequence[str],
+        outputs: Sequence[Any],
+        encoded: Any,
+        split: LabelSets,
+        label_names: Sequence[str],
+    ) -> dict[str, float]:
+        """Compare the predicted labels with those of the texts; NaN if a logit is not finite."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        logits = np.stack(outputs)
+        if not np.isfinite(logits).all():
+            return dict.fromkeys(metrics, math.nan)
+        truth, said = _indicators(split, label_names), logits >= 0
+        values = {
+            "micro_f1": f1_score(truth, said, average="micro", zero_division=0),  # type: ignore[arg-type]
+            "macro_f1": f1_score(truth, said, average="macro", zero_division=0),  # type: ignore[arg-type]
+            "subset_accuracy": accuracy_score(truth, said),
+        }
+        return {name: float(values[name]) for name in metrics}
+
+    def constant_output(self, train: LabelSets, label_names: Sequence[str]) -> np.ndarray:
+        """Return logits of the labels that at least half of the texts have."""
+        return np.where(_indicators(train, label_names).mean(0) >= 0.5, 1.0, -1.0).astype(np.float32)
+
+    def predictions(
+        self, answers: Sequence[Any], encoded: Any, split: LabelSets, label_names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return the predicted labels, their probabilities, and the logits of all labels."""
+        rows = []
+        for row in answers:
+            chosen = [index for index, logit in enumerate(row) if logit >= 0]
+            rows.append(
+                {
+                    "prediction": [label_names[index] for index in chosen],
+                    "confidence": [1 / (1 + math.exp(-float(row[index]))) for index in chosen],
+                    "logits": row.tolist(),
+                }
+            )
+        return rows
+
+    def line(self, prediction: Mapping[str, Any], shown: str) -> str:
+        """Return the labels with their probabilities, and the text."""
+        pairs = zip(prediction["prediction"], prediction["confidence"], strict=True)
+        return f"{', '.join(f'{name} {share:.3f}' for name, share in pairs) or '—'}\t{shown}"
+
+
+def _is_list(cell: Any) -> bool:
+    return isinstance(cell, list) and not any(isinstance(entry, (dict, list)) for entry in cell)
+
+
+def _names(cell: Any, column: str | None) -> list[str]:
+    if not _is_list(cell) or any(map(is_missing, cell)):
+        got = "nothing" if cell is None else type(cell).__name__
+        raise BadRow(
+            f"must have a list of labels in column {column!r}, got {got}", 'Write ["a", "b"], for example.'
+        )
+    return sorted(set(map(class_name, cell)))
+
+
+def _indicators(split: LabelSets, label_names: Sequence[str]) -> np.ndarray:
+    """Return 1.0 for each label of each text, else 0.0: [texts, labels], float32."""
+    ids = {name: index for index, name in enumerate(label_names)}
+    table = np.zeros((len(split), len(label_names)), dtype=np.float32)
+    for row, names in enumerate(split.names):
+        table[row, [ids[name] for name in names]] = 1.0
+    return table
