@@ -86,8 +86,8 @@ def rates(exports: Iterable[Export]) -> list[str]:
     header = ["task", "examples", "method", "default", "its score", "best of four", "all four"]
     said = (
         f"all-MiniLM-L6-v2; {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}; 400 evaluation examples at most. "
-        f"The best is chosen by the same scores, which favours it. Mean shortfall of the default: {100 * mean(lost):.1f} "
-        f"points over {len(lost)} rows, at most {100 * max(lost):.1f}."
+        "The best is chosen by the same scores, which favours it. Mean shortfall of the default: "
+        f"{100 * mean(lost):.1f} points over {len(lost)} rows, at most {100 * max(lost):.1f}."
     )
     return ["\n".join([said, "", table(header, cells, text=(0, 2, 5, 6)), "", "```bash", *commands, "```"])]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from childtuning.runs import RunConfig, progress, train_run
+from childtuning.runs import RunConfig, log, train_run
 from childtuning.runs.log import ProgressLines, duration
 
 
@@ -41,7 +41,7 @@ def test_time_left_reads_well(seconds: float, text: str) -> None:
 def test_a_run_tells_its_progress_without_bars(
     tiny_bert: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bars: bool
 ) -> None:
-    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    monkeypatch.setattr(log, "_SECONDS", 0.0)
     files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
     told: list[str] = []
     config = RunConfig(**files, model=str(tiny_bert), method="head", epochs=1.0)

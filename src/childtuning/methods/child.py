@@ -25,7 +25,7 @@ class ChildD(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, **CHILD_METHODS[self.name])
+        return replace(config, **CHILD_METHODS["child-d"])
 
 
 @register
@@ -43,7 +43,7 @@ class ChildF(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, **CHILD_METHODS[self.name])
+        return replace(config, **CHILD_METHODS["child-f"])
 
 
 @register
@@ -61,7 +61,7 @@ class ChildLowest(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, **CHILD_METHODS[self.name])
+        return replace(config, **CHILD_METHODS["child-lowest"])
 
 
 @register
@@ -79,4 +79,4 @@ class ChildRandom(Method):
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
-        return replace(config, **CHILD_METHODS[self.name])
+        return replace(config, **CHILD_METHODS["child-random"])

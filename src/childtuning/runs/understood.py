@@ -16,6 +16,7 @@ import torch
 from childtuning.optim.processes import num_processes
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import RunTests
+from childtuning.runs.log import duration
 from childtuning.tasks import Columns, Split, Task
 from childtuning.training import ChildTrainer, LoadedModel, layer_width, suggested_epochs, suggested_rate
 
@@ -84,7 +85,7 @@ class Understood:
         ]
         yield f"method      {self.method}: {'; '.join(chosen)}"
         if self.seconds is not None:
-            yield f"time        about {_duration(self.seconds)}"
+            yield f"time        about {duration(self.seconds)}"
         for warning in self.warnings:
             yield f"warning: {warning}"
 
@@ -250,10 +251,3 @@ def _examples(split: Split) -> list[list[str]]:
 def _short(label: Any) -> str:
     text = " ".join(label) if isinstance(label, (list, tuple)) else str(label)
     return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 50:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
