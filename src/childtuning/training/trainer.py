@@ -82,6 +82,9 @@ class ChildTrainer(CheckpointFiles, Trainer):
     Clipping (``max_grad_norm``) uses the unmasked gradient for a task-free child, as in the paper, and the gradient of
     the child's entries for a fixed child.
 
+    Learning rate and epochs are those of the ``TrainingArguments``, whose defaults suit BERT-base and much data:
+    ``suggested_rate(model)`` and ``suggested_epochs(num_examples, batch_size)`` are what ``childtuning train`` chooses.
+
     Args:
         child: the name of a method, ``child-d`` or ``child-f``; a ``ChildConfig``, for more options; or an existing
             ``Child`` or ``TaskFree``.
