@@ -40,6 +40,11 @@ class Data:
     text_pair: str | None = option(None, "Column of the second text, for pairs.")
     label: str | None = option(None, "Column of the label, tags or response.", unset="label, tags, response")
     label_type: Literal["auto", "class", "number"] = option("auto", "class, number, or auto.")
+    metric: str | None = option(
+        None,
+        "Main metric: f1, macro-f1, balanced-accuracy, auroc, rmse, …; docs/tasks.md lists those of each kind.",
+        unset="the task's first",
+    )
     data_dir: str | None = option(
         None, "Folder that contains TASK/ with both splits; searched before the hub."
     )

@@ -29,6 +29,7 @@ from childtuning.delta import Delta
 from childtuning.errors import ConfigError, CorruptFileError
 from childtuning.runs.config import RunConfig, json_ready, read_toml
 from childtuning.tasks import KINDS, Kind, find_kind
+from childtuning.tasks.metrics import lower_is_better
 
 CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
 METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
@@ -239,11 +240,12 @@ class RunResult:
         """What a user should know about the score, one line each."""
         name, value = self.metric["name"], self.metric["value"]
         constant = (self.constant or {}).get(name)
-        if self.diverged_at is not None or constant is None or value > constant:
+        sign = -1 if lower_is_better(name) else 1
+        if self.diverged_at is not None or constant is None or sign * value > sign * constant:
             return []
         return [
-            f"{name} {value:.3f} is not above {constant:.3f}, the score of one answer for every example: the model has "
-            "learnt nothing. Give it more examples or --epochs, try another --lr, and check the labels."
+            f"{name} {value:.3f} is not better than {constant:.3f}, the score of one answer for every example: "
+            "the model has learnt nothing. Give it more examples or --epochs, try another --lr, and check the labels."
         ]
 
     def to_dict(self) -> dict[str, Any]:

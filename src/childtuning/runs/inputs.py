@@ -132,7 +132,12 @@ class Inputs:
 
     def task(self, config: RunConfig) -> tuple[Task, Split | None]:
         """Return a run's examples, and its held-out training examples."""
-        return self._once("task", _options(config, _DATA), lambda: read_run_task(config))
+
+        def read() -> tuple[Task, Split | None]:
+            task, held_out = read_run_task(config)
+            return task if config.metric is None else task.measured_by(config.metric), held_out
+
+        return self._once("task", _options(config, _DATA), read)
 
     def elsewhere(self, name: str, config: RunConfig, task: Task) -> TransferTask:
         """Return examples of another task."""

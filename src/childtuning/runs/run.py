@@ -43,6 +43,7 @@ from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
 from childtuning.runs.log import ProgressLines, RunLog, peak_memory_bytes, reset_peak_memory, trackers
 from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
 from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
+from childtuning.tasks.metrics import OF_ONE_CLASS
 from childtuning.training import (
     ChildTrainer,
     LoadedModel,
@@ -131,6 +132,10 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     if loaded.note:
         tell(loaded.note)
     task = task.in_order(loaded.label_names)
+    if config.metric in OF_ONE_CLASS and len(task.label_names) == 2:
+        tell(
+            f"{config.metric} is that of the class {task.label_names[1]!r}; macro-f1 weighs both classes equally"
+        )
     start = apply_start(config, loaded, folder)
     max_length = cut_at(config, task.rules, loaded.model)
     if max_length < config.max_length:
