@@ -69,7 +69,11 @@ def test_human_output(childtuning, train_words, sentiment, tmp_path) -> None:
     assert "bert.encoder.layer.0.attention.self.query.weight" in layers.replace("\n", "")
     one = childtuning("predict", tmp_path / "run", "--text", "what a great film")
     assert one.out.split("\t")[0] in ("good", "bad") and "what a great film" in one.out
-    assert "accuracy" in childtuning("evaluate", tmp_path / "run", "--eval", sentiment / "dev.jsonl").out
+    judged = childtuning("evaluate", tmp_path / "run", "--eval", sentiment / "dev.jsonl").out
+    for words in ("95% interval", "precision", "most confident errors", "but the label is"):
+        assert words in judged, judged
+    assert "95% interval" in done.out and "precision" in done.out and "confident" not in done.out
+    assert "differences below that are noise" in done.err
     many = childtuning(
         "predict", tmp_path / "run", "--input", sentiment / "dev.jsonl", "--output", tmp_path / "out.jsonl"
     )

@@ -13,6 +13,7 @@ from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.folder import RunFolder
 from childtuning.runs.inputs import base_model, bits, tuned_model
+from childtuning.runs.judgement import Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, check_labels
 from childtuning.training import LoadedModel
 
@@ -141,8 +142,14 @@ class FinishedRun(RunFolder):
         return powers / powers.sum(1, keepdims=True)
 
     def evaluate(self, examples: str | Path | Split) -> dict[str, float]:
-        """Return the run's metrics on labelled examples: a file or folder, or examples that were read.
+        """Return the run's metrics on labelled examples; arguments and errors as for ``judge``."""
+        return self.judge(examples).metrics
 
+    def judge(self, examples: str | Path | Split) -> Judgement:
+        """Return the run's metrics on labelled examples with an interval, each class, and the most confident errors.
+
+        Args:
+            examples: a file or folder, or examples that were read.
         Raises:
             DataError: for labels that did not occur in training, or examples of another form.
         """
@@ -151,7 +158,7 @@ class FinishedRun(RunFolder):
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
         self._check_form(examples)
-        return self._predictor.measure(self.model(), examples, self.about["metrics"])
+        return self._predictor.judge(self.model(), examples, self.about["metrics"])
 
     def _split(self, examples: Texts | str | Path | Split) -> Split:
         """Return what the user passed as examples."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from childtuning.child import Child
 from childtuning.errors import ConfigError, ModelError
+from childtuning.runs.judgement import Judgement
 from childtuning.runs.predict import FinishedRun
 from childtuning.tasks import KINDS, Kind, Source, Split
 from childtuning.tasks.kind import Columns
@@ -109,10 +110,10 @@ class TrainerFolder(FinishedRun):
         source = Source(Path(path).expanduser())
         return self.kind.read(source, self.kind.settle(source, Columns()), part="dev", labelled=labelled)
 
-    def evaluate(self, examples: str | Path | Split) -> dict[str, float]:
-        """Return the kind's metrics on labelled examples."""
+    def judge(self, examples: str | Path | Split) -> Judgement:
+        """Judge the model by the kind's metrics."""
         self.about["metrics"] = self.kind.metrics(self.label_names)
-        return super().evaluate(examples)
+        return super().judge(examples)
 
     def _check_form(self, examples: Split) -> None:
         """Accept any form: the folder does not say what the model was trained on."""

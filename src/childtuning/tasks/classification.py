@@ -37,11 +37,15 @@ class Classification(TextKind):
         """Return the class names and the problem type: one class per text."""
         return {**super().model_options(label_names), "problem_type": "single_label_classification"}
 
+    def truth(self, split: Examples, label_names: Sequence[str]) -> list[int]:
+        """Return the class id of each example."""
+        return class_ids(split.labels or (), label_names)
+
     def weighted(
         self, metric: str, outputs: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
     ) -> WeightedFn:
         """Compare the logits with the label."""
-        return class_metric(metric, outputs, split.labels or (), label_names)
+        return metric_fn(metric, likeliest(outputs), self.truth(split, label_names), logits=np.stack(outputs))
 
     def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
         """Return logits of the most frequent class."""
@@ -58,13 +62,10 @@ class Classification(TextKind):
         return class_line(prediction, shown)
 
 
-def class_metric(
-    metric: str, logits: Sequence[Any], labels: Iterable[Any], label_names: Sequence[str]
-) -> WeightedFn:
-    """Return a metric of one class per example, as a function of the examples' weights."""
+def class_ids(labels: Iterable[Any], label_names: Sequence[str]) -> list[int]:
+    """Return the ids of class names."""
     ids = {name: index for index, name in enumerate(label_names)}
-    truth = [ids[str(label)] for label in labels]
-    return metric_fn(metric, likeliest(logits), truth, logits=np.stack(logits))
+    return [ids[str(label)] for label in labels]
 
 
 def likeliest(logits: Sequence[Any]) -> np.ndarray:

@@ -187,6 +187,10 @@ class Kind(ABC):
         """
         return None
 
+    def truth(self, split: Any, label_names: Sequence[str]) -> list[int] | None:
+        """Return the class id of each example, if it has one class and its output is logits; else None."""
+        return None
+
     @abstractmethod
     def weighted(
         self, metric: str, outputs: Sequence[Any], encoded: Any, split: Any, label_names: Sequence[str]
