@@ -14,7 +14,7 @@ from torch import nn
 from childtuning.child import Child
 from childtuning.errors import ConfigError, ModelError
 from childtuning.runs.judgement import Judgement
-from childtuning.runs.predict import FinishedRun
+from childtuning.runs.predict import FinishedRun, as_source
 from childtuning.tasks import KINDS, Kind, Source, Split
 from childtuning.tasks.kind import Columns
 from childtuning.training import LoadedModel, num_positions
@@ -105,9 +105,9 @@ class TrainerFolder(FinishedRun):
             )
         return getattr(transformers, self.kind.auto_processor).from_pretrained(self.path)
 
-    def read_input(self, path: str | Path, *, labelled: bool) -> Split:
+    def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder whose columns have the usual names."""
-        source = Source(Path(path).expanduser())
+        source = as_source(path)
         return self.kind.read(source, self.kind.settle(source, Columns()), part="dev", labelled=labelled)
 
     def judge(self, examples: str | Path | Split) -> Judgement:
