@@ -122,6 +122,11 @@ class Train:
     max_grad_norm: float = option(
         1.0, "Clip gradients to this norm; 0: never.", within="[0, inf)", argument="max_grad_norm"
     )
+    class_weights: Literal["balanced"] | None = option(
+        None,
+        "balanced: weigh an example of class c by n/(k·n_c) in the loss, also for Fisher.",
+        unset="all 1",
+    )
     max_length: int = option(128, "Maximum number of tokens per example.", within="(0, 2147483648)")
     precision: Literal["fp32", "bf16", "auto"] = option(
         "fp32", "fp32, bf16 autocast, or auto: bf16 where native."
@@ -172,6 +177,10 @@ class RunConfig(Train, Child, Model, Data):
                 faults.append(
                     f"a named task has its own columns, got {', '.join(given)}. Leave them out, or pass files."
                 )
+        if self.class_weights is not None and self.fisher_labels == "sampled":
+            faults.append(
+                "class_weights weighs the data's labels, got fisher_labels='sampled'. Pass one of them."
+            )
         if not faults:
             self.child()
         if faults:

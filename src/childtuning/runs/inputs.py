@@ -112,7 +112,7 @@ Scores = dict[str, Tensor]
 _DATA = tuple(name for name in options_of(Data) if name != "elsewhere")
 _MODEL = tuple(options_of(Model))
 # Options that scores depend on, besides the data, the model and the child's configuration.
-_PASS = ("seed", "always", "batch_size", "max_length", "precision")
+_PASS = ("seed", "always", "batch_size", "max_length", "precision", "class_weights")
 # Fields of the child's configuration that scores do not depend on.
 _NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
 _KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # the number of entries kept
