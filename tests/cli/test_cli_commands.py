@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import tomllib
@@ -69,7 +70,11 @@ def test_human_output(childtuning, train_words, sentiment, tmp_path) -> None:
     assert "bert.encoder.layer.0.attention.self.query.weight" in layers.replace("\n", "")
     one = childtuning("predict", tmp_path / "run", "--text", "what a great film")
     assert one.out.split("\t")[0] in ("good", "bad") and "what a great film" in one.out
-    assert "accuracy" in childtuning("evaluate", tmp_path / "run", "--eval", sentiment / "dev.jsonl").out
+    judged = childtuning("evaluate", tmp_path / "run", "--eval", sentiment / "dev.jsonl").out
+    for words in ("95% interval", "precision", "most confident errors", "but the label is"):
+        assert words in judged, judged
+    assert "95% interval" in done.out and "precision" in done.out and "confident" not in done.out
+    assert "differences below that are noise" in done.err
     many = childtuning(
         "predict", tmp_path / "run", "--input", sentiment / "dev.jsonl", "--output", tmp_path / "out.jsonl"
     )
@@ -199,3 +204,36 @@ def test_the_default_folder_is_named_for_the_run(
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [
         f"{sentiment.name}-last-k-layers-1-+-smart-weight-0.5-0"
     ]
+
+
+def test_predictions_are_written_beside_the_input(childtuning, train_words, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert childtuning(*train_words, "--method", "head", "--output", run).code == 0
+    file = tmp_path / "new.csv"
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows(
+            [["id", "text", "note"], ["7", "a great film", "x, y"], ["8", "awful", ""]]
+        )
+    known = childtuning("predict", run, "--input", file, "--json").json["predictions"]
+    for ending in ("csv", "jsonl"):
+        assert childtuning("predict", run, "--input", file, "--output", tmp_path / f"out.{ending}").code == 0
+    with (tmp_path / "out.csv").open(newline="") as opened:
+        table = list(csv.DictReader(opened))
+    assert list(table[0]) == ["id", "text", "note", "prediction", "confidence", "p_bad", "p_good"]
+    objects = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert list(objects[0]) == ["id", "text", "note", "prediction", "confidence", "probabilities"]
+    for row, line, prediction in zip(table, objects, known, strict=True):
+        assert row["prediction"] == line["prediction"] == prediction["prediction"]
+        chances = torch.tensor(prediction["logits"]).softmax(0).tolist()
+        assert [float(row["p_bad"]), float(row["p_good"])] == pytest.approx(chances)
+        assert list(line["probabilities"].values()) == pytest.approx(chances)
+        assert float(row["confidence"]) == pytest.approx(max(chances))
+    assert table[0]["note"] == objects[0]["note"] == "x, y" and objects[1]["text"] == "awful"
+    for words, fault in (
+        (["--input", file, "--output", tmp_path / "out.xlsx"], "must end in .csv or .jsonl"),
+        (["--input", file, "--output", tmp_path / "out.csv"], "already exists"),
+        (["--input", tmp_path / "out.csv", "--output", tmp_path / "two.csv"], "a column 'prediction'"),
+    ):
+        done = childtuning("predict", run, *words)
+        assert done.code == 2 and fault in done.err
+    assert not (tmp_path / "two.csv").exists()

@@ -208,3 +208,36 @@ def test_a_run_is_watched_elsewhere(tiny_bert: Path, sentiment: Path, tmp_path: 
 def test_shares_are_checked(tiny_bert: Path, sentiment: Path) -> None:
     with pytest.raises(ConfigError, match=r"held_out must be in \[0, 1\), got 1.0"):
         a_config(tiny_bert, sentiment, held_out=1.0)
+
+
+@pytest.mark.parametrize("metric", ["macro-f1", "auroc"])
+def test_the_main_metric_is_chosen(metric: str, tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    config = a_config(tiny_bert, sentiment, method="head", metric=metric, held_out=0.25)
+    told = train_run(config, tmp_path / "run", tell=said.append)
+    assert told.metric == {"name": metric, "value": told.metrics[metric]} and metric in (told.held_out or {})
+    assert list(told.metrics) == [metric, "accuracy"]
+    assert told.constant is not None and told.constant[metric] == pytest.approx(
+        {"auroc": 0.5}.get(metric, 1 / 3)
+    )
+    assert FinishedRun(tmp_path / "run").evaluate(sentiment / "dev.jsonl") == told.metrics
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("rmse", "'rmse' does not fit classification"), ("macro_f1", "Did you mean 'macro-f1'")],
+)
+def test_a_metric_of_another_kind_is_refused(
+    metric: str, words: str, tiny_bert: Path, sentiment: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train_run(a_config(tiny_bert, sentiment, metric=metric), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_area_needs_two_classes(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    rows = [line for line in (sentiment / "dev.jsonl").read_text().splitlines() if '"good"' in line]
+    (tmp_path / "good.jsonl").write_text("\n".join(rows) + "\n")
+    config = replace(a_config(tiny_bert, sentiment, metric="auroc"), eval=str(tmp_path / "good.jsonl"))
+    with pytest.raises(DataError, match="auroc needs evaluation examples of two classes, got only 'good'"):
+        train_run(config, tmp_path / "run")

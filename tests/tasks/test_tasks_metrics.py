@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from childtuning.errors import ConfigError, DataError
-from childtuning.tasks.metrics import METRICS, compute_metrics, default_metrics
+from childtuning.tasks.metrics import (
+    METRICS,
+    compute_metrics,
+    default_metrics,
+    interval,
+    metric_fn,
+    metrics_of,
+    probabilities,
+    score,
+)
 
 CLASSES = ["accuracy", "f1", "matthews"]
 NUMBERS = ["pearson", "spearman"]
@@ -60,7 +69,7 @@ def test_nearly_constant_predictions_do_not_warn():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_predictions_that_are_not_finite_give_nan(bad):
-    values = compute_metrics(list(METRICS), [0.0, bad, 1.0], [0, 1, 1])
+    values = compute_metrics(list(METRICS), [0.0, bad, 1.0], [0, 1, 1], logits=np.zeros((3, 2)))
     assert list(values) == list(METRICS) and all(math.isnan(value) for value in values.values())
 
 
@@ -78,3 +87,74 @@ def test_errors():
 def test_defaults_fit_their_kind():
     for kind in ("classification", "regression"):
         assert all(METRICS[name].kind == kind for name in default_metrics(kind))
+
+
+def twin(name: str, logits: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The metric as scikit-learn and scipy have it."""
+    from scipy import stats
+    from sklearn import metrics
+
+    if name in metrics_of("regression"):
+        x, y = np.repeat(logits[:, 0], weights), np.repeat(truth, weights)
+        return {
+            "pearson": lambda: stats.pearsonr(x, y).statistic,
+            "spearman": lambda: stats.spearmanr(x, y).statistic,
+            "rmse": lambda: metrics.root_mean_squared_error(y, x),
+            "mae": lambda: metrics.mean_absolute_error(y, x),
+        }[name]()
+    two = logits.shape[1] == 2
+    chances = probabilities(logits)
+    kept: dict = {"sample_weight": weights}
+    if name == "auroc":
+        return metrics.roc_auc_score(truth, chances[:, 1] if two else chances, multi_class="ovr", **kept)
+    if name == "average-precision":
+        every = [truth == c for c in range(logits.shape[1])]
+        of_class = [
+            metrics.average_precision_score(t, c, **kept) for t, c in zip(every, chances.T, strict=True)
+        ]
+        return of_class[1] if two else float(np.mean(of_class))
+    mean = "binary" if two else "macro"
+    return {
+        "accuracy": lambda: metrics.accuracy_score(truth, logits.argmax(1), **kept),
+        "balanced-accuracy": lambda: metrics.balanced_accuracy_score(truth, logits.argmax(1), **kept),
+        "matthews": lambda: metrics.matthews_corrcoef(truth, logits.argmax(1), **kept),
+        "f1": lambda: metrics.f1_score(truth, logits.argmax(1), average=mean, **kept),
+        "macro-f1": lambda: metrics.f1_score(truth, logits.argmax(1), average="macro", **kept),
+        "weighted-f1": lambda: metrics.f1_score(truth, logits.argmax(1), average="weighted", **kept),
+        "precision": lambda: metrics.precision_score(truth, logits.argmax(1), average=mean, **kept),
+        "recall": lambda: metrics.recall_score(truth, logits.argmax(1), average=mean, **kept),
+    }[name]()
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+@pytest.mark.parametrize("name", METRICS)
+def test_weighted_metrics_are_those_of_scikit_learn(name: str, num_classes: int) -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.integers(num_classes, size=60)
+    logits = np.round(rng.normal(size=(60, num_classes)) + np.eye(num_classes)[truth], 1)  # some are equal
+    said = logits[:, 0] if METRICS[name].kind == "regression" else logits.argmax(1)
+    weights = np.stack([np.ones(60, dtype=int), rng.integers(4, size=60)])
+    expected = [twin(name, logits, truth, row) for row in weights]
+    assert metric_fn(name, said, truth, logits=logits)(weights * 1.0) == pytest.approx(expected)
+
+
+def test_a_metric_of_scores_needs_both_classes():
+    logits = np.zeros((4, 2))
+    found = compute_metrics(["auroc", "average-precision"], [0] * 4, [0, 1, 1, 0], logits=logits)
+    assert found == {"auroc": 0.5, "average-precision": 0.5}
+    assert math.isnan(compute_metrics(["auroc"], [0] * 4, [1] * 4, logits=logits)["auroc"])
+    with pytest.raises(ConfigError, match="auroc needs the logits"):
+        compute_metrics(["auroc"], [0], [1])
+
+
+def test_the_interval_is_a_bootstrap_over_examples():
+    said = np.arange(100) < 70
+    fn = metric_fn("accuracy", said, np.ones(100))
+    low, high = interval(fn, 100) or (0, 0)
+    assert (low, high) == interval(fn, 100)
+    spread = 1.96 * math.sqrt(0.7 * 0.3 / 100)
+    assert (low, high) == pytest.approx((0.7 - spread, 0.7 + spread), abs=0.02)
+    draws = np.random.default_rng(0).integers(100, size=(1000, 100))
+    assert (low, high) == tuple(np.quantile(said[draws].mean(1), [0.025, 0.975]))
+    assert interval(lambda weights: np.full(len(weights), math.nan), 3) is None
+    assert score(fn, 100) == 0.7

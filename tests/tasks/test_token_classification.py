@@ -13,7 +13,7 @@ from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.tasks import Source, infer_kind, task_from_files
 from childtuning.tasks.kind import Columns, find_kind
 from childtuning.tasks.sentences import Sentences, is_bio, looks_like_conll, read_conll
-from childtuning.tasks.spans import span_scores, spans_of
+from childtuning.tasks.spans import span_counts, span_ratio, spans_of
 from childtuning.tasks.token_classification import TokenClassification
 
 KIND = TokenClassification()
@@ -212,10 +212,11 @@ def test_spans_against_their_definition():
     assert spans_of(["I-A", "B-A", "I-A"]) == {("A", 0, 1), ("A", 1, 3)}  # IOB1's neighbours
 
 
-def test_span_scores_count_over_all_sentences():
+def test_span_ratios_count_over_all_sentences():
     truth = [["B-A", "I-A", "O"], ["B-B", "O", "B-A"]]
     guess = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]
-    values = span_scores(guess, truth)
-    assert values == pytest.approx({"span_f1": 2 / 3, "span_precision": 2 / 3, "span_recall": 2 / 3})
-    assert span_scores([["O"]], [["O"]]) == {"span_f1": 0.0, "span_precision": 0.0, "span_recall": 0.0}
+    counts = span_counts(guess, truth)
+    for name in ("span_f1", "span_precision", "span_recall"):
+        assert span_ratio(name, counts.sum(0)) == pytest.approx(2 / 3)
+        assert span_ratio(name, span_counts([["O"]], [["O"]])) == [0.0]
     assert is_bio(["O", "B-A", "I-A"]) and not is_bio(["O"]) and not is_bio(["NOUN", "O"])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import is_terminal, print_facts, print_json, tell
+from childtuning.cli.printing import (
+    interval_text,
+    is_terminal,
+    print_classes,
+    print_facts,
+    print_json,
+    score_text,
+    tell,
+)
 
 NAME = "evaluate"
 
@@ -30,10 +39,25 @@ def run(
     examples = opened.read_input(eval, labelled=True)
     if examples.num_empty:
         tell(f"{examples.num_empty} rows have empty text")
-    metrics = opened.evaluate(examples)
+    found = opened.judge(examples)
     if as_json:
-        print_json({"run": str(run_dir), "eval": str(eval), "examples": len(examples), "metrics": metrics})
-    else:
-        print_facts(
-            {"examples": str(len(examples)), **{name: f"{value:.4f}" for name, value in metrics.items()}}
+        print_json({"run": str(run_dir), "eval": str(eval), "examples": len(examples), **asdict(found)})
+        return
+    main = next(iter(found.metrics))
+    print_facts(
+        {
+            "examples": str(len(examples)),
+            **{
+                name: score_text(value) + (interval_text(found.interval) if name == main else "")
+                for name, value in found.metrics.items()
+            },
+        }
+    )
+    if found.per_class is not None:
+        print_classes(found.per_class, found.confusion)
+    if found.errors:
+        print("most confident errors:")
+    for error in found.errors:
+        print(
+            f"{error['confidence']:.3f}  {error['prediction']}, but the label is {error['label']}:  {error['text']}"
         )

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from childtuning.runs.config import json_ready
 
+_MOST_CLASSES = 20  # rows of a table of classes
+
 
 def tell(line: str) -> None:
     """Print a message on standard error, apart from the result."""
@@ -52,6 +54,36 @@ def print_facts(facts: Mapping[str, str]) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+def print_classes(
+    per_class: Mapping[str, Mapping[str, float]], confusion: Sequence[Sequence[int]] | None
+) -> None:
+    """Print precision, recall and F1 of each class; of many, those with the lowest F1."""
+    names = list(per_class)
+    shown = names
+    if len(names) > _MOST_CLASSES:
+        shown = sorted(names, key=lambda name: per_class[name]["f1"])[:_MOST_CLASSES]
+    title = None if shown is names else f"the {len(shown)} of {len(names)} classes with the lowest f1"
+    rows = []
+    for name in shown:
+        found = per_class[name]
+        mistaken = "" if confusion is None else _mistaken(names, names.index(name), confusion)
+        values = [score_text(found[key]) for key in ("precision", "recall", "f1")]
+        rows.append([name, *values, str(found["support"]), mistaken])
+    print_table(title, ["class", "precision", "recall", "f1", "examples", "most often taken for"], rows)
+
+
+def _mistaken(names: Sequence[str], index: int, confusion: Sequence[Sequence[int]]) -> str:
+    wrong = [0 if other == index else count for other, count in enumerate(confusion[index])]
+    return f"{names[wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else ""
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Return an interval in words; nothing if there is none."""
+    return (
+        "" if interval is None else f"  (95% interval {score_text(interval[0])} to {score_text(interval[1])})"
+    )
 
 
 def short_name(option: str) -> str:

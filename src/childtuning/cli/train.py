@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import human_bytes, is_terminal, print_facts, print_json, score_text, tell
+from childtuning.cli.printing import (
+    human_bytes,
+    interval_text,
+    is_terminal,
+    print_classes,
+    print_facts,
+    print_json,
+    score_text,
+    tell,
+)
 
 if TYPE_CHECKING:
     from childtuning.runs.folder import RunResult
@@ -83,7 +92,10 @@ def _print(result: RunResult) -> None:
     print_facts(
         {
             **{
-                name: _beside(score_text(value), constant.get(name)) for name, value in result.metrics.items()
+                name: score_text(value)
+                + (interval_text(result.interval) if name == result.metric["name"] else "")
+                + _beside(constant.get(name))
+                for name, value in result.metrics.items()
             },
             **{f"{name}, held out": score_text(value) for name, value in (result.held_out or {}).items()},
             **{f"on {name}": score_text(found["accuracy"]) for name, found in result.elsewhere.items()},
@@ -95,9 +107,9 @@ def _print(result: RunResult) -> None:
             "run": result.output,
         }
     )
+    if result.per_class is not None:
+        print_classes(result.per_class, result.confusion)
 
 
-def _beside(score: str, constant: float | None) -> str:
-    return (
-        score if constant is None else f"{score}  (the same answer for every example: {score_text(constant)})"
-    )
+def _beside(constant: float | None) -> str:
+    return "" if constant is None else f"  (the same answer for every example: {score_text(constant)})"

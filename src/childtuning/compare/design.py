@@ -39,6 +39,7 @@ _FIXED = {  # options that a grid cannot contain -> the remedy
     "data_dir": "Compare one data set at a time.",
     "held_out": "Pass it as an option of all runs.",
     "data_seed": "Pass it as an option of all runs.",
+    "metric": "Pass it as an option of all runs.",
     "report_to": "Pass it as an option of all runs.",
 }
 SELECTIONS = ("held-out", "reported")

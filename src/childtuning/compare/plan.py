@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from childtuning.compare.design import Comparison
-from childtuning.compare.records import Group, Record, lower_is_better
+from childtuning.compare.records import Group, Record
+from childtuning.tasks.metrics import lower_is_better
 
 
 @dataclass(frozen=True)

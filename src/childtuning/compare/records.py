@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from childtuning.errors import ConfigError
+from childtuning.tasks.metrics import lower_is_better
 
 SCHEMA = 1  # version of stores and of their exports
 State = Literal["planned", "running", "done", "failed"]
@@ -159,11 +160,3 @@ class Recorded:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-_LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-
-
-def lower_is_better(metric: str | None) -> bool:
-    """Return whether smaller values of a metric are better."""
-    return metric in _LOWER_IS_BETTER

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any, Protocol
 
 from childtuning.compare.plan import Choice
-from childtuning.compare.records import Group, lower_is_better
+from childtuning.compare.records import Group
 from childtuning.compare.statistics import (
     Description,
     Paired,
@@ -19,6 +19,7 @@ from childtuning.compare.statistics import (
     expected_best,
     holm,
 )
+from childtuning.tasks.metrics import lower_is_better
 
 SIGNIFICANT = 0.05
 SHOWN_DIGITS = 3  # decimals of a score in tables; means that are equal with so many are a tie

@@ -22,11 +22,12 @@ from childtuning.compare.records import Record
 from childtuning.compare.store import Store
 from childtuning.delta import Delta
 from childtuning.runs.config import RunConfig, json_ready
-from childtuning.runs.folder import CONFIG, TENSORBOARD
+from childtuning.runs.folder import CONFIG, TENSORBOARD, RunResult
 from childtuning.runs.inputs import Inputs
 from childtuning.runs.run import train_run
 
 _POLL_SECONDS = 0.5
+_MOST_CLASSES = 20  # a record holds each class of a task with no more
 _PACKAGES = ("childtuning", "torch", "transformers", "peft", "numpy", "scipy")
 
 
@@ -133,7 +134,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
         done = replace(
             run,
             state="done",
-            result=json_ready(result.to_dict() | {"output": str(folder) if keep else None, "understood": {}}),
+            result=json_ready(_kept(result) | {"output": str(folder) if keep else None}),
             curve=_curve(folder / "log.jsonl"),
             parts=_parts(folder),
         )
@@ -149,6 +150,14 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
         _keep_board(folder, run.id)
         shutil.rmtree(folder, ignore_errors=True)
     return replace(done, seconds=time.perf_counter() - start)
+
+
+def _kept(result: RunResult) -> dict[str, Any]:
+    """Return a result without what would make the store large: texts of examples, and tables of many classes."""
+    left_out: dict[str, Any] = {"understood": {}, "errors": []}
+    if len(result.per_class or ()) > _MOST_CLASSES:
+        left_out |= {"per_class": None, "confusion": None}
+    return result.to_dict() | left_out
 
 
 def _keep_board(folder: Path, name: str) -> None:

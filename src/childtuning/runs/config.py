@@ -48,6 +48,11 @@ class Data:
         None, "Column of the label, tags or response; guessed when left out.", unset="label, tags, response"
     )
     label_type: Literal["auto", "class", "number"] = option("auto", "class, number, or auto.")
+    metric: str | None = option(
+        None,
+        "Main metric: f1, macro-f1, balanced-accuracy, auroc, rmse, …; docs/tasks.md lists those of each kind.",
+        unset="the task's first",
+    )
     data_dir: str | None = option(
         None, "Folder that contains TASK/ with both splits; searched before the hub."
     )
@@ -132,6 +137,11 @@ class Train:
     max_grad_norm: float = option(
         1.0, "Clip gradients to this norm; 0: never.", within="[0, inf)", argument="max_grad_norm"
     )
+    class_weights: Literal["balanced"] | None = option(
+        None,
+        "balanced: weigh an example of class c by n/(k·n_c) in the loss, also for Fisher.",
+        unset="all 1",
+    )
     max_length: int = option(128, "Maximum number of tokens per example.", within="(0, 2147483648)")
     precision: Literal["fp32", "bf16", "auto"] = option(
         "fp32", "fp32, bf16 autocast, or auto: bf16 where native."
@@ -180,6 +190,10 @@ class RunConfig(Train, Child, Model, Data):
                 faults.append(
                     f"a named task has its own columns, got {', '.join(given)}. Leave them out, or pass files."
                 )
+        if self.class_weights is not None and self.fisher_labels == "sampled":
+            faults.append(
+                "class_weights weighs the data's labels, got fisher_labels='sampled'. Pass one of them."
+            )
         if not faults:
             self.child()
         if faults:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from childtuning.errors import ModelError
 from childtuning.runs.config import RunConfig
 from childtuning.runs.inputs import Inputs
+from childtuning.runs.judgement import Judgement, judge
 from childtuning.tasks import Answers, Kind, LengthBucketBatches, Split, Task
 from childtuning.training import num_positions
 
@@ -49,13 +50,11 @@ class Predictor:
             )
         return encoded
 
-    def measure(
-        self, model: Any, split: Split, metrics: Sequence[str], encoded: Any = None
-    ) -> dict[str, float]:
-        """Return the metrics of a model on labelled examples; pass ``encoded`` if they are already encoded."""
+    def judge(self, model: Any, split: Split, metrics: Sequence[str], encoded: Any = None) -> Judgement:
+        """Judge a model on labelled examples; pass ``encoded`` if they are already encoded."""
         encoded = self.encode(split, "the examples") if encoded is None else encoded
         outputs = self._over(model, encoded, self.kind.outputs)
-        return self.kind.measure(metrics, outputs, encoded, split, self.label_names)
+        return judge(self.kind, metrics, outputs, encoded, split, self.label_names)
 
     def predict(
         self, model: Any, split: Split, options: Answers, encoded: Any = None
@@ -154,10 +153,10 @@ class RunTests:
         names, predictor, dev = self.task.metrics, self.predictor, self.task.dev
         constant = self.task.rules.constant_output(self.task.train, self.task.label_names)
         return {
-            "metrics": predictor.measure(model, dev, names, self._dev),
+            **vars(predictor.judge(model, dev, names, self._dev)),
             "held_out": None
             if self.held_out is None
-            else predictor.measure(model, self.held_out, names, self._aside),
+            else predictor.judge(model, self.held_out, names, self._aside).metrics,
             "constant": None
             if constant is None
             else self.task.rules.measure(names, [constant] * len(dev), self._dev, dev, self.task.label_names),

@@ -29,6 +29,7 @@ from childtuning.delta import Delta
 from childtuning.errors import ConfigError, CorruptFileError
 from childtuning.runs.config import RunConfig, json_ready, read_toml
 from childtuning.tasks import KINDS, Kind, find_kind
+from childtuning.tasks.metrics import is_share, lower_is_better
 
 CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
 METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
@@ -46,6 +47,7 @@ _OURS = (
     "delta.json",
     "delta.safetensors",
 )
+_WIDE = 0.05  # half the width of an interval that is worth a remark
 _NOT_IDENTITY = ("save_steps", "report_to")
 
 
@@ -173,6 +175,8 @@ class RunResult:
         constant: the same for the constant baseline, the most frequent answer of the training examples; ``None`` if
             the kind of task has no such baseline.
         elsewhere: for each other task, its metrics with mapped labels.
+        interval, per_class, confusion, errors: on the dev split, as in ``Judgement``; ``None`` and [] in results of
+            earlier versions.
         density: the share of the eligible entries in the child.
         trained_parameters: the number of trained entries, including the new head.
         child_parameters: how many of them are eligible.
@@ -217,6 +221,10 @@ class RunResult:
     understood: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     diverged_at: int | None = None
+    interval: list[float] | None = None
+    per_class: dict[str, dict[str, float]] | None = None
+    confusion: list[list[int]] | None = None
+    errors: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         value = self.metric["value"]
@@ -241,11 +249,23 @@ class RunResult:
         """What a user should know about the score, one line each."""
         name, value = self.metric["name"], self.metric["value"]
         constant = (self.constant or {}).get(name)
-        if self.diverged_at is not None or constant is None or value > constant:
+        sign = -1 if lower_is_better(name) else 1
+        if self.diverged_at is not None:
             return []
+        found = []
+        if self.interval is not None and is_share(name):
+            low, high = self.interval
+            if (high - low) / 2 > _WIDE:
+                found.append(
+                    f"{name} {value:.3f} lies between {low:.2f} and {high:.2f} with these {self.eval_examples} "
+                    "examples: differences below that are noise."
+                )
+        if constant is None or sign * value > sign * constant:
+            return found
         return [
-            f"{name} {value:.3f} is not above {constant:.3f}, the score of one answer for every example: the model has "
-            "learnt nothing. Give it more examples or --epochs, try another --lr, and check the labels."
+            *found,
+            f"{name} {value:.3f} is not better than {constant:.3f}, the score of one answer for every example: "
+            "the model has learnt nothing. Give it more examples or --epochs, try another --lr, and check the labels.",
         ]
 
     def to_dict(self) -> dict[str, Any]:

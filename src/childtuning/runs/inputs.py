@@ -109,7 +109,7 @@ Scores = dict[str, Tensor]
 _DATA = tuple(name for name in options_of(Data) if name != "elsewhere")
 _MODEL = tuple(options_of(Model))
 # Options that scores depend on, besides the data, the model and the child's configuration.
-_PASS = ("seed", "always", "batch_size", "max_length", "precision")
+_PASS = ("seed", "always", "batch_size", "max_length", "precision", "class_weights")
 # Fields of the child's configuration that scores do not depend on.
 _NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
 _KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # the number of entries kept
@@ -129,7 +129,12 @@ class Inputs:
 
     def task(self, config: RunConfig) -> tuple[Task, Split | None]:
         """Return a run's examples, and its held-out training examples."""
-        return self._once("task", _options(config, _DATA), lambda: read_run_task(config))
+
+        def read() -> tuple[Task, Split | None]:
+            task, held_out = read_run_task(config)
+            return task if config.metric is None else task.measured_by(config.metric), held_out
+
+        return self._once("task", _options(config, _DATA), read)
 
     def elsewhere(self, name: str, config: RunConfig, task: Task) -> TransferTask:
         """Return examples of another task."""

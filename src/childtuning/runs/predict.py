@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,92 @@ from typing import Any
 import numpy as np
 
 from childtuning.errors import ConfigError, DataError, ModelError
+from childtuning.runs.config import json_ready
 from childtuning.runs.evaluate import Predictor, cut_at
-from childtuning.runs.folder import RunFolder
+from childtuning.runs.folder import RunFolder, write_text
 from childtuning.runs.inputs import base_model, bits, tuned_model
+from childtuning.runs.judgement import Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, check_labels
+from childtuning.tasks.metrics import probabilities
 from childtuning.training import LoadedModel
 
 Texts = Sequence[str] | Sequence[tuple[str, str]]
+_MOST_CLASSES = 50  # a file of predictions holds the probabilities of no more
+
+
+def as_source(path: str | Path | Source) -> Source:
+    """Return a file or folder as a source."""
+    return path if isinstance(path, Source) else Source(Path(path).expanduser())
+
+
+class PredictionsFile:
+    """A new csv or jsonl file: the columns of the input, then the predictions.
+
+    A class gets the columns prediction and confidence, and the probability of each class if there are at most 50: in
+    csv a column p_CLASS each, in jsonl one object ``probabilities``. Other kinds of task get what ``predict`` returns.
+
+    Args:
+        path: the file; its ending decides.
+    Raises:
+        ConfigError: when it exists, has another ending, or its folder does not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if self.path.suffix not in (".csv", ".jsonl"):
+            raise ConfigError(f"the output must end in .csv or .jsonl, got {str(path)!r}. Name it so.")
+        if not self.path.parent.is_dir():
+            raise ConfigError(
+                f"there is no folder {str(self.path.parent)!r} for the output. Create it, or pass another."
+            )
+        if self.path.exists():
+            raise ConfigError(f"output file {str(path)!r} already exists. Pass another.")
+
+    def check(self, columns: Sequence[str], label_names: Sequence[str]) -> None:
+        """Check that no column of the input would be replaced.
+
+        Raises:
+            ConfigError: naming the first one.
+        """
+        added = {"prediction", "confidence", "probabilities", *(f"p_{name}" for name in label_names)}
+        for name in columns:
+            if name in added:
+                raise ConfigError(
+                    f"the input has a column {name!r}, which the output adds. Rename it in the input."
+                )
+
+    def write(
+        self, inputs: Sequence[Mapping[str, Any]], rows: Sequence[dict[str, Any]], label_names: Sequence[str]
+    ) -> None:
+        """Write the input's rows with their predictions."""
+        joined = [{**given, **self._added(row, label_names)} for given, row in zip(inputs, rows, strict=True)]
+        if self.path.suffix == ".jsonl":
+            lines = (json.dumps(json_ready(row), ensure_ascii=False, default=str) for row in joined)
+            write_text(self.path, "".join(line + "\n" for line in lines))
+            return
+        file = io.StringIO()
+        columns = list(dict.fromkeys(name for row in joined for name in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in joined:
+            writer.writerow(
+                {
+                    name: json.dumps(json_ready(value), ensure_ascii=False, default=str)
+                    if isinstance(value, (list, dict))
+                    else value
+                    for name, value in row.items()
+                }
+            )
+        write_text(self.path, file.getvalue())
+
+    def _added(self, row: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
+        added = {name: value for name, value in row.items() if name != "logits"}
+        if label_names and "logits" in row and len(label_names) <= _MOST_CLASSES:
+            chances = dict(zip(label_names, probabilities([row["logits"]])[0].tolist(), strict=True))
+            if self.path.suffix == ".jsonl":
+                return {**added, "probabilities": chances}
+            added |= {f"p_{name}": value for name, value in chances.items()}
+        return added
 
 
 class FinishedRun(RunFolder):
@@ -98,13 +180,14 @@ class FinishedRun(RunFolder):
         processor.save_pretrained(folder)
         return folder
 
-    def read_input(self, path: str | Path, *, labelled: bool) -> Split:
+    def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder, with the run's columns.
 
         Bad rows are left out and told if they are to be measured; predictions need every row.
         """
         columns = Columns(**self.about["columns"])
-        source = Source(Path(path).expanduser(), strict=self.config.strict or not labelled)
+        strict = self.config.strict or not labelled
+        source = path if isinstance(path, Source) else Source(Path(path).expanduser(), strict=strict)
         examples = self.kind.read(source, columns, part="dev", labelled=labelled)
         for note in source.notes:
             self.tell(note)
@@ -144,12 +227,17 @@ class FinishedRun(RunFolder):
         logits = np.array([row["logits"] for row in rows], dtype=np.float64).reshape(
             -1, len(self.label_names)
         )
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        return powers / powers.sum(1, keepdims=True)
+        return probabilities(logits) if len(logits) else logits
 
     def evaluate(self, examples: str | Path | Split) -> dict[str, float]:
-        """Return the run's metrics on labelled examples: a file or folder, or examples that were read.
+        """Return the run's metrics on labelled examples; arguments and errors as for ``judge``."""
+        return self.judge(examples).metrics
 
+    def judge(self, examples: str | Path | Split) -> Judgement:
+        """Return the run's metrics on labelled examples with an interval, each class, and the most confident errors.
+
+        Args:
+            examples: a file or folder, or examples that were read.
         Raises:
             DataError: for labels that did not occur in training, or examples of another form.
         """
@@ -158,7 +246,7 @@ class FinishedRun(RunFolder):
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
         self._check_form(examples)
-        return self._predictor.measure(self.model(), examples, self.about["metrics"])
+        return self._predictor.judge(self.model(), examples, self.about["metrics"])
 
     def _split(self, examples: Texts | str | Path | Split) -> Split:
         """Return what the user passed as examples."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from childtuning.child import Child
 from childtuning.child.eligible import matches
 from childtuning.delta import Delta
+from childtuning.errors import ConfigError
 from childtuning.optim.processes import is_main_process, wait_for_all
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
@@ -43,6 +44,8 @@ from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
 from childtuning.runs.log import ProgressLines, RunLog, peak_memory_bytes, reset_peak_memory, trackers
 from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
 from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
+from childtuning.tasks.class_weights import BalancedLoss
+from childtuning.tasks.metrics import OF_ONE_CLASS
 from childtuning.training import (
     ChildTrainer,
     LoadedModel,
@@ -57,7 +60,7 @@ Tell = Callable[[str], None]
 
 def build_trainer(
     config: RunConfig,
-    kind: Kind,
+    task: Task,
     encoded: Any,
     loaded: LoadedModel,
     folder: Path,
@@ -96,17 +99,32 @@ def build_trainer(
         prepared.model,
         arguments,
         train_dataset=encoded,
-        data_collator=kind.collator(loaded.processor),
+        data_collator=task.rules.collator(loaded.processor),
         child=child,
         always=prepared.always,
         scores=scores,
         methods=methods.methods,
         train_batches=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
         base_name=loaded.name,
+        compute_loss_func=_class_loss(config, task),
         callbacks=[RunLog(folder / "log.jsonl"), *trackers(config.report_to or (), folder)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _class_loss(config: RunConfig, task: Task) -> BalancedLoss | None:
+    """Return the loss with class weights; ``None`` if the model's own is trained.
+
+    Raises:
+        ConfigError: when an example does not have one class.
+    """
+    if config.class_weights is None:
+        return None
+    truth = task.rules.truth(task.train, task.label_names)
+    if truth is None:
+        raise ConfigError(f"class_weights needs one class per example, got {task.kind}. Leave it out.")
+    return BalancedLoss(truth, len(task.label_names))
 
 
 class _Begun(NamedTuple):
@@ -133,6 +151,10 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     if loaded.note:
         tell(loaded.note)
     task = task.in_order(loaded.label_names)
+    if config.metric in OF_ONE_CLASS and len(task.label_names) == 2:
+        tell(
+            f"{config.metric} is that of the class {task.label_names[1]!r}; macro-f1 weighs both classes equally"
+        )
     start = apply_start(config, loaded, folder)
     max_length = cut_at(config, task.rules, loaded.model)
     if max_length < config.max_length:
@@ -165,7 +187,7 @@ def understand_run(config: RunConfig, *, tell: Tell = lambda line: None) -> Unde
         check_tokens(begun.loaded.model, encoded)
     with TemporaryDirectory() as folder:
         trainer = build_trainer(
-            begun.config, begun.task.rules, begun.train, begun.loaded, Path(folder), progress=False
+            begun.config, begun.task, begun.train, begun.loaded, Path(folder), progress=False
         )
         return _understood(begun, tests, trainer)
 
@@ -226,7 +248,7 @@ def train_run(
     reset_peak_memory()
     labels = _labels(task, loaded)
     trainer = build_trainer(
-        config, task.rules, train, loaded, folder, progress=progress, scores=inputs.scores(config)
+        config, task, train, loaded, folder, progress=progress, scores=inputs.scores(config)
     )
     found = _understood(begun, tests, trainer)
     for line in () if resume else found.lines():
@@ -383,9 +405,7 @@ def score_run(
     begun = _begin(config, inputs, None, tell)
     config, task, loaded, encoded = begun.config, begun.task, begun.loaded, begun.train
     with TemporaryDirectory() as folder:
-        trainer = build_trainer(
-            config, task.rules, encoded, loaded, Path(folder), progress=progress, scores=keep
-        )
+        trainer = build_trainer(config, task, encoded, loaded, Path(folder), progress=progress, scores=keep)
         child = trainer.select()
     if asked == 1.0:
         whole = replace(config, density=1.0).child()

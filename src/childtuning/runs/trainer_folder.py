@@ -13,7 +13,8 @@ from torch import nn
 
 from childtuning.child import Child
 from childtuning.errors import ConfigError, ModelError
-from childtuning.runs.predict import FinishedRun
+from childtuning.runs.judgement import Judgement
+from childtuning.runs.predict import FinishedRun, as_source
 from childtuning.tasks import KINDS, Kind, Source, Split
 from childtuning.tasks.kind import Columns
 from childtuning.training import LoadedModel, num_positions
@@ -104,15 +105,15 @@ class TrainerFolder(FinishedRun):
             )
         return getattr(transformers, self.kind.auto_processor).from_pretrained(self.path)
 
-    def read_input(self, path: str | Path, *, labelled: bool) -> Split:
+    def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder whose columns have the usual names."""
-        source = Source(Path(path).expanduser())
+        source = as_source(path)
         return self.kind.read(source, self.kind.settle(source, Columns()), part="dev", labelled=labelled)
 
-    def evaluate(self, examples: str | Path | Split) -> dict[str, float]:
-        """Return the kind's metrics on labelled examples."""
+    def judge(self, examples: str | Path | Split) -> Judgement:
+        """Judge the model by the kind's metrics."""
         self.about["metrics"] = self.kind.metrics(self.label_names)
-        return super().evaluate(examples)
+        return super().judge(examples)
 
     def _check_form(self, examples: Split) -> None:
         """Accept any form: the folder does not say what the model was trained on."""

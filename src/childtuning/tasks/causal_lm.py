@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,6 +21,7 @@ from childtuning.tasks.instructions import (
     read_prompts,
 )
 from childtuning.tasks.kind import Answers, Columns, Kind, Part, register
+from childtuning.tasks.metrics import WeightedFn, ratio
 from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import looks_like_conll
 
@@ -195,19 +197,26 @@ class CausalLM(Kind):
             found.append((float(loss), int(here.sum())))
         return found
 
-    def measure(
+    def weighted(
         self,
-        metrics: Sequence[str],
+        metric: str,
         outputs: Sequence[tuple[float, int]],
         encoded: EncodedExamples,
         split: Any,
         label_names: Sequence[str],
-    ) -> dict[str, float]:
-        """Return the mean loss over all tokens, and its exponential."""
-        count = sum(count for _, count in outputs)
-        loss = sum(total for total, _ in outputs) / count if count else math.nan
-        values = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else loss * math.inf}
-        return {name: values[name] for name in metrics}
+    ) -> WeightedFn:
+        """Return the mean loss over all tokens, or its exponential."""
+        totals, counts = np.asarray(outputs, dtype=np.float64).T
+
+        def loss(weights: np.ndarray) -> np.ndarray:
+            count = weights @ counts
+            return np.where(count > 0, ratio(weights @ totals, count), math.nan)
+
+        def perplexity(weights: np.ndarray) -> np.ndarray:
+            found = loss(weights)
+            return np.where(found < 700, np.exp(np.minimum(found, 700)), found * math.inf)
+
+        return {"loss": loss, "perplexity": perplexity}[metric]
 
     def answers(
         self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers

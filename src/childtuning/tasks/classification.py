@@ -11,7 +11,7 @@ import torch
 
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, register
-from childtuning.tasks.metrics import compute_metrics, default_metrics, metrics_of
+from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of
 from childtuning.tasks.rows import Source
 from childtuning.tasks.text import TextKind
 
@@ -37,18 +37,15 @@ class Classification(TextKind):
         """Return the class names and the problem type: one class per text."""
         return {**super().model_options(label_names), "problem_type": "single_label_classification"}
 
-    def measure(
-        self,
-        metrics: Sequence[str],
-        outputs: Sequence[Any],
-        encoded: Any,
-        split: Examples,
-        label_names: Sequence[str],
-    ) -> dict[str, float]:
-        """Compare the most likely class with the label."""
-        ids = {name: index for index, name in enumerate(label_names)}
-        truth = [ids[str(label)] for label in split.labels or ()]
-        return compute_metrics(metrics, likeliest(outputs), truth)
+    def truth(self, split: Examples, label_names: Sequence[str]) -> list[int]:
+        """Return the class id of each example."""
+        return class_ids(split.labels or (), label_names)
+
+    def weighted(
+        self, metric: str, outputs: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
+    ) -> WeightedFn:
+        """Compare the logits with the label."""
+        return metric_fn(metric, likeliest(outputs), self.truth(split, label_names), logits=np.stack(outputs))
 
     def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
         """Return logits of the most frequent class."""
@@ -63,6 +60,12 @@ class Classification(TextKind):
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
         """Return the class, its probability and the text."""
         return class_line(prediction, shown)
+
+
+def class_ids(labels: Iterable[Any], label_names: Sequence[str]) -> list[int]:
+    """Return the ids of class names."""
+    ids = {name: index for index, name in enumerate(label_names)}
+    return [ids[str(label)] for label in labels]
 
 
 def likeliest(logits: Sequence[Any]) -> np.ndarray:

@@ -12,10 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from childtuning.errors import DataError
-from childtuning.tasks.classification import class_line, class_predictions, likeliest, most_frequent
+from childtuning.tasks.classification import (
+    class_ids,
+    class_line,
+    class_predictions,
+    likeliest,
+    most_frequent,
+)
 from childtuning.tasks.images import Images, holds_both_splits, holds_images, read_images
 from childtuning.tasks.kind import Collate, Columns, Kind, Part, register
-from childtuning.tasks.metrics import compute_metrics, default_metrics, metrics_of
+from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of
 from childtuning.tasks.rows import Source
 from childtuning.tasks.text import logits_by_example
 
@@ -113,18 +119,15 @@ class ImageClassification(Kind):
         """Return the logits of each image."""
         return logits_by_example(model, batch)
 
-    def measure(
-        self,
-        metrics: Sequence[str],
-        outputs: Sequence[Any],
-        encoded: Any,
-        split: Images,
-        label_names: Sequence[str],
-    ) -> dict[str, float]:
-        """Compare the most likely class with the label."""
-        return compute_metrics(
-            metrics, likeliest(outputs), [label_names.index(label) for label in split.labels or ()]
-        )
+    def truth(self, split: Images, label_names: Sequence[str]) -> list[int]:
+        """Return the class id of each example."""
+        return class_ids(split.labels or (), label_names)
+
+    def weighted(
+        self, metric: str, outputs: Sequence[Any], encoded: Any, split: Images, label_names: Sequence[str]
+    ) -> WeightedFn:
+        """Compare the logits with the label."""
+        return metric_fn(metric, likeliest(outputs), self.truth(split, label_names), logits=np.stack(outputs))
 
     def constant_output(self, train: Images, label_names: Sequence[str]) -> np.ndarray:
         """Return logits of the most frequent class."""

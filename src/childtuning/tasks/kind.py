@@ -11,6 +11,7 @@ from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.labels import check_labels, some_names, sort_labels
+from childtuning.tasks.metrics import METRICS, OF_ONE_CLASS, WeightedFn, score
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
@@ -190,7 +191,16 @@ class Kind(ABC):
         """
         return None
 
+    def truth(self, split: Any, label_names: Sequence[str]) -> list[int] | None:
+        """Return the class id of each example, if it has one class and its output is logits; else None."""
+        return None
+
     @abstractmethod
+    def weighted(
+        self, metric: str, outputs: Sequence[Any], encoded: Any, split: Any, label_names: Sequence[str]
+    ) -> WeightedFn:
+        """Return a metric of a labelled split as a function of the examples' weights."""
+
     def measure(
         self,
         metrics: Sequence[str],
@@ -200,6 +210,10 @@ class Kind(ABC):
         label_names: Sequence[str],
     ) -> dict[str, float]:
         """Return metric name -> value over all examples of a labelled split."""
+        return {
+            name: score(self.weighted(name, outputs, encoded, split, label_names), len(outputs))
+            for name in metrics
+        }
 
     def answers(self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers) -> list[Any]:
         """Run a model on a batch and return what `predictions` needs, one entry per example."""
@@ -355,17 +369,33 @@ class Task:
         train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
         return replace(self, train=train).draw(limit, seed=seed), aside
 
+    def measured_by(self, metric: str) -> Task:
+        """Return the task with another main metric; its others follow.
+
+        Raises:
+            ConfigError: for a metric that does not fit the kind.
+            DataError: when it needs two classes, and the evaluation examples are of one.
+        """
+        check_metrics(self.rules, [metric])
+        if metric in METRICS and METRICS[metric].from_scores and len(self.dev.classes()) < 2:
+            raise DataError(
+                f"{metric} needs evaluation examples of two classes, got only {min(self.dev.classes())!r}. "
+                "Pass examples of another class, or another --metric."
+            )
+        return replace(self, metrics=(metric, *(name for name in self.metrics if name != metric)))
+
     def in_order(self, label_names: tuple[str, ...]) -> Task:
         """Return the task with its classes in the order of a model's outputs.
 
         Raises:
-            ConfigError: when the metric is F1 of the second of two classes, and the order would change that class.
+            ConfigError: when a metric is of the second of two classes, and the order would change that class.
         """
         if label_names == self.label_names or not self.label_names:
             return self
-        if "f1" in self.metrics and len(label_names) == 2:
+        of_one = [name for name in self.metrics if name in OF_ONE_CLASS]
+        if of_one and len(label_names) == 2:
             raise ConfigError(
-                f"f1 of {self.name!r} measures the class {self.label_names[1]!r}, got a model with the labels "
+                f"{of_one[0]} of {self.name!r} measures the class {self.label_names[1]!r}, got a model with the labels "
                 f"{', '.join(label_names)}. Save it with its labels in the order {', '.join(self.label_names)}."
             )
         return replace(self, label_names=label_names)

@@ -15,6 +15,7 @@ from childtuning.tasks.delimited import BadRow
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, Part, Task, register
 from childtuning.tasks.labels import class_name, is_missing
+from childtuning.tasks.metrics import WeightedFn, ratio
 from childtuning.tasks.rows import Source
 from childtuning.tasks.text import TextKind
 
@@ -101,27 +102,21 @@ class MultiLabel(TextKind):
         targets = None if split.labels is None else _indicators(split, label_names).tolist()
         return encode(processor, unlabelled, max_length=max_length).with_labels(targets)
 
-    def measure(
-        self,
-        metrics: Sequence[str],
-        outputs: Sequence[Any],
-        encoded: Any,
-        split: LabelSets,
-        label_names: Sequence[str],
-    ) -> dict[str, float]:
+    def weighted(
+        self, metric: str, outputs: Sequence[Any], encoded: Any, split: LabelSets, label_names: Sequence[str]
+    ) -> WeightedFn:
         """Compare the predicted labels with those of the texts; NaN if a logit is not finite."""
-        from sklearn.metrics import accuracy_score, f1_score
-
         logits = np.stack(outputs)
         if not np.isfinite(logits).all():
-            return dict.fromkeys(metrics, math.nan)
-        truth, said = _indicators(split, label_names), logits >= 0
-        values = {
-            "micro_f1": f1_score(truth, said, average="micro", zero_division=0),  # type: ignore[arg-type]
-            "macro_f1": f1_score(truth, said, average="macro", zero_division=0),  # type: ignore[arg-type]
-            "subset_accuracy": accuracy_score(truth, said),
-        }
-        return {name: float(values[name]) for name in metrics}
+            return lambda weights: np.full(len(weights), math.nan)
+        truth, said = _indicators(split, label_names), (logits >= 0).astype(np.float64)
+        if metric == "subset_accuracy":
+            right = (truth == said).all(1)
+            return lambda weights: ratio(weights @ right, weights.sum(1))
+        both, either = 2 * truth * said, truth + said
+        if metric == "micro_f1":
+            return lambda weights: ratio(weights @ both.sum(1), weights @ either.sum(1))
+        return lambda weights: ratio(weights @ both, weights @ either).mean(1)
 
     def constant_output(self, train: LabelSets, label_names: Sequence[str]) -> np.ndarray:
         """Return logits of the labels that at least half of the texts have."""

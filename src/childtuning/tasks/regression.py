@@ -13,7 +13,7 @@ from childtuning.tasks.columns import find_label, find_text
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, register
 from childtuning.tasks.labels import infer_label_kind
-from childtuning.tasks.metrics import compute_metrics, default_metrics, metrics_of
+from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of
 from childtuning.tasks.rows import Source
 from childtuning.tasks.text import TextKind
 
@@ -65,16 +65,11 @@ class Regression(TextKind):
         """Return the options for one output, trained with squared error."""
         return {"num_labels": 1, "problem_type": "regression"}
 
-    def measure(
-        self,
-        metrics: Sequence[str],
-        outputs: Sequence[Any],
-        encoded: Any,
-        split: Examples,
-        label_names: Sequence[str],
-    ) -> dict[str, float]:
-        """Correlate outputs with targets."""
-        return compute_metrics(metrics, np.stack(outputs)[:, 0], np.asarray(split.labels))
+    def weighted(
+        self, metric: str, outputs: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
+    ) -> WeightedFn:
+        """Compare outputs with targets."""
+        return metric_fn(metric, np.stack(outputs)[:, 0], np.asarray(split.labels))
 
     def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
         """Return the mean target; its correlation is 0, as for any constant."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from childtuning.tasks.metrics import ratio
+
 Span = tuple[str, int, int]
 
 
@@ -30,25 +34,26 @@ def spans_of(tags: Sequence[str]) -> set[Span]:
     return found
 
 
-def span_scores(predicted: Iterable[Sequence[str]], truth: Iterable[Sequence[str]]) -> dict[str, float]:
-    """Return precision, recall and F1 of exact spans, over all sentences together.
+def span_counts(predicted: Iterable[Sequence[str]], truth: Iterable[Sequence[str]]) -> np.ndarray:
+    """Return for each sentence the number of correct, of predicted and of true spans, [sentences, 3].
 
-    A span is correct if its type, first and last word are. A ratio with denominator 0 is 0.
+    A span is correct if its type, first and last word are.
 
     Args:
         predicted, truth: the tags of each sentence.
-    Example:
-        >>> span_scores([["B-A", "B-B"]], [["B-A", "O"]])["span_f1"]
-        0.6666666666666666
     """
-    right = said = there = 0
-    for guess, true in zip(predicted, truth, strict=True):
-        guessed, actual = spans_of(guess), spans_of(true)
-        right += len(guessed & actual)
-        said += len(guessed)
-        there += len(actual)
-    return {
-        "span_f1": 2 * right / (said + there) if said + there else 0.0,
-        "span_precision": right / said if said else 0.0,
-        "span_recall": right / there if there else 0.0,
-    }
+    both = [(spans_of(guess), spans_of(true)) for guess, true in zip(predicted, truth, strict=True)]
+    return np.asarray([(len(said & there), len(said), len(there)) for said, there in both])
+
+
+def span_ratio(metric: str, counts: np.ndarray) -> np.ndarray:
+    """Return span_precision, span_recall or span_f1 of sums of `span_counts`, [..., 3]; 0 with denominator 0.
+
+    Example:
+        >>> span_ratio("span_f1", span_counts([["B-A", "B-B"]], [["B-A", "O"]])).tolist()
+        [0.6666666666666666]
+    """
+    right, said, there = np.moveaxis(counts, -1, 0)
+    if metric == "span_f1":
+        return ratio(2 * right, said + there)
+    return ratio(right, said if metric == "span_precision" else there)

@@ -12,9 +12,10 @@ from torch import Tensor
 from childtuning.errors import ModelError
 from childtuning.tasks.batches import IGNORED, EncodedExamples, PaddingCollator, check_max_length
 from childtuning.tasks.kind import Columns, Kind, Part, register
+from childtuning.tasks.metrics import WeightedFn, ratio
 from childtuning.tasks.rows import Source
 from childtuning.tasks.sentences import Sentences, is_bio, looks_like_conll, read_conll, read_sentences
-from childtuning.tasks.spans import span_scores
+from childtuning.tasks.spans import span_counts, span_ratio
 
 _NO_WORD = -1  # the word index of a special token
 
@@ -127,27 +128,26 @@ class TokenClassification(Kind):
             for classes, values, here in rows
         ]
 
-    def measure(
+    def weighted(
         self,
-        metrics: Sequence[str],
+        metric: str,
         outputs: Sequence[np.ndarray],
         encoded: EncodedSentences,
         split: Sentences,
         label_names: Sequence[str],
-    ) -> dict[str, float]:
+    ) -> WeightedFn:
         """Compare tags; a truncated word counts as wrongly tagged and as outside all spans."""
         assert split.tags is not None
         if not all(np.isfinite(row).all() for row in outputs):
-            return dict.fromkeys(metrics, math.nan)
+            return lambda weights: np.full(len(weights), math.nan)
         said = [row["prediction"] for row in self.predictions(outputs, encoded, split, label_names)]
-        right = sum(
-            guess == true
-            for guesses, tags in zip(said, split.tags, strict=True)
-            for guess, true in zip(guesses, tags, strict=True)
-        )
-        values = span_scores([[guess or "O" for guess in guesses] for guesses in said], split.tags)
-        values["accuracy"] = right / sum(map(len, split.tags))
-        return {name: values[name] for name in metrics}
+        if metric != "accuracy":
+            counts = span_counts([[guess or "O" for guess in guesses] for guesses in said], split.tags)
+            return lambda weights: span_ratio(metric, weights @ counts)
+        pairs = [list(zip(*both, strict=True)) for both in zip(said, split.tags, strict=True)]
+        right = np.asarray([sum(guess == true for guess, true in row) for row in pairs])
+        words = np.asarray([len(row) for row in pairs])
+        return lambda weights: ratio(weights @ right, weights @ words)
 
     def predictions(
         self,
