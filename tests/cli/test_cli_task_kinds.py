@@ -46,8 +46,8 @@ def test_several_labels(childtuning, tiny_bert, tmp_path, method) -> None:
     done = train(childtuning, (path, path), tiny_bert, tmp_path / "run", "--epochs", 10, "--method", method)
     assert done.code == 0, done.err
     # The tiny model, as plain torch trains it, learns one of the two labels.
-    assert done.json["metric"] == {"name": "micro_f1", "value": done.json["metrics"]["micro_f1"]}
-    assert done.json["metrics"]["micro_f1"] > done.json["constant"]["micro_f1"]
+    assert done.json["metric"] == {"name": "micro-f1", "value": done.json["metrics"]["micro-f1"]}
+    assert done.json["metrics"]["micro-f1"] > done.json["constant"]["micro-f1"]
     finish(childtuning, tmp_path / "run", done.json, path, tmp_path / "merged")
     said = childtuning("predict", tmp_path / "run", "--input", path, "--json").json
     for row in said["predictions"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from childtuning.compare import Comparison, num_runs, read_comparison
+from childtuning.compare import Comparison, num_runs, read_comparison, set_up
 from childtuning.compare.design import read_grid, read_methods, read_sizes
 from childtuning.compare.plan import needed
 from childtuning.compare.protocols import PROTOCOLS, inference_splits
@@ -198,3 +198,15 @@ def test_earlier_comparisons_keep_the_rate_that_they_had() -> None:
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_protocols_keep_the_numbers_of_the_paper(name: str) -> None:
     assert PROTOCOLS[name].options == {"learning_rate": 2e-5, "epochs": 3.0}
+
+
+def test_a_store_refuses_a_file_that_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
+    found = asked(tasks=None, methods=["full"], options={"train": str(tmp_path / "a.csv")})
+    set_up(tmp_path / "s.db", found)
+    set_up(tmp_path / "s.db", found)
+    (tmp_path / "a.csv").write_text("text,label\ny,1\n")
+    with pytest.raises(
+        ConfigError, match="a.csv has changed since it was trained on. Restore it, or pass another"
+    ):
+        set_up(tmp_path / "s.db", found)

@@ -122,3 +122,21 @@ def test_a_model_that_learnt_nothing_is_named(tiny_bert: Path, sentiment: Path, 
     told = replace(result, metric={"name": "accuracy", "value": 0.5}).remarks
     assert len(told) == 1 and "0.500 is not better than 0.500" in told[0]
     assert replace(result, metric={"name": "accuracy", "value": 0.6}).remarks == []
+
+
+def test_a_changed_file_is_not_continued(tiny_bert: Path, tmp_path: Path) -> None:
+    files = {"train": write(tmp_path, "train.jsonl", GOOD), "eval": write(tmp_path, "dev.jsonl", OTHERS)}
+    config = RunConfig(model=str(tiny_bert), **files, epochs=1.0)
+    train_run(config, tmp_path / "run")
+    write(tmp_path, "train.jsonl", GOOD[1:])
+    with pytest.raises(ConfigError, match="train.jsonl has changed since it was trained on"):
+        train_run(config, tmp_path / "run", resume=True)
+    train_run(config, tmp_path / "run", overwrite=True)
+    train_run(config, tmp_path / "run", resume=True)
+
+
+def test_steps_are_those_of_all_processes(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("childtuning.runs.understood._processes", lambda: 2)
+    assert understand(tiny_bert, tmp_path, GOOD, OTHERS, batch_size=4, epochs=3.0).steps == 6

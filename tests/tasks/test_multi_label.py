@@ -32,7 +32,7 @@ def test_lists_of_labels_are_a_kind_of_their_own(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     task = task_from_files(path, path)
     assert (task.kind, task.label_names) == ("multi-label", NAMES)
-    assert task.metrics == ("micro_f1", "macro_f1", "subset_accuracy")
+    assert task.metrics == ("micro-f1", "macro-f1", "subset-accuracy")
     assert task.train.names == [["animal"], ["animal", "place"], [], ["7", "place"]]  # type: ignore[attr-defined]
     assert isinstance(task.train.sample(2), LabelSets)
     asked = KIND.read(Source(path), task.columns, labelled=False)
@@ -55,13 +55,13 @@ def test_metrics_and_predictions():
     split = LabelSets(["a", "b"], None, [["7"], ["animal", "place"]])  # type: ignore[arg-type]
     outputs = [np.array([2.0, -1.0, -1.0]), np.array([-3.0, 0.0, -1.0])]
     values = KIND.measure(KIND.metric_names, outputs, None, split, NAMES)
-    assert values == pytest.approx({"micro_f1": 0.8, "macro_f1": 2 / 3, "subset_accuracy": 0.5})
+    assert values == pytest.approx({"micro-f1": 0.8, "macro-f1": 2 / 3, "subset-accuracy": 0.5})
     first, second = KIND.predictions(outputs, None, split, NAMES)
     assert (second["prediction"], second["confidence"]) == (["animal"], [0.5])
     assert KIND.line(first, "a") == "7 0.881\ta"
     assert KIND.line({"prediction": [], "confidence": []}, "a") == "—\ta"
     assert np.isnan(
-        list(KIND.measure(["micro_f1"], [outputs[0], np.full(3, np.nan)], None, split, NAMES).values())
+        list(KIND.measure(["micro-f1"], [outputs[0], np.full(3, np.nan)], None, split, NAMES).values())
     ).all()
     assert KIND.constant_output(split, NAMES).tolist() == [1.0, 1.0, 1.0]
     assert KIND.constant_output(LabelSets(["a"] * 3, None, [["7"], [], []]), NAMES).tolist() == [-1.0] * 3  # type: ignore[arg-type]

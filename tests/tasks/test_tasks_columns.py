@@ -138,7 +138,7 @@ def test_a_missing_header_is_told(tmp_path: Path, header: dict[str, Any]) -> Non
         task_from_files(written(tmp_path / "a.csv", header))
     first = next(iter(header))[:60]
     assert f"seems to have no header: its first row is {first!r}, " in str(caught.value)
-    assert str(caught.value).endswith("Add a first row that names the columns, such as text,label.")
+    assert str(caught.value).endswith("If it has one, name its columns: --text, --label.")
     assert "\n" not in str(caught.value)
 
 
@@ -176,3 +176,14 @@ def test_a_fifth_is_set_aside_where_there_is_no_evaluation_file(tmp_path: Path) 
     assert task_from_files(path, seed=3).dev != task.dev
     assert len(task_from_files(path, eval_share=0.5).dev) == 24
     assert task_from_files(path, path).notes == ()
+
+
+def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
+    lines = [f"text {i} here,{'yes' if i % 2 else 'no'}" for i in range(30)]
+    good = ['"said, he\nwho, knows\nnothing",yes', *lines]
+    (tmp_path / "good.csv").write_text("text,label\n" + "\n".join(good) + "\n")
+    assert len(Source(tmp_path / "good.csv").rows) == 31
+    lines[5], lines[20] = '"' + lines[5], lines[20].replace(",", '",')
+    (tmp_path / "bad.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="line 7 has a quote that closes 15 lines further down"):
+        Source(tmp_path / "bad.csv").rows  # noqa: B018

@@ -42,7 +42,7 @@ def test_the_rate_falls_with_the_width_and_grows_with_the_method() -> None:
 
 @pytest.mark.parametrize(
     ("method", "rate"),
-    [("child-d", 1), ("child-d+lora", 10), ("mixout+full", 1), ("r3f", 1), ("head+r3f", 20), ("bitfit", 10)],
+    [("child-d", 1), ("child-d+lora", 10), ("mixout+full", 1), ("r3f", 1), ("head+r3f", 300), ("bitfit", 50)],
 )
 def test_a_combination_takes_the_rate_of_what_it_trains(method: str, rate: float) -> None:
     assert Combination.parse(method).rate == rate

@@ -75,7 +75,9 @@ def run(
         print_json(result.to_dict())
     else:
         _print(result)
-    for remark in result.remarks:
+    from childtuning.optim.processes import is_main_process
+
+    for remark in result.remarks if is_main_process() else ():
         tell(f"warning: {remark}")
     if result.fault is not None:
         tell(f"childtuning: {result.fault}")

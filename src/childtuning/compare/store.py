@@ -14,6 +14,7 @@ from typing import Any, Self
 from childtuning.compare.files import Owner, check_place, is_alive
 from childtuning.compare.records import SCHEMA, Record, Recorded
 from childtuning.errors import ConfigError
+from childtuning.runs.folder import check_data
 
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -108,9 +109,12 @@ class Store:
         """Set the store's comparison; finished runs that it does not need are set aside.
 
         Raises:
-            ConfigError: when another process is working on another comparison.
+            ConfigError: when another process is working on another comparison, or a file of examples has changed since
+                runs were recorded.
         """
         with self._writing():
+            known = self._fact("files") or {}
+            files = known | check_data(known, comparison["options"], "pass another --store")
             before = self._fact("comparison")
             if before is not None and _asked(before) != _asked(json.loads(json.dumps(comparison))):
                 if self._live():
@@ -120,7 +124,7 @@ class Store:
                     )
                 self._db.execute("UPDATE runs SET position = NULL")
                 self._db.execute("DELETE FROM runs WHERE state = 'planned'")
-            for name, value in (("comparison", comparison), ("environment", environment)):
+            for name, value in (("comparison", comparison), ("environment", environment), ("files", files)):
                 self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def plan(self, runs: Iterable[Record]) -> None:

@@ -84,7 +84,7 @@ class Head(WholeParameters):
     summary = "train the last layer only, on frozen features"
     source = "—"
     trains = "the new head"
-    rate = 20.0
+    rate = 300.0
     excludes: ClassVar[Mapping[str, str]] = {
         "mixout": "only the head is trained, but mixout mixes pretrained weights",
         "llrd": "only one layer is trained, so that no rate decays over layers",
@@ -138,7 +138,7 @@ class BitFit(WholeParameters):
     summary = "train the biases and the head"
     source = "Ben Zaken et al. 2022, arXiv 2106.10199"
     trains = "the biases and the head"
-    rate = 10.0
+    rate = 50.0
     excludes: ClassVar[Mapping[str, str]] = {
         "mixout": "only biases are trained, but mixout mixes weights",
     }

@@ -1,6 +1,7 @@
 """The files of a run's folder: their names, how they are written, and checks before writing.
 
 config.toml            the resolved options
+data.json              sha256 of the files of examples
 labels.json            kind of task, label names, metrics, columns, the base model's hash
 delta.json, delta.safetensors   the trained values
 child.safetensors      the positions of these entries (fixed children)
@@ -22,6 +23,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,14 @@ from childtuning.runs.config import RunConfig, json_ready, read_toml
 from childtuning.tasks import KINDS, Kind, find_kind
 from childtuning.tasks.metrics import is_share, lower_is_better
 
-CONFIG, LABELS, METRICS = "config.toml", "labels.json", "metrics.json"
+CONFIG, LABELS, METRICS, DATA = "config.toml", "labels.json", "metrics.json", "data.json"
 METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
 _OURS = (
     "log.jsonl",
     CONFIG,
     LABELS,
     METRICS,
+    DATA,
     *sorted({kind.processor_folder for kind in KINDS.values()}),
     METHOD_FILES,
     START,
@@ -121,10 +124,36 @@ def _check_same(folder: Path, config: RunConfig) -> None:
 
 
 def as_begun(folder: Path, config: RunConfig) -> RunConfig:
-    """Return a run that is continued with what its beginning chose in place of ``auto``."""
+    """Return a run that is continued with what its beginning chose in place of ``auto``.
+
+    Raises:
+        ConfigError: when a file of examples has changed since.
+    """
     before = RunConfig.from_options(read_toml(folder / CONFIG))
+    if (folder / DATA).is_file():
+        known = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        check_data(known, asdict(config), "start again with --overwrite")
     autos = [name for name in RunConfig.__dataclass_fields__ if getattr(config, name) == "auto"]
     return replace(config, **{name: getattr(before, name) for name in autos})
+
+
+def data_hashes(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return path -> sha256 of the training and evaluation file among a run's options; folders are left out."""
+    paths = [Path(options[name]).expanduser() for name in ("train", "eval") if options.get(name)]
+    return {str(path): sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def check_data(known: Mapping[str, str], options: Mapping[str, Any], remedy: str) -> dict[str, str]:
+    """Return ``data_hashes``, after checking that no file has changed.
+
+    Raises:
+        ConfigError: naming the first one that has.
+    """
+    found = data_hashes(options)
+    for path, value in found.items():
+        if known.get(path, value) != value:
+            raise ConfigError(f"{path} has changed since it was trained on. Restore it, or {remedy}.")
+    return found
 
 
 def clear_run(folder: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
     CHECKPOINTS,
     CONFIG,
+    DATA,
     LABELS,
     METHOD_FILES,
     METRICS,
@@ -35,6 +36,7 @@ from childtuning.runs.folder import (
     as_begun,
     check_output,
     clear_run,
+    data_hashes,
     last_checkpoint,
     remove_empty,
     write_json,
@@ -272,6 +274,7 @@ def train_run(
         folder.mkdir(parents=True, exist_ok=True)
         if begun.start is not None and checkpoint is None:
             begun.start.save(folder / START)
+        write_json(folder / DATA, data_hashes(asdict(config)))
         write_text(folder / CONFIG, config.to_toml())
     wait_for_all()
     if checkpoint is not None:

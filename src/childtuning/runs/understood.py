@@ -17,7 +17,9 @@ from childtuning.optim.processes import num_processes
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import RunTests
 from childtuning.runs.log import duration
-from childtuning.tasks import Columns, Split, Task
+from childtuning.tasks import Columns, Examples, Split, Task
+from childtuning.tasks.labels import number_of
+from childtuning.tasks.sentences import Sentences
 from childtuning.training import ChildTrainer, LoadedModel, layer_width, suggested_epochs, suggested_rate
 
 _NAMED = 12  # classes that a line lists
@@ -36,7 +38,7 @@ class Understood:
         values: least, mean and largest target in training; ``None`` unless targets are numbers.
         tokens: median and most tokens of the training examples; ``None`` for images.
         cut_by_length: training words or rows (by kind of task) that ``max_length`` truncates.
-        duplicates: evaluation examples that the model sees like a training example.
+        duplicates: evaluation examples that are also training examples, whatever their labels; texts only.
         examples: the first training example of each of two classes, with its label.
         method, learning_rate, epochs, steps: of the training.
         reasons: option -> why it has its value, for those chosen by the run.
@@ -85,7 +87,7 @@ class Understood:
         ]
         yield f"method      {self.method}: {'; '.join(chosen)}"
         if self.seconds is not None:
-            yield f"time        about {duration(self.seconds)}"
+            yield f"time        about {duration(max(1.0, self.seconds))}"
         for warning in self.warnings:
             yield f"warning: {warning}"
 
@@ -113,8 +115,7 @@ def choose_training(
         chosen["learning_rate"] = suggested_rate(loaded.model, config.methods().rate)
         reasons["learning_rate"] = f"auto: layers of width {layer_width(loaded.model)}"
     if config.epochs == "auto":
-        processes = max(num_processes(), int(os.environ.get("WORLD_SIZE", "1")))
-        batch = config.batch_size * config.gradient_accumulation * processes
+        batch = config.batch_size * config.gradient_accumulation * _processes()
         chosen["epochs"] = float(suggested_epochs(num_examples, batch))
         reasons["epochs"] = f"auto: {num_examples:,} examples"
     return replace(config, **chosen), reasons  # type: ignore[arg-type]
@@ -148,8 +149,8 @@ def understood(
         values = [min(labels), sum(labels) / len(labels), max(labels)]
     is_text = "input_ids" in train[0]
     seen = {tuple(row["input_ids"]) for row in train} if is_text else set()
-    duplicates = sum(tuple(row["input_ids"]) in seen for row in tests.encoded[0]) if is_text else 0
-    batches = math.ceil(len(train) / config.batch_size)
+    contents = set(_contents(task.train))
+    batches = math.ceil(len(train) / (config.batch_size * _processes()))
     found = Understood(
         task=task.name,
         kind=task.kind,
@@ -161,7 +162,7 @@ def understood(
         values=values,
         tokens=[int(median(train.lengths)), max(train.lengths)] if is_text else None,
         cut_by_length=train.num_cut,
-        duplicates=duplicates,
+        duplicates=sum(content in contents for content in _contents(task.dev)),
         examples=_examples(task.train),
         method=config.method,
         learning_rate=config.learning_rate,
@@ -177,7 +178,7 @@ def _warnings(found: Understood, task: Task, distinct: int) -> Iterator[str]:
         all_of = "all" if found.duplicates == found.eval_examples else f"{found.duplicates:,}"
         yield (
             f"{all_of} of the {found.eval_examples:,} evaluation examples are also in training, so the score says "
-            "too little about new ones. Evaluate on others."
+            "too little about new ones. Drop the repeated rows, or evaluate on others."
         )
     for name in ("text", "text_pair"):
         texts = getattr(task.train, name, None)
@@ -186,6 +187,10 @@ def _warnings(found: Understood, task: Task, distinct: int) -> Iterator[str]:
             yield f"every training example has the same {column!r}: {texts[0][:60]!r}. Name another column."
     if distinct == 1 < found.train_examples:
         yield "the model sees the same tokens in every training example. Raise --max-length, or check the text."
+    labels = getattr(task.train, "labels", None) or []
+    if len(labels) > 1 and isinstance(labels[0], list) and all(label == labels[0] for label in labels):
+        names = ", ".join(labels[0])
+        yield f"every training example has the labels {names}. If lists are 0/1 indicators, write names instead."
     if found.classes is None:
         if found.values is not None and found.values[0] == found.values[2]:
             yield f"every training target is {found.values[0]:g}, so there is nothing to learn. Name another column."
@@ -196,6 +201,8 @@ def _warnings(found: Understood, task: Task, distinct: int) -> Iterator[str]:
             f"the label has {len(counts):,} classes in {found.train_examples:,} examples: perhaps it is an id, or a "
             "number (--label-type number)."
         )
+    elif (numbers := sum(number_of(name) is not None for name in found.classes)) > max(10, 0.9 * len(counts)):
+        yield f"{numbers} of the {len(counts)} classes are numbers: are labels amounts? Then pass --label-type number."
     elif rare := [name for name, (train, _) in found.classes.items() if train < _FEW]:
         more = f" and {len(rare) - 3} others" if rare[3:] else ""
         yield f"fewer than {_FEW} training examples have the label {', '.join(rare[:3])}{more}: it is hardly learnt."
@@ -222,14 +229,28 @@ def estimate_seconds(found: Understood, config: RunConfig, trainer: ChildTrainer
         model.train(was_training)
     child = config.child()
     scores = child.variant == "task-driven" and child.scores == "fisher" and child.density != 1.0
-    passes = _BACKWARD * (found.epochs + scores) * found.train_examples + found.eval_examples
+    train_passes = _BACKWARD * (found.epochs + scores) * found.train_examples / _processes()
+    passes = train_passes + found.eval_examples
     return min(spent) * passes / len(inputs[next(iter(inputs))])
+
+
+def _processes() -> int:
+    """The number of processes that train together; before they have met, as torchrun tells it."""
+    return max(num_processes(), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _labels(split: Split) -> list[Any]:
     """Return the labels of all examples, or of all their words."""
     labels = getattr(split, "labels", None) or getattr(split, "tags", None) or []
     return [label for one in labels for label in (one if isinstance(one, (list, tuple)) else [one])]
+
+
+def _contents(split: Split) -> Iterator[Any]:
+    """Yield what each example is without its label, for texts and sentences."""
+    if isinstance(split, Examples):
+        yield from zip(split.text, split.text_pair or split.text, strict=True)
+    elif isinstance(split, Sentences):
+        yield from map(tuple, split.words)
 
 
 def _columns(columns: Columns) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _check_header(source: Source) -> None:
             shown = ", ".join(repr(name[:_LONG_NAME]) for name in source.columns)
             raise DataError(
                 f"{source} seems to have no header: its first row is {shown}. "
-                f"Add a first row that names the columns, such as text,label."
+                f"Add a first row such as text,label. If it has one, name its columns: --text, --label."
             )
 
 

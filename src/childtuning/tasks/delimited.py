@@ -52,12 +52,14 @@ def delimited_rows(text: str, path: Path, *, named: str) -> tuple[list[tuple[int
     mark = _separator(text, path, named)
     note = None if mark == named else f"its columns are separated by {_SEPARATORS[mark]}"
     if mark != "\t":
-        return _rows(text, path, mark), note
+        rows = _rows(text, path, mark)
+        _check_swallowed(rows, path, mark)
+        return rows, note
     try:
         rows = _rows(text, path, mark)
         # A quote in one line and another in a later one would swallow the lines between.
         swallowed = any(
-            "\t" in value and "\n" in value
+            mark in value and "\n" in value
             for _, row in rows
             if not isinstance(row, BadRow)
             for value in row.values()
@@ -68,6 +70,24 @@ def delimited_rows(text: str, path: Path, *, named: str) -> tuple[list[tuple[int
         if '"' not in text:
             raise
     return _rows(text, path, mark, quoting=csv.QUOTE_NONE), note
+
+
+def _check_swallowed(rows: Sequence[tuple[int, Row | BadRow]], path: Path, mark: str) -> None:
+    """Refuse a field whose inner lines are rows: as many fields as a row, one of them a cell of other rows' column."""
+    whole = [(start, row) for start, row in rows if not isinstance(row, BadRow)]
+    known: list[set[Any]] = []
+    for start, row in whole:
+        for value in row.values():
+            inner = [line.split(mark) for line in value.split("\n")[1:-1]]
+            if not inner or any(len(fields) != len(row) for fields in inner):
+                continue
+            known = known or [{other[name] for _, other in whole} for name in row]
+            columns = [{cell.strip() for cell in cells} for cells in zip(*inner, strict=True)]
+            if any(cells <= others for cells, others in zip(columns, known, strict=True)):
+                raise DataError(
+                    f"{path} line {start} has a quote that closes {len(inner) + 1} lines further down, so that the "
+                    "rows between are one field. Remove the quote, or double it."
+                )
 
 
 def header_names(cells: Sequence[Any], path: Path) -> list[str]:

@@ -122,6 +122,10 @@ def task_from_files(
     return task.draw(train_limit, seed=seed)
 
 
+def _columns_of(source: Source) -> list[str]:
+    return source.columns if source.is_table else []
+
+
 def _set_aside(rows: Split, share: float, source: Source, seed: int) -> tuple[Split, Split]:
     """Split off a share of the training examples for evaluation, and note it."""
     train, dev = rows.hold_out(share, seed=seed)
@@ -131,7 +135,14 @@ def _set_aside(rows: Split, share: float, source: Source, seed: int) -> tuple[Sp
         if len(rows) > 1
         else f"the last {share:.0%} of the text is"
     )
-    missing = sorted(train.classes() - dev.classes())
+    missing = sorted(train.classes() - dev.classes()) if rows.strata() else []
     rare = f"; it has none of the rare {some_names(missing)}" if missing else ""
+    parts = next(
+        (name for name in _columns_of(source) if name.lower() in ("split", "fold", "partition")), None
+    )
+    if parts is not None:
+        source.note(
+            f"column {parts!r} is not used: write its parts to files of their own if they should stay apart"
+        )
     source.note(f"no --eval, so {counted} set aside for evaluation{by_class}{rare}")
     return train, dev

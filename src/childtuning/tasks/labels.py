@@ -80,9 +80,14 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
+_MISSING = frozenset(
+    {"", "nan", "<na>", "#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#null!"}
+)  # of pandas and of Excel
+
+
 def is_missing(value: Any) -> bool:
     """Return whether a cell holds no label: absent, null, blank or NaN, also in the spellings of pandas."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan", "<na>")):
+    if value is None or (isinstance(value, str) and value.strip().lower() in _MISSING):
         return True
     return isinstance(value, float) and math.isnan(value)
 

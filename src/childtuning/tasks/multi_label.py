@@ -45,7 +45,7 @@ class MultiLabel(TextKind):
 
     name = "multi-label"
     summary = "any number of labels per text or pair of texts: rows with a list of labels"
-    metric_names = ("micro_f1", "macro_f1", "subset_accuracy")
+    metric_names = ("micro-f1", "macro-f1", "subset-accuracy")
     label_kind = "class"
 
     def claims(self, source: Source, columns: Columns) -> bool:
@@ -110,11 +110,11 @@ class MultiLabel(TextKind):
         if not np.isfinite(logits).all():
             return lambda weights: np.full(len(weights), math.nan)
         truth, said = _indicators(split, label_names), (logits >= 0).astype(np.float64)
-        if metric == "subset_accuracy":
+        if metric == "subset-accuracy":
             right = (truth == said).all(1)
             return lambda weights: ratio(weights @ right, weights.sum(1))
         both, either = 2 * truth * said, truth + said
-        if metric == "micro_f1":
+        if metric == "micro-f1":
             return lambda weights: ratio(weights @ both.sum(1), weights @ either.sum(1))
         return lambda weights: ratio(weights @ both, weights @ either).mean(1)
 
