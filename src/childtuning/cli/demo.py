@@ -22,12 +22,12 @@ METHODS = ("full", "child-d")
 MORE_METHODS = ("full", "child-d", "child-f", "lora")
 SENTENCES = (
     "Return a list of the recipients in the message's Cc header.",
-    "Compress the files of a folder into an archive.",
+    "Extract all members of a compressed tar archive.",
     "Return the number of days between two dates.",
 )
 _OPTIONS: Mapping[str, Any] = {
     "train_limit": 400,
-    "epochs": 6.0,
+    "epochs": 10.0,
     "learning_rate": 3e-4,
     "max_length": 32,
     "density": 0.1,
