@@ -37,12 +37,12 @@ def test_the_rate_falls_with_the_width_and_grows_with_the_method() -> None:
     assert suggested_rate(nn.Linear(768, 768)) == 5e-5
     assert suggested_rate(narrow) == 1e-4
     assert suggested_rate(wide) == 9.4e-6
-    assert suggested_rate(narrow, Combination.parse("lora").rate) == 1e-3
+    assert suggested_rate(narrow, Combination.parse("lora").rate) == 3e-4
 
 
 @pytest.mark.parametrize(
     ("method", "rate"),
-    [("child-d", 1), ("child-d+lora", 10), ("mixout+full", 1), ("r3f", 1), ("head+r3f", 300), ("bitfit", 50)],
+    [("child-d", 1), ("child-d+lora", 3), ("mixout+full", 1), ("r3f", 1), ("head+r3f", 300), ("bitfit", 50)],
 )
 def test_a_combination_takes_the_rate_of_what_it_trains(method: str, rate: float) -> None:
     assert Combination.parse(method).rate == rate

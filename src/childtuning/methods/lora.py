@@ -41,7 +41,7 @@ class Lora(PeftMethod):
     source = "Hu et al. 2021, arXiv 2106.09685"
     trains = "two thin matrices for each weight matrix"
     memory = "2n state, n values"
-    rate = 10.0
+    rate = 3.0
 
     rank: int = 16
     alpha: int = 32

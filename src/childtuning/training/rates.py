@@ -51,7 +51,7 @@ def suggested_rate(model: nn.Module, times: float = 1.0) -> float:
 
     Args:
         model: the pretrained model.
-        times: the method's factor, ``Method.rate``: 1 for full tuning and children, 10 for LoRA.
+        times: the method's factor, ``Method.rate``: 1 for full tuning and children, 3 for LoRA.
     """
     return float(f"{times * RATE * WIDTH / layer_width(model):.1e}")
 
