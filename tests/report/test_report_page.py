@@ -260,6 +260,7 @@ def _every_option() -> list[dict]:
         "method": "child-d",
         "density": "auto",
         "label_type": "class",
+        "class_weights": "balanced",
     }
     special = {
         "granularity": "row",
