@@ -56,7 +56,7 @@ class Adapter(Method):
     trains = "bottlenecks in every layer, normalisations"
     memory = "2n state, n values"
     part = "modules"
-    rate = 10.0
+    rate = 3.0
     chooses = True
 
     def __post_init__(self) -> None:
