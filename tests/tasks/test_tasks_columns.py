@@ -11,6 +11,7 @@ import pytest
 from childtuning.errors import DataError
 from childtuning.tasks import Source, Task, task_from_files
 from childtuning.tasks.columns import find_label, find_text
+from childtuning.tasks.rows import read_rows
 
 REVIEWS = [f"The number {i} of these films was far too long, and its plot very dull." for i in range(12)]
 
@@ -182,7 +183,7 @@ def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
     lines = [f"text {i} here,{'yes' if i % 2 else 'no'}" for i in range(30)]
     good = ['"said, he\nwho, knows\nnothing",yes', *lines]
     (tmp_path / "good.csv").write_text("text,label\n" + "\n".join(good) + "\n")
-    assert len(Source(tmp_path / "good.csv").rows) == 31
+    assert len(read_rows(tmp_path / "good.csv")) == 31
     lines[5], lines[20] = '"' + lines[5], lines[20].replace(",", '",')
     (tmp_path / "bad.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
     with pytest.raises(DataError, match="line 7 has a quote that closes 15 lines further down"):

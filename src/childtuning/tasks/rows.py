@@ -316,3 +316,12 @@ def _values(column: Any, path: Path, name: str) -> list[Any]:
     except (ValueError, OverflowError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0][:100]
         return [Unreadable(f"{path} column {name!r} cannot be read ({reason}). Save it again.")] * len(column)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return every row of a table file, as ``Source`` reads it.
+
+    Raises:
+        DataError: for a file that is missing, empty, damaged or of another type.
+    """
+    return Source(path).rows
