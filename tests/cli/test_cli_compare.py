@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from childtuning.compare import Store
+
 
 @pytest.fixture
 def compare_words(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> list[object]:
@@ -118,3 +120,19 @@ def test_one_seed_has_no_spread(childtuning: Any, compare_words: list[object]) -
     done = childtuning(*compare_words, "--methods", "full", "--seeds", 1)
     assert done.code == 0 and "1 run: 1 task × 1 method, 1 seed\n" in done.err
     assert "±" not in done.out.replace("mean ± sd", "") and "never reach" not in done.err
+
+
+def test_data_are_warned_of_and_what_auto_became_is_recorded(
+    childtuning: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    rows = [f"day {i},{'good' if i % 2 else 'bad'}" for i in range(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
+    words = ["compare", "--train", tmp_path / "a.csv", "--eval", tmp_path / "a.csv", "--model", tiny_bert]
+    words += ["--methods", "full", "--seeds", 1, "--epochs", 1, "--store", tmp_path / "s.db"]
+    done = childtuning(*words)
+    assert done.code == 0, done.err
+    assert "warning: all of the 20 evaluation examples are also in training" in done.err
+    with Store.open(tmp_path / "s.db") as store:
+        (run,) = store.records()
+    assert run.config["learning_rate"] == (run.result or {})["learning_rate"] == 2.4e-3
+    assert "0 to do" in childtuning(*words, "--dry-run").err  # the choice does not make it another run

@@ -229,7 +229,10 @@ def test_the_end_of_a_text_is_set_aside(tmp_path):
     task = task_from_files(tmp_path / "a.txt")
     assert task.train.text + task.dev.text == "the cat sat\non the mat\n" * 10  # type: ignore[attr-defined]
     assert 40 <= len(task.dev.text) <= 56  # type: ignore[attr-defined]
-    assert task.notes == ("a.txt: no --eval, so the last 20% of the text is set aside for evaluation",)
+    assert task.notes == (
+        "a.txt: a .txt file is read as running text; examples with labels need csv, tsv or jsonl",
+        "a.txt: no --eval, so the last 20% of the text is set aside for evaluation",
+    )
     (tmp_path / "a.txt").write_text("cat\n")
     with pytest.raises(DataError, match="one word cannot be split"):
         task_from_files(tmp_path / "a.txt")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from childtuning.errors import DataError
-from childtuning.tasks import Source, Task, task_from_files
+from childtuning.tasks import Examples, Source, Task, task_from_files
 from childtuning.tasks.columns import find_label, find_text
+from childtuning.tasks.labels import infer_label_kind
 from childtuning.tasks.rows import read_rows
 
 REVIEWS = [f"The number {i} of these films was far too long, and its plot very dull." for i in range(12)]
@@ -188,3 +189,22 @@ def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
     with pytest.raises(DataError, match="line 7 has a quote that closes 15 lines further down"):
         Source(tmp_path / "bad.csv").rows  # noqa: B018
+
+
+def test_one_odd_label_among_numbers_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [f"text {i},{'7O' if i == 77 else i % 50}" for i in range(200)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    task = task_from_files(tmp_path / "a.csv", tmp_path / "a.csv")
+    assert task.kind == "regression" and len(task.train) == 199
+    assert "line 79" in " ".join(task.notes)
+    assert infer_label_kind([*range(30), *["other"] * 3]) == "class"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_examples_stay_on_one_side(seed: int) -> None:
+    texts = [f"text {i // 3}" for i in range(90)]
+    rows = Examples(texts, None, ["yes" if i // 3 % 2 else "no" for i in range(90)])
+    train, dev = rows.hold_out(0.2, seed=seed)
+    assert not {*train.text} & {*dev.text} and len(train) + len(dev) == 90 and 18 <= len(dev) <= 20
+    same = Examples(["a"] * 10, None, ["yes", "no"] * 5)
+    assert [len(side) for side in same.hold_out(0.2, seed=seed)] == [8, 2]

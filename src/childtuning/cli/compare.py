@@ -109,6 +109,7 @@ def run(
     from childtuning.compare import EXECUTORS, compare, foreseen, read_comparison, set_up, stored
     from childtuning.runs.config import RunConfig
     from childtuning.runs.inputs import read_run_task
+    from childtuning.runs.understood import data_warnings
 
     if executor not in EXECUTORS:
         raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
@@ -135,8 +136,9 @@ def run(
     if (
         runs and "train" in comparison.options
     ):  # what is wrong with the files is refused once, and before the first run
-        for note in read_run_task(RunConfig(**runs[0].config))[0].notes:
-            tell(note)
+        read, _ = read_run_task(RunConfig(**runs[0].config))
+        for line in (*read.notes, *(f"warning: {warning}" for warning in data_warnings(read))):
+            tell(line)
     if not dry_run:
         set_up(store, comparison, retry_failed=retry_failed)
     runs = foreseen(store, comparison)

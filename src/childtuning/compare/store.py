@@ -305,6 +305,10 @@ def _record(row: sqlite3.Row) -> Record:
     fixed = json.loads(row["fixed"])
     details = {"parts": {}, **(json.loads(row["details"]) if row["details"] else {})}
     result = json.loads(row["result"]) if row["result"] else None
+    for name in ("learning_rate", "epochs"):  # what the run chose for them
+        chosen = (result or {}).get(name)
+        if fixed["config"].get(name) == "auto" and chosen is not None:
+            fixed["config"][name] = chosen
     return Record.from_dict({"id": row["id"], "state": row["state"], **fixed, "result": result, **details})
 
 

@@ -17,9 +17,7 @@ from childtuning.optim.processes import num_processes
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import RunTests
 from childtuning.runs.log import duration
-from childtuning.tasks import Columns, Examples, Split, Task
-from childtuning.tasks.labels import number_of
-from childtuning.tasks.sentences import Sentences
+from childtuning.tasks import Columns, Split, Task
 from childtuning.training import ChildTrainer, LoadedModel, layer_width, suggested_epochs, suggested_rate
 
 _NAMED = 12  # classes that a line lists
@@ -140,18 +138,15 @@ def understood(
         reasons: as ``choose_training`` returns them.
     """
     assert isinstance(config.epochs, float) and isinstance(config.learning_rate, float)
-    labels, dev_labels = _labels(task.train), _labels(task.dev)
-    classes = values = None
-    if task.rules.has_classes:
-        here, there = Counter(map(str, labels)), Counter(map(str, dev_labels))
-        classes = {name: [here[name], there[name]] for name in task.label_names}
-    elif labels and isinstance(labels[0], float):
-        values = [min(labels), sum(labels) / len(labels), max(labels)]
+    classes, values = _labels_of(task)
     is_text = "input_ids" in train[0]
-    seen = {tuple(row["input_ids"]) for row in train} if is_text else set()
-    contents = set(_contents(task.train))
+    warnings = list(data_warnings(task))
+    if is_text and len(train) > 1 and all(row["input_ids"] == train[0]["input_ids"] for row in train):
+        warnings.append(
+            "the model sees the same tokens in every training example. Raise --max-length, or check the text."
+        )
     batches = math.ceil(len(train) / (config.batch_size * _processes()))
-    found = Understood(
+    return Understood(
         task=task.name,
         kind=task.kind,
         columns=_columns(task.columns),
@@ -162,50 +157,64 @@ def understood(
         values=values,
         tokens=[int(median(train.lengths)), max(train.lengths)] if is_text else None,
         cut_by_length=train.num_cut,
-        duplicates=sum(content in contents for content in _contents(task.dev)),
+        duplicates=_duplicates(task),
         examples=_examples(task.train),
         method=config.method,
         learning_rate=config.learning_rate,
         epochs=config.epochs,
         steps=math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs),
         reasons=reasons,
+        warnings=warnings,
     )
-    return replace(found, warnings=list(_warnings(found, task, len(seen))))
 
 
-def _warnings(found: Understood, task: Task, distinct: int) -> Iterator[str]:
-    if found.duplicates:
-        all_of = "all" if found.duplicates == found.eval_examples else f"{found.duplicates:,}"
+def data_warnings(task: Task) -> Iterator[str]:
+    """Yield what looks wrong about a task's examples, one line each."""
+    num_train, num_dev = len(task.train), len(task.dev)
+    if duplicates := _duplicates(task):
+        all_of = "all" if duplicates == num_dev else f"{duplicates:,}"
         yield (
-            f"{all_of} of the {found.eval_examples:,} evaluation examples are also in training, so the score says "
-            "too little about new ones. Drop the repeated rows, or evaluate on others."
+            f"{all_of} of the {num_dev:,} evaluation examples are also in training, so the score says too little about "
+            "new ones. Drop the repeated rows, or evaluate on others."
         )
     for name in ("text", "text_pair"):
         texts = getattr(task.train, name, None)
         if isinstance(texts, list) and len(texts) > 1 and len(set(texts)) == 1:
-            column = found.columns.get(name) or name
+            column = getattr(task.columns, name) or name
             yield f"every training example has the same {column!r}: {texts[0][:60]!r}. Name another column."
-    if distinct == 1 < found.train_examples:
-        yield "the model sees the same tokens in every training example. Raise --max-length, or check the text."
     labels = getattr(task.train, "labels", None) or []
     if len(labels) > 1 and isinstance(labels[0], list) and all(label == labels[0] for label in labels):
         names = ", ".join(labels[0])
         yield f"every training example has the labels {names}. If lists are 0/1 indicators, write names instead."
-    if found.classes is None:
-        if found.values is not None and found.values[0] == found.values[2]:
-            yield f"every training target is {found.values[0]:g}, so there is nothing to learn. Name another column."
+    classes, values = _labels_of(task)
+    if values is not None and values[0] == values[2]:
+        yield f"every training target is {values[0]:g}, so there is nothing to learn. Name another column."
+    if classes is None:
         return
-    counts = [train for train, _ in found.classes.values()]
-    if len(counts) > max(20, found.train_examples / 2):
+    if len(classes) > max(20, num_train / 2):
         yield (
-            f"the label has {len(counts):,} classes in {found.train_examples:,} examples: perhaps it is an id, or a "
-            "number (--label-type number)."
+            f"the label has {len(classes):,} classes in {num_train:,} examples: perhaps it is an id, or a number "
+            "(--label-type number)."
         )
-    elif (numbers := sum(number_of(name) is not None for name in found.classes)) > max(10, 0.9 * len(counts)):
-        yield f"{numbers} of the {len(counts)} classes are numbers: are labels amounts? Then pass --label-type number."
-    elif rare := [name for name, (train, _) in found.classes.items() if train < _FEW]:
+    elif rare := [name for name, (train, _) in classes.items() if train < _FEW]:
         more = f" and {len(rare) - 3} others" if rare[3:] else ""
         yield f"fewer than {_FEW} training examples have the label {', '.join(rare[:3])}{more}: it is hardly learnt."
+
+
+def _labels_of(task: Task) -> tuple[dict[str, list[int]] | None, list[float] | None]:
+    """Count the classes in training and evaluation; or return least, mean and largest of numbers."""
+    labels, dev_labels = _labels(task.train), _labels(task.dev)
+    if task.rules.has_classes:
+        here, there = Counter(map(str, labels)), Counter(map(str, dev_labels))
+        return {name: [here[name], there[name]] for name in task.label_names}, None
+    if labels and isinstance(labels[0], float):
+        return None, [min(labels), sum(labels) / len(labels), max(labels)]
+    return None, None
+
+
+def _duplicates(task: Task) -> int:
+    known = set(task.train.contents() or ())
+    return sum(content in known for content in task.dev.contents() or ())
 
 
 def estimate_seconds(found: Understood, config: RunConfig, trainer: ChildTrainer, train: Any) -> float:
@@ -213,7 +222,8 @@ def estimate_seconds(found: Understood, config: RunConfig, trainer: ChildTrainer
     model, rows = trainer.bare_model, sorted(range(len(train)), key=train.lengths.__getitem__)
     start = max(0, len(rows) // 2 - config.batch_size // 2)
     batch = trainer.data_collator([train[row] for row in rows[start : start + config.batch_size]])
-    inputs = trainer._prepare_inputs(batch)
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items()}
     was_training = model.training
     model.eval()
     spent = []
@@ -243,14 +253,6 @@ def _labels(split: Split) -> list[Any]:
     """Return the labels of all examples, or of all their words."""
     labels = getattr(split, "labels", None) or getattr(split, "tags", None) or []
     return [label for one in labels for label in (one if isinstance(one, (list, tuple)) else [one])]
-
-
-def _contents(split: Split) -> Iterator[Any]:
-    """Yield what each example is without its label, for texts and sentences."""
-    if isinstance(split, Examples):
-        yield from zip(split.text, split.text_pair or split.text, strict=True)
-    elif isinstance(split, Sentences):
-        yield from map(tuple, split.words)
 
 
 def _columns(columns: Columns) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class CausalLM(Kind):
     def settle(self, source: Source, columns: Columns) -> Columns:
         """Use the usual columns unless others are named; note those that are not this library's own."""
         default = _PROMPTS[0]
+        if source.is_named(".txt"):
+            source.note("a .txt file is read as running text; examples with labels need csv, tsv or jsonl")
         if columns.text is not None or not source.is_table:
             return Columns(columns.text or default[0], columns.text_pair, columns.label or default[2])
         for name in _CONVERSATIONS:

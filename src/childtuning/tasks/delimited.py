@@ -18,6 +18,7 @@ Row = dict[str, Any]
 _LONGEST_FIELD = 2**31 - 1  # the largest limit that the csv module accepts with a 32-bit C long
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAMPLE = 200  # rows that decide the separator
+BAD_SHARE = 0.05  # the share of bad rows that may be left out; a single one always may
 _CLEAR = 0.5  # the share of these rows that must have as many fields as the header
 
 

@@ -58,6 +58,11 @@ class Examples(Split):
         """Whether each example is one text or two."""
         return "single texts" if self.text_pair is None else "pairs of texts"
 
+    def contents(self) -> list[tuple[str, ...]]:
+        """Return the text, or both texts, of each row."""
+        columns = [column for column in (self.text, self.text_pair) if column is not None]
+        return list(zip(*columns, strict=True))
+
     def classes(self) -> set[str]:
         """Return the labels that occur, as class names."""
         return {str(label) for label in self.labels or ()}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from childtuning.errors import DataError
-from childtuning.tasks.delimited import BadRow
+from childtuning.tasks.delimited import BAD_SHARE, BadRow
 from childtuning.tasks.split import Split
 
 LabelKind = Literal["class", "number"]
@@ -24,9 +24,10 @@ _INTEGER = re.compile(r"[+-]?\d+")
 def infer_label_kind(values: Sequence[Any]) -> LabelKind:
     """Return whether a column holds classes or numbers to predict.
 
-    It holds numbers if every value is a number (or text that parses as one) and some value is fractional
-    or there are more than 20 distinct values; otherwise classes. Booleans are classes. Missing labels do not
-    count, nor do words for them (NA, None), which are bad beside numbers and may be classes beside classes.
+    It holds numbers if nearly all values are numbers (or text that parses as one), the others being no more
+    than the bad rows that a file may have, and some value is fractional or there are more than 20 distinct
+    values; otherwise classes. Booleans are classes. Missing labels do not count, nor do words for them (NA,
+    None), which are bad beside numbers and may be classes beside classes.
 
     Example:
         >>> infer_label_kind(["0", "1", "1"]), infer_label_kind(["0.5", 1]), infer_label_kind(range(21))
@@ -35,7 +36,7 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
     there = [value for value in values if not is_missing(value)]
     numbers = [_meant_number(value) for value in there if str(value).strip().lower() not in _NO_NUMBER]
     known = [number for number in numbers if number is not None]
-    if not known or len(known) < len(numbers):
+    if not known or len(numbers) - len(known) > BAD_SHARE * len(numbers):
         return "class"
     fractional = any(math.isfinite(number) and number != int(number) for number in known)
     return "number" if fractional or len(set(known)) > _MAX_NUMERIC_CLASSES else "class"
@@ -111,7 +112,7 @@ def convert_label(value: Any, kind: LabelKind, column: str | None) -> str | floa
     if number is None or not math.isfinite(number):
         raise BadRow(
             f"must have a finite number in column {column!r}, got {value!r}",
-            "Correct it, or pass label_type='class'.",
+            "Correct it, or pass --label-type class (label_type=).",
         )
     return number
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from childtuning.errors import DataError, did_you_mean
-from childtuning.tasks.delimited import BadRow, Row, delimited_rows, header_names, row_of
+from childtuning.tasks.delimited import BAD_SHARE, BadRow, Row, delimited_rows, header_names, row_of
 from childtuning.tasks.encodings import content_of, decode
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
-_BAD_SHARE = 0.05  # the share of bad rows that may be left out; a single one always may
 _NAMED = 3  # the number of bad rows that a message lists
 
 _T = TypeVar("_T")
@@ -130,7 +129,7 @@ class Source:
         """Count bad rows; refuse the first one if there are too many."""
         self._bad |= bad
         total = len(self._numbered)
-        allowed = 0 if self.strict else min(max(1, int(_BAD_SHARE * total)), total - 1)
+        allowed = 0 if self.strict else min(max(1, int(BAD_SHARE * total)), total - 1)
         if len(self._bad) > allowed:
             number = min(self._bad)
             first = self._bad[number]

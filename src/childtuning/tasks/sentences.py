@@ -60,6 +60,10 @@ class Sentences(Split):
         """Always "sentences"."""
         return "sentences"
 
+    def contents(self) -> list[tuple[str, ...]]:
+        """Return the words of each sentence."""
+        return [tuple(words) for words in self.words]
+
     def classes(self) -> set[str]:
         """Return the tags that occur."""
         return {tag for tags in self.tags or () for tag in tags}

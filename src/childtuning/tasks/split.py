@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -50,6 +50,10 @@ class Split(ABC):
         """Return the class of each example, by which draws are spread; None if they have none."""
         return None
 
+    def contents(self) -> Sequence[Hashable] | None:
+        """Return what each example is without its label; None if that is not compared."""
+        return None
+
     def sample(self, limit: int | None, *, seed: int = 0) -> Self:
         """Return at most `limit` examples, drawn without replacement, in their original order.
 
@@ -76,7 +80,8 @@ class Split(ABC):
     def hold_out(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
         """Split off a random share of the examples; return the rest and the share, both in their original order.
 
-        Classes keep their shares on both sides; the rest has every class, if it has room.
+        Classes keep their shares on both sides; the rest has every class, if it has room. Equal examples stay on one
+        side, so that either may be a little larger than asked for.
 
         Args:
             share: in (0, 1); each side gets at least one example.
@@ -91,7 +96,18 @@ class Split(ABC):
             )
         size = min(max(1, round(share * len(self))), len(self) - 1)
         order = self._order(seed)
-        return self.subset(sorted(order[:-size])), self.subset(sorted(order[-size:]))
+        contents = self.contents() or range(len(self))
+        equal: dict[Hashable, list[int]] = {}
+        for row, content in enumerate(contents):
+            equal.setdefault(content, []).append(row)
+        aside = set[int]()
+        for row in reversed(order):
+            rows = equal[contents[row]]
+            if row not in aside and len(aside) < size and len(aside) + len(rows) < len(self):
+                aside |= {*rows}
+        if not aside:  # all are equal
+            aside = {*order[-size:]}
+        return self.subset(sorted({*order} - aside)), self.subset(sorted(aside))
 
     def _order(self, seed: int) -> list[int]:
         """Return the order in which examples are drawn: every class's first, then all in proportion."""
