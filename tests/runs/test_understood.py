@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from childtuning.cli import app
 from childtuning.errors import ConfigError
-from childtuning.runs import RunConfig, train_run, understand_run
+from childtuning.runs import FinishedRun, RunConfig, train_run, understand_run
 from childtuning.runs.folder import RunFolder
 from childtuning.runs.understood import Understood
 
@@ -140,3 +140,13 @@ def test_steps_are_those_of_all_processes(
 ) -> None:
     monkeypatch.setattr("childtuning.runs.understood._processes", lambda: 2)
     assert understand(tiny_bert, tmp_path, GOOD, OTHERS, batch_size=4, epochs=3.0).steps == 6
+
+
+def test_the_training_file_is_no_evaluation(tiny_bert: Path, tmp_path: Path) -> None:
+    files = {"train": write(tmp_path, "train.jsonl", GOOD), "eval": write(tmp_path, "dev.jsonl", OTHERS)}
+    train_run(RunConfig(model=str(tiny_bert), **files, epochs=1.0), tmp_path / "run")
+    copied = write(tmp_path, "copy.jsonl", GOOD)
+    for path, warned in ((copied, True), (files["eval"], False)):
+        told: list[str] = []
+        FinishedRun(tmp_path / "run", tell=told.append).read_input(path, labelled=True)
+        assert any("was trained on" in line for line in told) == warned

@@ -191,6 +191,8 @@ class FinishedRun(RunFolder):
         examples = self.kind.read(source, columns, part="dev", labelled=labelled)
         for note in source.notes:
             self.tell(note)
+        if labelled and self.trained_on(source.path):
+            self.tell(f"warning: {path} was trained on, so its score says too little about new examples")
         return examples
 
     def predict(
