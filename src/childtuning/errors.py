@@ -64,3 +64,8 @@ def did_you_mean(got: str, known: Iterable[str]) -> str:
     listing = f"Known: {', '.join(names)}." if names else "There are none."
     near = get_close_matches(got, names, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}? {listing}" if near else listing
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun: ``1 run``, ``2,000 runs``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

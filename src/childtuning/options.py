@@ -108,6 +108,7 @@ class Option:
             "(0, 2147483648)": "above 0 (and below 2^31)",
             "[0, inf)": "0 or more",
             "[1, inf)": "from 1 up",
+            "[2, inf)": "from 2 up",
         }
         place = bounds.get(self.within, f"in {self.within}") if self.within else ""
         return f"{_NAMES[self.kind]} {place}".strip() if self.kind == "int" else place or _NAMES[self.kind]

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
@@ -260,6 +260,8 @@ def _every_option() -> list[dict]:
         "method": "child-d",
         "density": "auto",
         "label_type": "class",
+        "encoding": "cp1251",
+        "sheet": "a sheet",
         "class_weights": "balanced",
     }
     special = {
@@ -279,8 +281,9 @@ def _every_option() -> list[dict]:
         one[field.name] = value
     other |= dict.fromkeys(("text", "text_pair", "label"), "a column")
     other |= {"rescale": False, "release_gradients": False, "seed": 8}
-    assert {*one, *other} == {field.name for field in fields(RunConfig)}
-    return [one, other]
+    folded = {"train": "a.csv", "folds": one.pop("folds"), "fold": one.pop("fold"), "seed": 9}
+    assert {*one, *other, *folded} == {field.name for field in fields(RunConfig)}
+    return [one, other, folded]
 
 
 def test_every_run_can_be_done_again() -> None:
@@ -323,3 +326,47 @@ def test_the_exact_command_and_the_environment_stand_at_the_end(page) -> None:
     tables = {table.attributes["aria-label"]: dict(table.table()) for table in section.all("table")}
     assert tables["Environment"]["packages.torch"] == "2.13.0"
     assert tables["Settings"]["grid.learning_rate"] == "2e-5, 4e-5, 0.0001"
+
+
+def answered(method: str, seed: int, answers: list[str]) -> Any:
+    """Return a run with its answers to four examples of two classes."""
+    per_class = {
+        label: {"precision": 0.5, "recall": 0.5, "f1": 0.25 + seed / 2, "support": 2}
+        for label in ("no", "yes")
+    }
+    run = synthetic.record("rte", method, seed)
+    return replace(run, result={**(run.result or {}), "per_class": per_class, "answers": answers})
+
+
+def disagreeing(examples: dict[str, Any] | None) -> Recorded:
+    """Return two methods that agree on two of four examples."""
+    runs = [
+        answered("full", 0, ["yes", "no", "yes", "no"]),
+        answered("full", 1, ["yes", "no", "yes", "no"]),
+        answered("child-d", 0, ["yes", "no", "no", "no"]),
+        answered("child-d", 1, ["yes", "no", "no", "yes"]),
+    ]
+    asked = synthetic.comparison(["rte"], ["full", "child-d"], 2)
+    return Recorded(asked, runs, {} if examples is None else {"examples": {"rte": examples}}, {})
+
+
+def test_examples_on_which_methods_disagree_come_first() -> None:
+    examples = {"labels": ["yes", "no", "no", "no"], "shown": ["one", "two", "<b>three", "four"]}
+    part = next(
+        s for s in parse(html_page(disagreeing(examples))).all("section") if s.attributes["id"] == "examples"
+    )
+    classes, disagreements = part.all("table")
+    assert [row.text for row in classes.all("tr")][1:] == ["no20.5000.500", "yes20.5000.500"]
+    rows = [[cell.text for cell in [*row.all("th"), *row.all("td")]] for row in disagreements.all("tr")]
+    columns = dict(zip(*rows[:2], strict=True))
+    assert columns["example"] == "<b>three" and columns["label"] == "no"
+    assert columns["child-d"] == "no 2/2 ✓" and columns["full"] == "yes 2/2"
+    assert [row[0] for row in rows[1:]] == ["<b>three", "four"]
+    assert "differ on 2 of 4 examples; on 1 of them" in part.text
+
+
+def test_without_the_examples_or_with_others_there_are_only_classes() -> None:
+    for examples in (None, {"labels": ["yes"], "shown": ["one"]}):
+        page = parse(html_page(disagreeing(examples)))
+        part = next(s for s in page.all("section") if s.attributes["id"] == "examples")
+        assert len([*part.all("table")]) == 1

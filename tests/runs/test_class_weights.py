@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from childtuning.errors import ConfigError
 from childtuning.runs import RunConfig, train_run
 from childtuning.runs.inputs import Inputs
-from childtuning.runs.run import _begin, build_trainer
+from childtuning.runs.run import _begin
+from childtuning.runs.trainer import build_trainer
 from childtuning.tasks.class_weights import BalancedLoss
 
 WEIGHTS = {"bad": 40 / (2 * 35), "good": 40 / (2 * 5)}

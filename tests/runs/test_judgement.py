@@ -11,7 +11,7 @@ import pytest
 from childtuning.compare.work import _kept
 from childtuning.runs import FinishedRun, RunConfig, train_run
 from childtuning.runs.folder import RunResult
-from childtuning.runs.judgement import judge
+from childtuning.runs.judgement import Answered, judge
 from childtuning.tasks import Examples, find_kind
 
 KIND = find_kind("classification")
@@ -23,7 +23,7 @@ def test_classes_and_errors_are_those_counted_by_hand() -> None:
     sure = [1.0, 5.0, 1.0, 9.0, 1.0, 1.0, 7.0]
     logits = [np.eye(3)[one] * much for one, much in zip(said, sure, strict=True)]
     split = Examples([f"text {i}" for i in range(7)], None, [NAMES[i] for i in truth])
-    found = judge(KIND, ("accuracy", "macro-f1"), logits, None, split, NAMES)
+    found = judge(KIND, ("accuracy", "macro-f1"), [Answered(logits, None, split)], NAMES)
     assert found.metrics["accuracy"] == pytest.approx(4 / 7)
     assert found.confusion == [[1, 1, 0], [0, 1, 0], [1, 1, 2]]
     assert found.per_class is not None and list(found.per_class) == list(NAMES)
@@ -40,14 +40,14 @@ def test_classes_and_errors_are_those_counted_by_hand() -> None:
 def test_many_classes_have_no_matrix() -> None:
     names = [str(i) for i in range(51)]
     split = Examples(["x"] * 51, None, names)
-    found = judge(KIND, ("accuracy",), list(np.eye(51)), None, split, names)
+    found = judge(KIND, ("accuracy",), [Answered(list(np.eye(51)), None, split)], names)
     assert found.confusion is None and found.per_class is not None and len(found.per_class) == 51
     assert found.errors == []
 
 
 def test_a_collapsed_model_has_no_classes() -> None:
     split = Examples(["x", "y"], None, ["a", "b"])
-    found = judge(KIND, ("accuracy",), [np.array([np.nan, 0, 0])] * 2, None, split, NAMES)
+    found = judge(KIND, ("accuracy",), [Answered([np.array([np.nan, 0, 0])] * 2, None, split)], NAMES)
     assert np.isnan(found.metrics["accuracy"]) and found.interval is None and found.per_class is None
 
 
@@ -55,7 +55,7 @@ def test_numbers_have_an_interval_alone() -> None:
     targets = np.arange(40.0)
     outputs = [np.array([value]) for value in targets + np.tile([1.0, -1.0], 20)]
     split = Examples(["x"] * 40, None, targets.tolist())
-    found = judge(find_kind("regression"), ("mae", "pearson"), outputs, None, split, ())
+    found = judge(find_kind("regression"), ("mae", "pearson"), [Answered(outputs, None, split)], ())
     assert found.metrics["mae"] == 1.0 and found.interval == [1.0, 1.0]
     assert found.per_class is None and found.confusion is None and found.errors == []
 

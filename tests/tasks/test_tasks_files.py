@@ -184,8 +184,7 @@ def test_labels_that_are_odd(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "\\ud83d"}\n')
     assert task_from_files(tmp_path / "a.jsonl", tmp_path / "a.jsonl").label_names == ("?", "x")
     path = write_labels(tmp_path / "b.jsonl", [f"{number},5" for number in range(30)])
-    with pytest.raises(DataError, match="line 1 must have a finite number in column 'label', got '0,5'"):
-        task_from_files(path, path)
+    assert task_from_files(path, path).train.labels == [number + 0.5 for number in range(30)]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("word", ["NA", "None", "null", "N/A"])
@@ -198,3 +197,14 @@ def test_words_for_nothing_beside_numbers(tmp_path: Path, word: str) -> None:
     grades = write_labels(tmp_path / "c.jsonl", [word, "1", "2"])
     assert word in task_from_files(grades, grades).label_names
     assert word in task_from_files(path, path, label_type="class").label_names
+
+
+def test_numbers_with_decimal_commas(tmp_path: Path) -> None:
+    rows = "".join(f"a text {i};{i},{i % 10}5\n" for i in range(30))
+    (tmp_path / "a.csv").write_text("text;score\n" + rows, encoding="utf-8")
+    task = task_from_files(tmp_path / "a.csv", label="score")
+    assert task.kind == "regression" and "column 'score' is read with decimal commas" in "".join(task.notes)
+    assert sorted([*task.train.labels, *task.dev.labels])[:3] == [0.05, 1.15, 2.25]  # type: ignore[attr-defined]
+    (tmp_path / "a.csv").write_text("text;score\n" + rows.replace(",55", ".55"), encoding="utf-8")
+    with pytest.raises(DataError, match="must have a finite number in column 'score', got '0,05'"):
+        task_from_files(tmp_path / "a.csv", label="score")  # which of the two marks decimals is not known

@@ -89,6 +89,20 @@ def test_defaults_fit_their_kind():
         assert all(METRICS[name].kind == kind for name in default_metrics(kind))
 
 
+def calibration_error_by_bins(chances: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The expected calibration error, bin after bin: Σ n_b/n · |accuracy − confidence|."""
+    confidence, right = chances.max(1), chances.argmax(1) == truth
+    total = 0.0
+    for low in np.arange(15) / 15:
+        here = (confidence >= low) & ((confidence < low + 1 / 15) | (low == 14 / 15))
+        if weights[here].sum():
+            gap = np.average(right[here], weights=weights[here]) - np.average(
+                confidence[here], weights=weights[here]
+            )
+            total += weights[here].sum() / weights.sum() * abs(gap)
+    return total
+
+
 def twin(name: str, logits: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
     """The metric as scikit-learn and scipy have it."""
     from scipy import stats
@@ -107,6 +121,10 @@ def twin(name: str, logits: np.ndarray, truth: np.ndarray, weights: np.ndarray) 
     kept: dict = {"sample_weight": weights}
     if name == "auroc":
         return metrics.roc_auc_score(truth, chances[:, 1] if two else chances, multi_class="ovr", **kept)
+    if name == "log-loss":
+        return metrics.log_loss(truth, chances, **kept)
+    if name == "calibration-error":
+        return calibration_error_by_bins(chances, truth, weights)
     if name == "average-precision":
         every = [truth == c for c in range(logits.shape[1])]
         of_class = [

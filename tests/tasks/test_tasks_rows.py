@@ -183,7 +183,12 @@ TEXT = "text{0}label\n“Très bien”{0}gut\n"
         ("a.tsv", ",", "utf-8-sig", ["a.tsv: its columns are separated by commas"]),
         ("a.csv", ",", "utf-16-le", ["a.csv: read as UTF-16 without a byte order mark"]),
         ("a.csv", ",", "utf-16-be", ["a.csv: read as UTF-16 without a byte order mark"]),
-        ("a.csv", ",", "cp1252", ["a.csv: not UTF-8 (byte 0x93 in line 2), so read as Windows-1252"]),
+        (
+            "a.csv",
+            ",",
+            "cp1252",
+            ["a.csv: not UTF-8 (byte 0x93 in line 2), so read as Windows-1252; --encoding names another"],
+        ),
     ],
 )
 def test_separator_and_encoding_are_found_and_told(
@@ -250,7 +255,14 @@ def test_a_workbook_of_several_sheets(tmp_path: Path) -> None:
     book.save(tmp_path / "a.xlsx")
     source = Source(tmp_path / "a.xlsx")
     assert source.rows == [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]
-    assert source.notes == ["a.xlsx: read the first of its 2 sheets, 'Sheet'"]
+    assert source.notes == ["a.xlsx: read the first of its 2 sheets, 'Sheet'; --sheet names another"]
+    book["Notes"].append(["text"])
+    book["Notes"].append(["a note"])
+    book.save(tmp_path / "a.xlsx")
+    named = Source(tmp_path / "a.xlsx", sheet="Notes")
+    assert (named.rows, named.notes) == ([{"text": "a note"}], [])
+    with pytest.raises(DataError, match="has no sheet 'Note'. Did you mean 'Notes'"):
+        assert Source(tmp_path / "a.xlsx", sheet="Note").rows
 
 
 def test_a_workbook_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,3 +328,29 @@ def test_one_row_in_twenty_may_be_bad(tmp_path: Path, num_rows: int, num_bad: in
             source.rows  # noqa: B018
     else:
         assert len(source.rows) == num_rows
+
+
+def test_an_encoding_is_used_where_a_file_is_not_utf_8(tmp_path: Path) -> None:
+    russian = "text,label\nхорошо,1\nплохо,0\n"
+    for encoding in ("cp1251", "utf-8", "utf-16"):
+        (tmp_path / "a.csv").write_bytes(russian.encode(encoding))
+        source = Source(tmp_path / "a.csv", encoding="cp1251")
+        assert [row["text"] for row in source.rows] == ["хорошо", "плохо"] and source.notes == []
+    (tmp_path / "a.csv").write_bytes(russian.encode("cp1251"))
+    with pytest.raises(DataError, match=r"Name its --encoding, or save it as UTF-8\."):
+        read_rows(tmp_path / "a.csv")
+    with pytest.raises(
+        DataError, match="neither UTF-8 nor ascii: byte 0xf5 in line 2. Pass another --encoding"
+    ):
+        assert Source(tmp_path / "a.csv", encoding="ascii").rows
+
+
+def test_columns_as_pandas_writes_them(tmp_path: Path) -> None:
+    import pandas
+
+    rows = [{"text": "one", "label": "x"}, {"text": "two", "label": "y"}]
+    table = pandas.DataFrame(rows, index=[4, 7])
+    for orient in ("columns", "records", "table"):
+        table.to_json(tmp_path / "a.json", orient=orient)
+        found = Source(tmp_path / "a.json")
+        assert [{name: row[name] for name in rows[0]} for row in found.rows] == rows, orient

@@ -16,13 +16,14 @@ from childtuning.errors import ConfigError
 NAME = "compare"
 _comparison, _execution = "Comparison", "Execution"
 _OWN = ("task", "method", "seed", "train_limit")  # this command has its own options for several of each
+_OF_TRAIN = ("folds", "fold")
 
 
 def _option(panel: str, text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
-@o.takes(name for name in o.SHARED if name not in _OWN)
+@o.takes(name for name in o.SHARED if name not in _OWN + _OF_TRAIN)
 def run(
     more_grid: Annotated[
         list[str] | None,
@@ -150,6 +151,8 @@ def run(
     with watched(store, comparison, jobs=jobs, tell=tell, live=is_terminal()):
         recorded = compare(store, comparison, executor=executor, jobs=jobs)  # type: ignore[arg-type]
     _show(store, recorded, comparison, as_json=as_json)
+    if all(run.state == "failed" for run in recorded.records):
+        raise typer.Exit(1)
 
 
 def _show(store: Path, recorded: Any, comparison: Any, *, as_json: bool) -> None:

@@ -38,7 +38,7 @@ def run(
         childtuning predict runs/mine --text "What a lovely day."
     """
     from childtuning.runs import load
-    from childtuning.runs.predict import PredictionsFile, as_source
+    from childtuning.runs.predict import PredictionsFile
     from childtuning.tasks import Answers
 
     into = PredictionsFile(output) if output is not None else None
@@ -52,7 +52,7 @@ def run(
         given = [{"text": text} if text_pair is None else {"text": text, "text_pair": text_pair}]
     else:
         assert input is not None
-        source = as_source(input)
+        source = opened.source(input, labelled=False)
         examples = opened.read_input(source, labelled=False)
         given = (
             source.rows

@@ -14,8 +14,13 @@ from childtuning.errors import ConfigError
 NAME = "score"
 
 
+_OF_TESTS = ("eval_limit", "data_seed", "held_out", "folds", "fold", "elsewhere")
 _OPTIONS = [
-    *(name for name in o.SECTION["Data"] if name not in ("eval_limit", "data_seed", "held_out", "elsewhere")),
+    *(
+        name
+        for name in o.SECTION["Data"]
+        if name not in ("eval_limit", "data_seed", "held_out", "folds", "fold", "elsewhere")
+    ),
     *o.SECTION["Model"],
     *("density", "mass", *(name for name in o.SECTION["Child"] if "fisher" in name or name == "estimator")),
     *("eligible", "always", "batch_size", "max_length", "seed"),

@@ -99,9 +99,11 @@ def _print(result: RunResult) -> None:
                 + _beside(constant.get(name))
                 for name, value in result.metrics.items()
             },
+            **_of_folds(result),
             **{f"{name}, held out": score_text(value) for name, value in (result.held_out or {}).items()},
             **{f"on {name}": score_text(found["accuracy"]) for name, found in result.elsewhere.items()},
             "trained": f"{result.trained_parameters:,} entries ({result.density:.1%} of the eligible{beside})",
+            **_chosen(result),
             "optimizer state": human_bytes(result.state_bytes),
             "delta": human_bytes(result.delta_bytes),
             "time": f"{result.fisher_seconds:.0f} s to choose the child, {result.train_seconds:.0f} s to train",
@@ -115,3 +117,21 @@ def _print(result: RunResult) -> None:
 
 def _beside(constant: float | None) -> str:
     return "" if constant is None else f"  (the same answer for every example: {score_text(constant)})"
+
+
+def _of_folds(result: RunResult) -> dict[str, str]:
+    name = result.metric["name"]
+    values = [score_text(fold[name]) for fold in result.folds]
+    return {f"{name}, by fold": ", ".join(values)} if values else {}
+
+
+def _chosen(result: RunResult) -> dict[str, str]:
+    """Return what the held-out examples have decided."""
+    found = {}
+    if result.checkpoint is not None:
+        found["checkpoint"] = (
+            f"step {result.checkpoint['step']} of {result.checkpoint['of']}, the best on the held-out examples"
+        )
+    if result.temperature is not None:
+        found["temperature"] = f"{result.temperature:.3f}, the logits' divisor, is in the head's weights"
+    return found

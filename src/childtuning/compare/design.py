@@ -14,9 +14,8 @@ from typing import Any, Literal, Self
 from childtuning.compare.records import Group, Record
 from childtuning.errors import ConfigError
 from childtuning.methods import Combination
-from childtuning.runs.config import RunConfig, option_of_text
+from childtuning.runs.config import HELD_OUT, RunConfig, option_of_text
 
-HELD_OUT = 0.1  # share of the training examples, if hyperparameters have to be chosen
 Grid = Mapping[str, Sequence[Any]]
 _SHORT = {"lr": "learning_rate"}
 _OF_CHILDREN = (

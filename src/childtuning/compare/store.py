@@ -235,6 +235,12 @@ class Store:
                 artifacts={name: json.loads(content) for name, content in artifacts},
             )
 
+    def artifact(self, name: str) -> Any:
+        """Return a result that belongs to no single run; ``None`` if there is none of this name."""
+        with told(self.path):
+            row = self._db.execute("SELECT content FROM artifacts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
     def set_artifact(self, name: str, content: Mapping[str, Any]) -> None:
         """Record a result that belongs to no single run."""
         with self._writing():

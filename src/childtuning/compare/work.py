@@ -85,6 +85,7 @@ def work(store: Store, comparison: Comparison) -> None:
             try:
                 last = execute(run, store.folder_of(run.id), inputs, keep=keep)
                 store.finish(last, owner)
+                _keep_examples(store, last, inputs)
             except BaseException:
                 _give_back(store, run, owner)
                 raise
@@ -158,6 +159,17 @@ def _kept(result: RunResult) -> dict[str, Any]:
     if len(result.per_class or ()) > _MOST_CLASSES:
         left_out |= {"per_class": None, "confusion": None}
     return result.to_dict() | left_out
+
+
+def _keep_examples(store: Store, run: Record, inputs: Inputs) -> None:
+    """Record the evaluation examples of a run's task in short, beside which a report shows the answers."""
+    known = store.artifact("examples") or {}
+    if run.group.task in known or not (run.result or {}).get("answers"):
+        return
+    dev = inputs.task(RunConfig.from_options(run.config))[0].dev
+    labels, rows = dev.strata() or (), range(len(dev))
+    here = {"labels": [*map(str, labels)], "shown": [dev.shown(row) for row in rows]}
+    store.set_artifact("examples", {**known, run.group.task: here})
 
 
 def _keep_board(folder: Path, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from childtuning.compare.statistics import Description
 from childtuning.compare.summary import SHOWN_DIGITS
+from childtuning.errors import counted as counted
 
 NOTHING = "–"  # where there is no number
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -83,11 +84,6 @@ def share(value: float | None) -> str:
     if 99.9 < percent < 100:
         return "> 99.9 %"
     return f"{percent:.0f} %" if percent in (0, 100) or percent >= 10 else f"{percent:.1f} %"
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return a number with its noun: ``1 run``, ``2,000 runs``."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def option(value: Any) -> str:

@@ -20,6 +20,8 @@ from childtuning.options import option, options_of, settle
 if TYPE_CHECKING:
     from childtuning.methods import Combination
 
+HELD_OUT = 0.1  # share of the training examples, where something has to be chosen by them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -68,8 +70,30 @@ class Data:
         within="[0, 4294967296)",
     )
     held_out: float = option(
-        0.0, "Share of the training examples to hold out and score separately.", within="[0, 1)"
+        0.0,
+        "Share of the training examples to hold out and score separately; 0.1 if they choose a checkpoint or a "
+        "temperature.",
+        within="[0, 1)",
     )
+    folds: int | None = option(
+        None,
+        "Cross-validation: measure on each of this many parts of --train with a model trained on the others, then "
+        "train on all.",
+        within="[2, inf)",
+        unset="none",
+    )
+    fold: int | None = option(
+        None,
+        "Train for this fold alone, 1 to --folds, and evaluate on its part.",
+        within="(0, 2147483648)",
+        unset="all",
+    )
+    encoding: str | None = option(
+        None,
+        "Encoding of text files that are not UTF-8: cp1251, gb18030, …",
+        unset="Windows-1252 if it may be",
+    )
+    sheet: str | None = option(None, "Sheet of a workbook with several.", unset="the first")
     strict: bool = option(
         False,
         "Refuse the first bad row of a file, instead of leaving out up to one in twenty.",
@@ -155,6 +179,22 @@ class Train:
     seed: int = option(
         0, "Seed of the head, the data order, dropout and masks.", within="[0, 4294967296)", argument="seed"
     )
+    best_checkpoint: bool = option(
+        False,
+        "Keep the checkpoint with the best score on the held-out training examples.",
+        flags=("--best-checkpoint/--last-checkpoint",),
+    )
+    early_stopping: int | None = option(
+        None,
+        "Stop after this many checkpoints without a better score; implies --best-checkpoint.",
+        within="(0, 2147483648)",
+        unset="never",
+    )
+    temperature_scaling: bool = option(
+        False,
+        "Divide the logits by a number fitted on the held-out training examples, so that confidences can be trusted.",
+        flags=("--temperature-scaling/--no-temperature-scaling",),
+    )
     save_steps: int | None = option(
         None, "Steps between checkpoints.", within="(0, 2147483648)", unset="every epoch"
     )
@@ -166,6 +206,7 @@ class Train:
         return {one.argument: getattr(self, one.name) for one in declared if one.argument}
 
 
+_OF_FILES = ("text", "text_pair", "label", "encoding", "sheet")
 SECTIONS = {"Data": Data, "Model": Model, "Child": Child, "Training": Train}
 
 
@@ -184,7 +225,7 @@ class RunConfig(Train, Child, Model, Data):
         if self.task is not None and (self.train is not None or self.eval is not None):
             faults.append("--task and --train/--eval exclude each other. Pass one of them.")
         if self.task is not None:
-            given = [name for name in ("text", "text_pair", "label") if getattr(self, name) is not None]
+            given = [name for name in _OF_FILES if getattr(self, name) is not None]
             given += ["label_type"] if self.label_type != "auto" else []
             if given:
                 faults.append(
@@ -194,6 +235,14 @@ class RunConfig(Train, Child, Model, Data):
             faults.append(
                 "class_weights weighs the data's labels, got fisher_labels='sampled'. Pass one of them."
             )
+        if self.encoding is not None and not _is_encoding(self.encoding):
+            faults.append(f"there is no encoding {self.encoding!r}. Pass cp1251, gb18030, shift_jis, …")
+        if self.folds is not None and (self.train is None or self.eval is not None):
+            faults.append(
+                "--folds evaluates on parts of the file --train. Pass it, and neither --task nor --eval."
+            )
+        if self.fold is not None and not self.fold <= (self.folds or 0):
+            faults.append(f"fold must be between 1 and --folds, got {self.fold} of {self.folds or 'none'}.")
         if not faults:
             self.child()
         if faults:
@@ -221,8 +270,16 @@ class RunConfig(Train, Child, Model, Data):
 
         return Combination.parse(self.method)
 
+    @property
+    def chooses_checkpoint(self) -> bool:
+        """Whether the held-out examples choose the checkpoint that is kept."""
+        return self.best_checkpoint or self.early_stopping is not None
+
     def resolved(self) -> RunConfig:
-        """Return the same run with density, precision and full paths filled in for its method and this machine."""
+        """Return the same run with what depends on other options or this machine filled in.
+
+        That is the density, the precision, the held-out share, and full paths.
+        """
         paths = {
             name: str(Path(value).expanduser().resolve())
             for name in ("train", "eval", "data_dir", "init_from")
@@ -235,7 +292,10 @@ class RunConfig(Train, Child, Model, Data):
             from childtuning.training import has_fast_bf16
 
             precision = "bf16" if has_fast_bf16() else "fp32"
-        return replace(self, density=self.child().density, precision=precision, **paths)
+        held_out = self.held_out
+        if self.chooses_checkpoint or self.temperature_scaling:
+            held_out = held_out or HELD_OUT
+        return replace(self, density=self.child().density, precision=precision, held_out=held_out, **paths)
 
     def to_toml(self) -> str:
         """Return the options that are not None, as TOML."""
@@ -261,6 +321,14 @@ class RunConfig(Train, Child, Model, Data):
             is_typed = isinstance(value, str) and known[name].kind == "float" and known[name].words
             values[name] = known[name].parse(value) if is_typed else value
         return cls(**values)
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        b"".decode(name)
+    except LookupError:
+        return False
+    return True
 
 
 _SPLITS = ("train", "training", "data")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from childtuning.errors import ModelError
+from childtuning.errors import ConfigError, ModelError
 from childtuning.runs.config import RunConfig
 from childtuning.runs.inputs import Inputs
-from childtuning.runs.judgement import Judgement, judge
+from childtuning.runs.judgement import Answered, Judgement, judge, measure
 from childtuning.tasks import Answers, Kind, LengthBucketBatches, Split, Task
 from childtuning.training import num_positions
 
@@ -50,11 +50,18 @@ class Predictor:
             )
         return encoded
 
-    def judge(self, model: Any, split: Split, metrics: Sequence[str], encoded: Any = None) -> Judgement:
-        """Judge a model on labelled examples; pass ``encoded`` if they are already encoded."""
+    def answered(self, model: Any, split: Split, encoded: Any = None) -> Answered:
+        """Run a model on labelled examples; pass ``encoded`` if they are already encoded."""
         encoded = self.encode(split, "the examples") if encoded is None else encoded
-        outputs = self._over(model, encoded, self.kind.outputs)
-        return judge(self.kind, metrics, outputs, encoded, split, self.label_names)
+        return Answered(self._over(model, encoded, self.kind.outputs), encoded, split)
+
+    def judge(self, metrics: Sequence[str], parts: Sequence[Answered]) -> Judgement:
+        """Judge what models answered."""
+        return judge(self.kind, metrics, parts, self.label_names)
+
+    def measure(self, metrics: Sequence[str], parts: Sequence[Answered]) -> dict[str, float]:
+        """Return the metrics of what models answered."""
+        return measure(self.kind, metrics, parts, self.label_names)
 
     def predict(
         self, model: Any, split: Split, options: Answers, encoded: Any = None
@@ -68,7 +75,10 @@ class Predictor:
         """Apply ``read_fn`` to batches of consecutive examples, padded to the longest, and join the results."""
         batches = LengthBucketBatches(encoded.lengths, self.kind.batch_size, seed=0, shuffle=False)
         loader = DataLoader(
-            encoded, batch_sampler=batches, collate_fn=self.kind.collator(self.processor, exact=True)
+            encoded,
+            batch_sampler=batches,
+            collate_fn=self.kind.collator(self.processor, exact=True),
+            generator=torch.Generator(),  # so that measuring while training draws no random number from it
         )
         check_tokens(model, encoded)
         device = next(model.parameters()).device
@@ -108,6 +118,18 @@ def check_tokens(model: Any, encoded: Any) -> None:
         )
 
 
+class Fold(NamedTuple):
+    """A part of a cross-validation.
+
+    Attributes:
+        train: the examples trained on.
+        answered: what the model answered for the others.
+    """
+
+    train: Split
+    answered: Answered
+
+
 class RunTests:
     """All evaluation sets of a run: dev, held-out training examples, other tasks; read before training starts.
 
@@ -131,6 +153,8 @@ class RunTests:
             if held_out is None
             else inputs.encoded(config, predictor.encode, held_out, "the held-out training examples")
         )
+        if config.elsewhere and task.rules.truth(task.dev, task.label_names) is None:
+            raise ConfigError(f"elsewhere needs one class per example, got {task.kind}. Leave it out.")
         self._elsewhere = [inputs.elsewhere(name, config, task) for name in config.elsewhere or ()]
         self._elsewhere_encoded = [
             inputs.encoded(config, predictor.encode, other.questions, f"the examples of {other.name}")
@@ -148,26 +172,44 @@ class RunTests:
         """How many words or rows of the dev examples were truncated by the length limit."""
         return self._dev.num_cut
 
-    def measure(self, model: Any) -> dict[str, Any]:
-        """Return the fields of ``RunResult`` with a model's scores."""
-        names, predictor, dev = self.task.metrics, self.predictor, self.task.dev
-        constant = self.task.rules.constant_output(self.task.train, self.task.label_names)
+    def measure(self, model: Any, folds: Sequence[Fold] | None = None) -> dict[str, Any]:
+        """Return the fields of ``RunResult`` with a model's scores.
+
+        Args:
+            model: the trained model.
+            folds: of a cross-validation; their scores are those of the dev examples then.
+        """
+        names, predictor, label_names = self.task.metrics, self.predictor, self.task.label_names
+        if folds is None:
+            folds = [Fold(self.task.train, predictor.answered(model, self.task.dev, self._dev))]
+        constants = [
+            None if output is None else fold.answered._replace(outputs=[output] * len(fold.answered.outputs))
+            for fold in folds
+            for output in [self.task.rules.constant_output(fold.train, label_names)]
+        ]
+        known = [constant for constant in constants if constant is not None]
         return {
-            **vars(predictor.judge(model, dev, names, self._dev)),
-            "held_out": None
-            if self.held_out is None
-            else predictor.judge(model, self.held_out, names, self._aside).metrics,
-            "constant": None
-            if constant is None
-            else self.task.rules.measure(names, [constant] * len(dev), self._dev, dev, self.task.label_names),
+            **vars(predictor.judge(names, [fold.answered for fold in folds])),
+            "held_out": None if self.held_out is None else self.held_out_scores(model),
+            "constant": predictor.measure(names, known) if len(known) == len(folds) else None,
+            "folds": [predictor.measure(names, [fold.answered]) for fold in folds] if len(folds) > 1 else [],
             "elsewhere": {
                 other.name: {
                     "accuracy": other.accuracy(self._classes(model, other, encoded), self.task.label_names)
                 }
                 for other, encoded in zip(self._elsewhere, self._elsewhere_encoded, strict=True)
             },
-            "eval_examples": len(self._dev),
+            "eval_examples": sum(len(fold.answered.outputs) for fold in folds),
         }
+
+    def held_out_answers(self, model: Any) -> Answered:
+        """Run a model on the held-out training examples."""
+        assert self.held_out is not None
+        return self.predictor.answered(model, self.held_out, self._aside)
+
+    def held_out_scores(self, model: Any) -> dict[str, float]:
+        """Measure a model on the held-out training examples."""
+        return self.predictor.measure(self.task.metrics, [self.held_out_answers(model)])
 
     def nothing(self) -> dict[str, Any]:
         """Return the fields of ``measure`` for a model without scores."""

@@ -11,7 +11,7 @@ start/                 the delta from the base model to the run it started from 
 log.jsonl              the training log
 tensorboard/           the same for TensorBoard (--report-to tensorboard)
 metrics.json           the result; written last, so that it marks a finished run
-checkpoints/           exists only during training
+checkpoints/, folds/   exist only during training
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from childtuning.tasks.metrics import is_share, lower_is_better
 
 CONFIG, LABELS, METRICS, DATA = "config.toml", "labels.json", "metrics.json", "data.json"
 METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
+FOLDS = "folds"
 _OURS = (
     "log.jsonl",
     CONFIG,
@@ -46,6 +47,7 @@ _OURS = (
     START,
     TENSORBOARD,
     CHECKPOINTS,
+    FOLDS,
     "child.safetensors",
     "delta.json",
     "delta.safetensors",
@@ -204,8 +206,12 @@ class RunResult:
         constant: the same for the constant baseline, the most frequent answer of the training examples; ``None`` if
             the kind of task has no such baseline.
         elsewhere: for each other task, its metrics with mapped labels.
-        interval, per_class, confusion, errors: on the dev split, as in ``Judgement``; ``None`` and [] in results of
-            earlier versions.
+        folds: the metrics on each part of a cross-validation; ``metrics`` and what else is said of the dev split are
+            those of all parts together then.
+        checkpoint: the step that was kept, the last step, and the held-out score that decided; ``None``: the last.
+        temperature: what the logits were divided by, in the head's weights; ``None``: nothing.
+        interval, per_class, confusion, errors, answers: on the dev split, as in ``Judgement``; ``None`` and [] in
+            results of earlier versions.
         density: the share of the eligible entries in the child.
         trained_parameters: the number of trained entries, including the new head.
         child_parameters: how many of them are eligible.
@@ -254,6 +260,10 @@ class RunResult:
     per_class: dict[str, dict[str, float]] | None = None
     confusion: list[list[int]] | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[str] | None = None
+    folds: list[dict[str, float]] = field(default_factory=list)
+    checkpoint: dict[str, float] | None = None
+    temperature: float | None = None
 
     def __repr__(self) -> str:
         value = self.metric["value"]

@@ -43,6 +43,10 @@ def read_run_task(config: RunConfig) -> tuple[Task, Split | None]:
             label=config.label,
             label_type=config.label_type,  # type: ignore[arg-type]
             eval_share=config.eval_share,
+            folds=config.folds,
+            fold=config.fold,
+            encoding=config.encoding,
+            sheet=config.sheet,
             **drawn,
         )
     task = task.limit_evaluation(config.eval_limit, seed=config.data_seed)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from childtuning.tasks import Kind, Split
-from childtuning.tasks.metrics import interval, probabilities, score
+from childtuning.tasks.metrics import WeightedFn, interval, probabilities, score
 
 _NUM_ERRORS = 5
 _MOST_CLASSES = 50  # a larger confusion matrix is left out
+_MOST_ANSWERS = 2000
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Judgement:
         confusion: how often each class (row) got each answer (column), in the order of ``per_class``; ``None`` also
             with more than 50 classes.
         errors: the wrong answers with the highest probability, at most five: text, label, prediction, confidence.
+        answers: the class that each example got; ``None`` unless each has one class, with more than 2,000 examples,
+            and in cross-validation.
     """
 
     metrics: dict[str, float]
@@ -33,33 +37,87 @@ class Judgement:
     per_class: dict[str, dict[str, float]] | None = None
     confusion: list[list[int]] | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[str] | None = None
+
+
+class Answered(NamedTuple):
+    """What a model returned for labelled examples.
+
+    Attributes:
+        outputs: as ``Kind.outputs`` returns them, one per example.
+        encoded: the examples as model inputs.
+        split: the examples.
+    """
+
+    outputs: Sequence[Any]
+    encoded: Any
+    split: Split
 
 
 def judge(
-    kind: Kind,
-    metrics: Sequence[str],
-    outputs: Sequence[Any],
-    encoded: Any,
-    split: Split,
-    label_names: Sequence[str],
+    kind: Kind, metrics: Sequence[str], parts: Sequence[Answered], label_names: Sequence[str]
 ) -> Judgement:
-    """Compare a model's outputs with the labels of the examples; arguments as for ``Kind.measure``."""
-    found = [kind.weighted(name, outputs, encoded, split, label_names) for name in metrics]
-    values = {name: score(fn, len(outputs)) for name, fn in zip(metrics, found, strict=True)}
-    ends = interval(found[0], len(outputs))
+    """Compare outputs with the labels of the examples.
+
+    Args:
+        kind: the kind of task.
+        metrics: their names; the first is the main metric.
+        parts: what was returned; with several parts, as in cross-validation, a metric is the mean over them,
+            weighted by their examples.
+        label_names: class names in order of id.
+    """
+    num = sum(len(part.outputs) for part in parts)
+    found = [_joined([_weighted(kind, name, part, label_names) for part in parts]) for name in metrics]
+    values = {name: score(fn, num) for name, fn in zip(metrics, found, strict=True)}
+    ends = interval(found[0], num)
     around = None if ends is None else list(ends)
-    truth = kind.truth(split, label_names)
-    if truth is None or not np.isfinite(outputs).all():
+    truths = [kind.truth(part.split, label_names) for part in parts]
+    if truths[0] is None or not all(np.isfinite(part.outputs).all() for part in parts):
         return Judgement(values, around)
-    chances = probabilities(outputs)
+    truth = np.concatenate([np.asarray(ids) for ids in truths])
+    chances = probabilities(np.concatenate([np.stack(part.outputs) for part in parts]))
     said = chances.argmax(1)
+    shown = [partial(part.split.shown, row) for part in parts for row in range(len(part.outputs))]
     return Judgement(
         values,
         around,
-        _per_class(np.asarray(truth), said, label_names),
-        _confusion(np.asarray(truth), said, len(label_names)) if len(label_names) <= _MOST_CLASSES else None,
-        _errors(np.asarray(truth), said, chances, split, label_names),
+        _per_class(truth, said, label_names),
+        _confusion(truth, said, len(label_names)) if len(label_names) <= _MOST_CLASSES else None,
+        _errors(truth, said, chances, shown, label_names),
+        [str(label_names[answer]) for answer in said] if num <= _MOST_ANSWERS and len(parts) == 1 else None,
     )
+
+
+def measure(
+    kind: Kind, metrics: Sequence[str], parts: Sequence[Answered], label_names: Sequence[str]
+) -> dict[str, float]:
+    """Return the metrics alone; arguments as for ``judge``."""
+    num = sum(len(part.outputs) for part in parts)
+    return {
+        name: score(_joined([_weighted(kind, name, part, label_names) for part in parts]), num)
+        for name in metrics
+    }
+
+
+def _weighted(kind: Kind, name: str, part: Answered, label_names: Sequence[str]) -> tuple[WeightedFn, int]:
+    return kind.weighted(name, *part, label_names), len(part.outputs)
+
+
+def _joined(parts: Sequence[tuple[WeightedFn, int]]) -> WeightedFn:
+    """Return the mean of a metric over parts, weighted by the weights of their examples."""
+    if len(parts) == 1:
+        return parts[0][0]
+    ends = np.cumsum([size for _, size in parts])[:-1]
+
+    def weighted(weights: np.ndarray) -> np.ndarray:
+        total = np.zeros(len(weights))
+        for (fn, _), part in zip(parts, np.split(weights, ends, axis=1), strict=True):
+            sums = part.sum(1)
+            there = sums > 0  # a bootstrap may leave a small part without examples
+            total[there] += sums[there] * fn(part[there])
+        return total / weights.sum(1)
+
+    return weighted
 
 
 def _per_class(
@@ -80,14 +138,18 @@ def _confusion(truth: np.ndarray, said: np.ndarray, num_classes: int) -> list[li
 
 
 def _errors(
-    truth: np.ndarray, said: np.ndarray, chances: np.ndarray, split: Split, label_names: Sequence[str]
+    truth: np.ndarray,
+    said: np.ndarray,
+    chances: np.ndarray,
+    shown: Sequence[Callable[[], str]],
+    label_names: Sequence[str],
 ) -> list[dict[str, Any]]:
     wrong = np.flatnonzero(said != truth)
     confidence = chances[wrong, said[wrong]]
     worst = np.argsort(-confidence, kind="stable")[:_NUM_ERRORS]
     return [
         {
-            "text": split.shown(int(row)),
+            "text": shown[row](),
             "label": label_names[int(truth[row])],
             "prediction": label_names[int(said[row])],
             "confidence": float(chances[row, said[row]]),

@@ -17,18 +17,13 @@ from childtuning.runs.config import json_ready
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.folder import RunFolder, write_text
 from childtuning.runs.inputs import base_model, bits, tuned_model
-from childtuning.runs.judgement import Judgement
-from childtuning.tasks import Answers, Columns, Source, Split, check_labels
+from childtuning.runs.judgement import Answered, Judgement
+from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
 from childtuning.tasks.metrics import probabilities
 from childtuning.training import LoadedModel
 
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 _MOST_CLASSES = 50  # a file of predictions holds the probabilities of no more
-
-
-def as_source(path: str | Path | Source) -> Source:
-    """Return a file or folder as a source."""
-    return path if isinstance(path, Source) else Source(Path(path).expanduser())
 
 
 class PredictionsFile:
@@ -180,14 +175,19 @@ class FinishedRun(RunFolder):
         processor.save_pretrained(folder)
         return folder
 
-    def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
-        """Read examples from a file or folder, with the run's columns.
+    def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
+        """Return a file or folder as a source.
 
         Bad rows are left out and told if they are to be measured; predictions need every row.
         """
+        config = self.config
+        strict = config.strict or not labelled
+        return as_source(path, strict=strict, encoding=config.encoding, sheet=config.sheet)
+
+    def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
+        """Read examples from a file or folder, with the run's columns."""
         columns = Columns(**self.about["columns"])
-        strict = self.config.strict or not labelled
-        source = path if isinstance(path, Source) else Source(Path(path).expanduser(), strict=strict)
+        source = self.source(path, labelled=labelled)
         examples = self.kind.read(source, columns, part="dev", labelled=labelled)
         for note in source.notes:
             self.tell(note)
@@ -243,12 +243,16 @@ class FinishedRun(RunFolder):
         Raises:
             DataError: for labels that did not occur in training, or examples of another form.
         """
+        return self._predictor.judge(self.about["metrics"], [self.answered(examples)])
+
+    def answered(self, examples: str | Path | Split) -> Answered:
+        """Run the tuned model on labelled examples; arguments and errors as for ``judge``."""
         if not isinstance(examples, Split):
             examples = self.read_input(examples, labelled=True)
         if self.kind.has_classes:
             check_labels(examples, tuple(self.label_names), where="the evaluation file")
         self._check_form(examples)
-        return self._predictor.judge(self.model(), examples, self.about["metrics"])
+        return self._predictor.answered(self.model(), examples)
 
     def _split(self, examples: Texts | str | Path | Split) -> Split:
         """Return what the user passed as examples."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from childtuning.runs.folder import (
     CHECKPOINTS,
     CONFIG,
     DATA,
+    FOLDS,
     LABELS,
     METHOD_FILES,
     METRICS,
@@ -42,91 +43,23 @@ from childtuning.runs.folder import (
     write_json,
     write_text,
 )
-from childtuning.runs.inputs import Inputs, apply_start, prepare_run_model
-from childtuning.runs.log import ProgressLines, RunLog, peak_memory_bytes, reset_peak_memory, trackers
+from childtuning.runs.folds import train_folds
+from childtuning.runs.inputs import Inputs, apply_start
+from childtuning.runs.log import ProgressLines, peak_memory_bytes, reset_peak_memory
+from childtuning.runs.temperature import divide, fitted_temperature, output_layer
+from childtuning.runs.trainer import build_trainer
 from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
-from childtuning.tasks import Kind, LengthBucketBatches, Split, Task
-from childtuning.tasks.class_weights import BalancedLoss
+from childtuning.tasks import Kind, Split, Task
 from childtuning.tasks.metrics import OF_ONE_CLASS
 from childtuning.training import (
     ChildTrainer,
     LoadedModel,
-    ScoreFn,
     choose_child,
     fisher_sample,
     in_model_order,
 )
 
 Tell = Callable[[str], None]
-
-
-def build_trainer(
-    config: RunConfig,
-    task: Task,
-    encoded: Any,
-    loaded: LoadedModel,
-    folder: Path,
-    *,
-    progress: bool,
-    scores: ScoreFn | None = None,
-) -> ChildTrainer:
-    """Return the trainer of a run whose learning rate and epochs are numbers, ready to start."""
-    from transformers import TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    assert isinstance(config.epochs, float)
-    num_steps = int(len(encoded) * config.epochs / (config.batch_size * config.gradient_accumulation))
-    arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        **config.arguments(),
-        lr_scheduler_type="linear",
-        bf16=config.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="epoch" if config.save_steps is None else "steps",
-        save_steps=config.save_steps or 500,
-        save_total_limit=2,
-        logging_steps=max(1, min(10, num_steps // 20)),  # about twenty points even in a short run
-        logging_nan_inf_filter=False,  # it would log 0 for a non-finite loss
-        disable_tqdm=not progress,
-        report_to="none",
-        run_name=folder.name,
-        dataloader_pin_memory=False,
-    )
-    methods = config.methods()
-    prepared = prepare_run_model(config, methods, loaded)
-    child = replace(config.child(), always=None)  # prepared.always includes it
-    if prepared.eligible is not None:
-        child = replace(child, eligible=prepared.eligible)
-    trainer = ChildTrainer(
-        prepared.model,
-        arguments,
-        train_dataset=encoded,
-        data_collator=task.rules.collator(loaded.processor),
-        child=child,
-        always=prepared.always,
-        scores=scores,
-        methods=methods.methods,
-        train_batches=LengthBucketBatches(encoded.lengths, config.batch_size, seed=config.seed),
-        base_name=loaded.name,
-        compute_loss_func=_class_loss(config, task),
-        callbacks=[RunLog(folder / "log.jsonl"), *trackers(config.report_to or (), folder)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _class_loss(config: RunConfig, task: Task) -> BalancedLoss | None:
-    """Return the loss with class weights; ``None`` if the model's own is trained.
-
-    Raises:
-        ConfigError: when an example does not have one class.
-    """
-    if config.class_weights is None:
-        return None
-    truth = task.rules.truth(task.train, task.label_names)
-    if truth is None:
-        raise ConfigError(f"class_weights needs one class per example, got {task.kind}. Leave it out.")
-    return BalancedLoss(truth, len(task.label_names))
 
 
 class _Begun(NamedTuple):
@@ -153,6 +86,8 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     if loaded.note:
         tell(loaded.note)
     task = task.in_order(loaded.label_names)
+    if config.temperature_scaling:
+        task = _with_calibration(task)
     if config.metric in OF_ONE_CLASS and len(task.label_names) == 2:
         tell(
             f"{config.metric} is that of the class {task.label_names[1]!r}; macro-f1 weighs both classes equally"
@@ -166,6 +101,17 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     check_tokens(loaded.model, train)
     config, reasons = choose_training(config, loaded, len(train))
     return _Begun(config, reasons, task, held_out, loaded, start, predictor, train)
+
+
+def _with_calibration(task: Task) -> Task:
+    """Return the task with the metrics of probabilities.
+
+    Raises:
+        ConfigError: when an example does not have one class.
+    """
+    if task.rules.truth(task.dev, task.label_names) is None:
+        raise ConfigError(f"temperature_scaling needs one class per example, got {task.kind}. Leave it out.")
+    return replace(task, metrics=tuple(dict.fromkeys([*task.metrics, "log-loss", "calibration-error"])))
 
 
 def _understood(begun: _Begun, tests: RunTests, trainer: ChildTrainer) -> Understood:
@@ -250,7 +196,7 @@ def train_run(
     reset_peak_memory()
     labels = _labels(task, loaded)
     trainer = build_trainer(
-        config, task, train, loaded, folder, progress=progress, scores=inputs.scores(config)
+        config, task, train, loaded, folder, progress=progress, scores=inputs.scores(config), tests=tests
     )
     found = _understood(begun, tests, trainer)
     for line in () if resume else found.lines():
@@ -260,13 +206,14 @@ def train_run(
     checkpoint = last_checkpoint(folder) if resume else None
     transformers.set_seed(config.seed)
     start = time.perf_counter()
-    if checkpoint is None:
-        try:
+    try:
+        scaled = output_layer(trainer.bare_model, trainer.always, tests) if config.temperature_scaling else []
+        if checkpoint is None:
             tell(_describe(trainer.select()))
-        except BaseException:
-            if is_main:
-                remove_empty(folder)
-            raise
+    except BaseException:
+        if is_main:
+            remove_empty(folder)
+        raise
     fisher_seconds = time.perf_counter() - start
     if is_main:
         if overwrite:
@@ -277,6 +224,14 @@ def train_run(
         write_json(folder / DATA, data_hashes(asdict(config)))
         write_text(folder / CONFIG, config.to_toml())
     wait_for_all()
+    folds = None
+    if config.folds is not None and config.fold is None:
+
+        def train_fold(fold: RunConfig, place: Path) -> RunResult:
+            return train_run(fold, place, resume=(place / CONFIG).is_file(), progress=progress, inputs=inputs)
+
+        folds = train_folds(config, folder / FOLDS, inputs, train_fold, tell)
+        reset_peak_memory()
     if checkpoint is not None:
         tell(f"continuing from {checkpoint.name}")
     start = time.perf_counter()
@@ -284,6 +239,12 @@ def train_run(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_seconds = time.perf_counter() - start
     diverged_at = _diverged_at(trainer)
+    temperature = None
+    if scaled and diverged_at is None:
+        answered = tests.held_out_answers(trainer.bare_model)
+        truth = task.rules.truth(answered.split, task.label_names)
+        temperature = fitted_temperature(np.stack(answered.outputs), np.asarray(truth))
+        divide(scaled, temperature)
     facts = {
         "fisher_seconds": fisher_seconds,
         "train_seconds": train_seconds,
@@ -294,7 +255,9 @@ def train_run(
         "cut_by_length": train.num_cut + tests.num_cut,
         "diverged_at": diverged_at,
         "understood": found.to_dict(),
-        **(tests.measure(trainer.model) if diverged_at is None else tests.nothing()),
+        "checkpoint": _checkpoint(trainer, task),
+        "temperature": temperature,
+        **(tests.measure(trainer.model, folds) if diverged_at is None else tests.nothing()),
     }
     if is_main:
         _save(config, task.rules, loaded, labels, trainer, folder)
@@ -302,8 +265,17 @@ def train_run(
     result = _result(config, task, trainer, folder, facts)
     if is_main:
         write_json(folder / METRICS, result.to_dict())
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, FOLDS):
+            shutil.rmtree(folder / name, ignore_errors=True)
     return result
+
+
+def _checkpoint(trainer: ChildTrainer, task: Task) -> dict[str, float] | None:
+    """Return which checkpoint was kept, if the held-out examples chose one."""
+    state = trainer.state
+    if state.best_model_checkpoint is None or state.best_global_step is None:
+        return None
+    return {"step": state.best_global_step, "of": state.global_step, task.metrics[0]: state.best_metric}  # type: ignore[dict-item]
 
 
 def _save(

@@ -14,8 +14,8 @@ from torch import nn
 from childtuning.child import Child
 from childtuning.errors import ConfigError, ModelError
 from childtuning.runs.judgement import Judgement
-from childtuning.runs.predict import FinishedRun, as_source
-from childtuning.tasks import KINDS, Kind, Source, Split
+from childtuning.runs.predict import FinishedRun
+from childtuning.tasks import KINDS, Kind, Source, Split, as_source
 from childtuning.tasks.kind import Columns
 from childtuning.training import LoadedModel, num_positions
 
@@ -105,9 +105,13 @@ class TrainerFolder(FinishedRun):
             )
         return getattr(transformers, self.kind.auto_processor).from_pretrained(self.path)
 
+    def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
+        """Return a file or folder as a source; predictions need every row."""
+        return as_source(path, strict=not labelled)
+
     def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder whose columns have the usual names."""
-        source = as_source(path)
+        source = self.source(path, labelled=labelled)
         return self.kind.read(source, self.kind.settle(source, Columns()), part="dev", labelled=labelled)
 
     def judge(self, examples: str | Path | Split) -> Judgement:

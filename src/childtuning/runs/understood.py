@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from childtuning.errors import counted
 from childtuning.optim.processes import num_processes
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import RunTests
@@ -40,6 +41,7 @@ class Understood:
         examples: the first training example of each of two classes, with its label.
         method, learning_rate, epochs, steps: of the training.
         reasons: option -> why it has its value, for those chosen by the run.
+        folds: of a cross-validation.
         seconds: an estimate of the time to choose the child, train and evaluate; ``None`` where it was not made.
         warnings: what looks wrong, one line each.
     """
@@ -61,6 +63,7 @@ class Understood:
     epochs: float
     steps: int
     reasons: dict[str, str]
+    folds: int | None = None
     seconds: float | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -73,7 +76,7 @@ class Understood:
         named = [f"{name} {column!r}" for name, column in self.columns.items() if column]
         yield f"task        {', '.join([self.kind, *named])}"
         yield f"training    {self._counts(self.train_examples, 0)}"
-        yield f"evaluation  {self._counts(self.eval_examples, 1)}"
+        yield f"evaluation  {self._counts(self.eval_examples, 1)}{self._folds()}"
         if self.tokens is not None:
             cut = f"{self.cut_by_length} are cut" if self.cut_by_length else "none is cut"
             yield f"length      median {self.tokens[0]} tokens, longest {self.tokens[1]}; {cut}"
@@ -81,23 +84,29 @@ class Understood:
             yield f"example     {shown!r} → {label}"
         chosen = [
             f"learning rate {self.learning_rate:g}{self._reason('learning_rate')}",
-            f"{self.epochs:g} epochs{self._reason('epochs')}, {self.steps:,} steps",
+            f"{self.epochs:g} {'epoch' if self.epochs == 1 else 'epochs'}{self._reason('epochs')}",
+            counted(self.steps, "step"),
         ]
-        yield f"method      {self.method}: {'; '.join(chosen)}"
+        yield f"method      {self.method}: {chosen[0]}; {', '.join(chosen[1:])}"
         if self.seconds is not None:
             yield f"time        about {duration(max(1.0, self.seconds))}"
         for warning in self.warnings:
             yield f"warning: {warning}"
 
+    def _folds(self) -> str:
+        if self.folds is None:
+            return ""
+        return f"; in {self.folds} folds, each answered by a model trained on the others"
+
     def _counts(self, examples: int, column: int) -> str:
         if self.classes is None:
             found = "" if self.values is None or column else ", from {:g} to {:g}, mean {:.3g}"
             least, mean, largest = self.values or (0, 0, 0)
-            return f"{examples:,} examples{found.format(least, largest, mean)}"
+            return f"{counted(examples, 'example')}{found.format(least, largest, mean)}"
         counts = sorted(self.classes.items(), key=lambda item: -item[1][column])
         words = [f"{name} {both[column]:,}" for name, both in counts[:_NAMED]]
         rest = f", and {len(counts) - _NAMED:,} more classes" if counts[_NAMED:] else ""
-        return f"{examples:,} examples: {', '.join(words)}{rest}"
+        return f"{counted(examples, 'example')}: {', '.join(words)}{rest}"
 
     def _reason(self, name: str) -> str:
         return f" ({self.reasons[name]})" if name in self.reasons else ""
@@ -115,7 +124,7 @@ def choose_training(
     if config.epochs == "auto":
         batch = config.batch_size * config.gradient_accumulation * _processes()
         chosen["epochs"] = float(suggested_epochs(num_examples, batch))
-        reasons["epochs"] = f"auto: {num_examples:,} examples"
+        reasons["epochs"] = f"auto: {counted(num_examples, 'example')}"
     return replace(config, **chosen), reasons  # type: ignore[arg-type]
 
 
@@ -164,6 +173,7 @@ def understood(
         epochs=config.epochs,
         steps=math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs),
         reasons=reasons,
+        folds=config.folds if config.fold is None else None,
         warnings=warnings,
     )
 
@@ -213,6 +223,10 @@ def _labels_of(task: Task) -> tuple[dict[str, list[int]] | None, list[float] | N
 
 
 def _duplicates(task: Task) -> int:
+    if (
+        task.dev is task.train
+    ):  # in cross-validation, each example is answered by a model that has not seen it
+        return 0
     known = set(task.train.contents() or ())
     return sum(content in known for content in task.dev.contents() or ())
 
@@ -241,6 +255,8 @@ def estimate_seconds(found: Understood, config: RunConfig, trainer: ChildTrainer
     scores = child.variant == "task-driven" and child.scores == "fisher" and child.density != 1.0
     train_passes = _BACKWARD * (found.epochs + scores) * found.train_examples / _processes()
     passes = train_passes + found.eval_examples
+    if found.folds is not None:
+        passes += (found.folds - 1) * train_passes
     return min(spent) * passes / len(inputs[next(iter(inputs))])
 
 

@@ -15,7 +15,7 @@ from childtuning.tasks.labels import LabelKind, check_labels
 from childtuning.tasks.metrics import METRICS, Metric, compute_metrics, default_metrics
 from childtuning.tasks.multi_label import LabelSets, MultiLabel
 from childtuning.tasks.regression import Regression
-from childtuning.tasks.rows import Source
+from childtuning.tasks.rows import Source, as_source
 from childtuning.tasks.split import Split
 from childtuning.tasks.token_classification import TokenClassification
 from childtuning.tasks.transfer import TransferTask, load_transfer_task
@@ -45,6 +45,7 @@ __all__ = [
     "Task",
     "TokenClassification",
     "TransferTask",
+    "as_source",
     "check_labels",
     "compute_metrics",
     "default_metrics",

@@ -48,8 +48,8 @@ class Classification(TextKind):
         return metric_fn(metric, likeliest(outputs), self.truth(split, label_names), logits=np.stack(outputs))
 
     def constant_output(self, train: Examples, label_names: Sequence[str]) -> np.ndarray:
-        """Return logits of the most frequent class."""
-        return most_frequent(train.labels or (), label_names)
+        """Return logits of the classes' shares in training."""
+        return class_shares(train.labels or (), label_names)
 
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
@@ -74,11 +74,10 @@ def likeliest(logits: Sequence[Any]) -> np.ndarray:
     return rows.argmax(1) if np.isfinite(rows).all() else np.full(len(rows), np.nan)
 
 
-def most_frequent(labels: Iterable[Any], label_names: Sequence[str]) -> np.ndarray:
-    """Return logits [num_labels], float32, for the most frequent class; ties go to the lowest id."""
+def class_shares(labels: Iterable[Any], label_names: Sequence[str]) -> np.ndarray:
+    """Return logits [num_labels], float32, whose probabilities are the shares of the classes."""
     counts = Counter(map(str, labels))
-    best = max(label_names, key=lambda name: counts[name])
-    return np.asarray([float(name == best) for name in label_names], dtype=np.float32)
+    return np.log([max(counts[name], 1e-9) for name in label_names]).astype(np.float32)
 
 
 def class_predictions(logits: Sequence[Any], label_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -42,12 +42,16 @@ def content_of(path: Path) -> bytes:
     return content
 
 
-def decode(content: bytes, path: Path) -> tuple[str, str | None]:
-    """Decode UTF-8, UTF-16 or Windows-1252.
+def decode(content: bytes, path: Path, named: str | None = None) -> tuple[str, str | None]:
+    """Decode UTF-8, UTF-16, and what is neither: as named, or Windows-1252.
 
     UTF-16 without a byte order mark is recognised by its zero bytes. Bytes that are not UTF-8 are Windows-1252 if
     all of them are defined there and they are few, as in Western languages.
 
+    Args:
+        content: the bytes of a file.
+        path: the file.
+        named: the encoding of what is not UTF-8; None allows Windows-1252 alone.
     Returns:
         the text, and what was guessed about it: None for UTF-8, and for UTF-16 with a mark.
     Raises:
@@ -70,14 +74,25 @@ def decode(content: bytes, path: Path) -> tuple[str, str | None]:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         found = f"byte 0x{content[error.start]:02x} in line {line}"
+    if named is not None:
+        try:
+            return content.decode(named), None
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{path} is neither UTF-8 nor {named}: {found}. Pass another --encoding."
+            ) from None
     special = sum(byte > 127 for byte in content) / len(content)
     damaged = any(mark > "\x7f" and mark != "\ufffd" for mark in content.decode("utf-8-sig", "replace"))
     if special <= _MOST_SPECIAL and not damaged:
         try:
-            return content.decode("cp1252"), f"not UTF-8 ({found}), so read as Windows-1252"
+            return content.decode(
+                "cp1252"
+            ), f"not UTF-8 ({found}), so read as Windows-1252; --encoding names another"
         except UnicodeDecodeError:
             pass
-    raise DataError(f"{path} is neither UTF-8 nor Windows-1252: {found}. Save it as UTF-8.")
+    raise DataError(
+        f"{path} is neither UTF-8 nor Windows-1252: {found}. Name its --encoding, or save it as UTF-8."
+    )
 
 
 def _utf_16(content: bytes, name: str, path: Path) -> str:

@@ -84,7 +84,8 @@ class Examples(Split):
 
     def shown(self, index: int) -> str:
         """Return the beginning of the text on one line."""
-        return " ".join(self.text[index].split())[:100]
+        text = " ".join(self.text[index].split())
+        return text if len(text) <= 100 else text[:99] + "…"
 
 
 def rows_of(column: list[Any] | None, rows: Iterable[int]) -> list[Any] | None:

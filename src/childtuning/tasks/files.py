@@ -9,7 +9,13 @@ from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.columns import text_columns, text_of
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, Task, check_metrics, find_kind, infer_kind
-from childtuning.tasks.labels import LabelKind, convert_label, infer_label_kind, some_names
+from childtuning.tasks.labels import (
+    LabelKind,
+    convert_label,
+    has_decimal_commas,
+    infer_label_kind,
+    some_names,
+)
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
@@ -45,9 +51,12 @@ def read_examples(
             f"Column {label!r} of {source} cannot be text and label at once. Name another label column."
         )
     kind = None if label is None else label_kind or infer_label_kind(source.cells(label))
+    decimal_commas = kind == "number" and has_decimal_commas(source.cells(str(label)))
+    if decimal_commas:
+        source.note(f"column {label!r} is read with decimal commas")
 
     def read(*cells: Any) -> tuple[str, str, Any]:
-        target = None if kind is None else convert_label(cells[2], kind, label)
+        target = None if kind is None else convert_label(cells[2], kind, label, decimal_commas=decimal_commas)
         return text_of(cells[0], text), text_of(cells[1], text_pair), target
 
     rows = source.each(read, text, text_pair, label)
@@ -72,7 +81,11 @@ def task_from_files(
     train_limit: int | None = None,
     seed: int = 0,
     eval_share: float = 0.2,
+    folds: int | None = None,
+    fold: int | None = None,
     strict: bool = False,
+    encoding: str | None = None,
+    sheet: str | None = None,
 ) -> Task:
     """Build a task from a training and an evaluation file or folder.
 
@@ -86,8 +99,10 @@ def task_from_files(
         metric: the metric of the run; None uses the kind's first.
         train_limit: the maximum number of training rows, drawn with `seed`; None keeps all.
         seed: the seed of both draws.
-        eval_share: the share of the training examples to evaluate on, if there is no `dev`.
-        strict: refuse the first bad row instead of leaving it out.
+        eval_share: the share of the training examples to evaluate on, if there is neither `dev` nor `folds`.
+        folds: the number of parts of the training examples for cross-validation; then all are evaluated on.
+        fold: the part to evaluate on, from 1; the others are trained on. None trains on all.
+        strict, encoding, sheet: as for `Source`.
     Raises:
         DataError: for data that the kind or `Task` rejects.
         ConfigError: for an unknown metric or label type, or a metric that does not fit the labels.
@@ -95,7 +110,8 @@ def task_from_files(
     if label_type not in ("auto", "class", "number"):
         remedy = did_you_mean(str(label_type), ("auto", "class", "number"))
         raise ConfigError(f"Unknown label type {label_type!r}. {remedy}")
-    source = Source(train, strict=strict)
+    reading = {"strict": strict, "encoding": encoding, "sheet": sheet}
+    source = Source(train, **reading)
     columns = Columns(text, text_pair, label, label_type)
     how = infer_kind(source, columns) if kind is None else find_kind(kind)
     if metric is not None:
@@ -103,8 +119,10 @@ def task_from_files(
     columns = how.settle(source, columns)
     train_rows = how.read(source, columns, part="train")
     label_names = how.label_names(train_rows)
-    dev_source = source if dev is None else Source(dev, strict=strict)
-    if dev is None and not how.holds_both(source):
+    dev_source = source if dev is None else Source(dev, **reading)
+    if folds is not None:
+        train_rows, dev_rows = _fold(train_rows, folds, fold, seed)
+    elif dev is None and not how.holds_both(source):
         train_rows, dev_rows = _set_aside(train_rows, eval_share, source, seed)
     else:
         dev_rows = how.read(dev_source, columns, part="dev")
@@ -124,6 +142,15 @@ def task_from_files(
 
 def _columns_of(source: Source) -> list[str]:
     return source.columns if source.is_table else []
+
+
+def _fold(rows: Split, folds: int, fold: int | None, seed: int) -> tuple[Split, Split]:
+    """Return the examples to train and to evaluate on."""
+    parts = rows.folds(folds, seed=seed)
+    if fold is None:
+        return rows, rows
+    aside = {*parts[fold - 1]}
+    return rows.subset(row for row in range(len(rows)) if row not in aside), rows.subset(sorted(aside))
 
 
 def _set_aside(rows: Split, share: float, source: Source, seed: int) -> tuple[Split, Split]:

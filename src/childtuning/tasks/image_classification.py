@@ -16,8 +16,8 @@ from childtuning.tasks.classification import (
     class_ids,
     class_line,
     class_predictions,
+    class_shares,
     likeliest,
-    most_frequent,
 )
 from childtuning.tasks.images import Images, holds_both_splits, holds_images, read_images
 from childtuning.tasks.kind import Collate, Columns, Kind, Part, register
@@ -131,7 +131,7 @@ class ImageClassification(Kind):
 
     def constant_output(self, train: Images, label_names: Sequence[str]) -> np.ndarray:
         """Return logits of the most frequent class."""
-        return most_frequent(train.labels or (), label_names)
+        return class_shares(train.labels or (), label_names)
 
     def predictions(
         self, answers: Sequence[Any], encoded: Any, split: Images, label_names: Sequence[str]

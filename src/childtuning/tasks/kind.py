@@ -11,7 +11,7 @@ from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.labels import check_labels, some_names, sort_labels
-from childtuning.tasks.metrics import METRICS, OF_ONE_CLASS, WeightedFn, score
+from childtuning.tasks.metrics import OF_ONE_CLASS, OF_RANKING, WeightedFn, score
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
@@ -377,7 +377,7 @@ class Task:
             DataError: when it needs two classes, and the evaluation examples are of one.
         """
         check_metrics(self.rules, [metric])
-        if metric in METRICS and METRICS[metric].from_scores and len(self.dev.classes()) < 2:
+        if metric in OF_RANKING and len(self.dev.classes()) < 2:
             raise DataError(
                 f"{metric} needs evaluation examples of two classes, got only {min(self.dev.classes())!r}. "
                 "Pass examples of another class, or another --metric."

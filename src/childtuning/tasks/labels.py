@@ -43,9 +43,30 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
 
 
 def _meant_number(value: Any) -> float | None:
-    """Return the number that a label is meant to be, also with a decimal comma; ``convert_label`` refuses that."""
-    is_text = isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip())
-    return number_of(value.replace(",", ".") if is_text else value)
+    """Return the number that a label is meant to be, also with a decimal comma."""
+    return number_of(_with_point(value) if _has_comma(value) else value)
+
+
+def _has_comma(value: Any) -> bool:
+    return isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()) is not None
+
+
+def _with_point(value: Any) -> Any:
+    return value.replace(",", ".") if isinstance(value, str) else value
+
+
+def has_decimal_commas(values: Iterable[Any]) -> bool:
+    """Return whether a column of numbers is written with decimal commas.
+
+    Some number has a comma, none has a point, and not every comma stands before three digits, as between thousands.
+
+    Example:
+        >>> has_decimal_commas(["3,5", "4"]), has_decimal_commas(["3,5", "4.0"]), has_decimal_commas(["1,250"])
+        (True, False, False)
+    """
+    texts = [value.strip() for value in values if isinstance(value, str)]
+    commas = [text for text in texts if _has_comma(text)]
+    return any(len(text.split(",")[1]) != 3 for text in commas) and not any("." in text for text in texts)
 
 
 def number_of(value: Any) -> float | None:
@@ -93,9 +114,16 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def convert_label(value: Any, kind: LabelKind, column: str | None) -> str | float:
+def convert_label(
+    value: Any, kind: LabelKind, column: str | None, *, decimal_commas: bool = False
+) -> str | float:
     """Return a label as a class name or as a finite number.
 
+    Args:
+        value: the cell.
+        kind: what labels are.
+        column: its name.
+        decimal_commas: whether "3,5" is three and a half.
     Raises:
         BadRow: when it is missing or not valid.
     """
@@ -108,7 +136,7 @@ def convert_label(value: Any, kind: LabelKind, column: str | None) -> str | floa
         )
     if kind == "class":
         return class_name(value)
-    number = number_of(value)
+    number = _meant_number(value) if decimal_commas else number_of(value)
     if number is None or not math.isfinite(number):
         raise BadRow(
             f"must have a finite number in column {column!r}, got {value!r}",

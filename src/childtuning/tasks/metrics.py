@@ -20,11 +20,14 @@ from childtuning.errors import ConfigError, DataError, did_you_mean
 WeightedFn = Callable[[np.ndarray], np.ndarray]
 """Weights of the examples [R, N] -> R values."""
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae", "log-loss", "calibration-error"})
 _MAY_BE_NEGATIVE = frozenset({"matthews", "pearson", "spearman"})
 # For two classes, these measure the second one.
 OF_ONE_CLASS = frozenset({"f1", "precision", "recall", "average-precision"})
+# These rank the examples of one class before the others.
+OF_RANKING = frozenset({"auroc", "average-precision"})
 _RESAMPLES, _AT_ONCE = 1000, 2**20  # samples of a bootstrap; weights held at once
+_BINS = 15  # of confidence
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def compute_metrics(
 
     f1, precision, recall and average-precision are those of the class with id 1, or the mean over classes if
     there are more than two; auroc is the area under the ROC curve, the mean over classes against the rest. A
-    mean over classes leaves out those that do not occur. A ratio with denominator 0 is 0, and so is a
-    correlation with a constant, and Matthews'. If any prediction is not finite (a collapsed run), every metric
-    is NaN, so that no report shows it as a score.
+    mean over classes leaves out those that do not occur. log-loss is the mean negative log probability of the
+    truth; calibration-error is how far confidence and accuracy differ, the mean over 15 bins. A ratio with
+    denominator 0 is 0, and so is a correlation with a constant, and Matthews'. If any prediction is not finite
+    (a collapsed run), every metric is NaN, so that no report shows it as a score.
 
     Args:
         task_metrics: metric names.
@@ -276,6 +280,25 @@ def _average_precision(hits: np.ndarray, above: np.ndarray) -> np.ndarray:
     return np.where(hits[:, -1] > 0, ratio(values, hits[:, -1]), math.nan)
 
 
+def _of_probabilities(make_fn: Callable[[np.ndarray, np.ndarray], WeightedFn]) -> Metric:
+    """A metric of the probabilities of all classes [N, K] and the truth [N]."""
+    return Metric("classification", lambda scores, truth, _: make_fn(scores, truth), from_scores=True)
+
+
+def _log_loss(scores: np.ndarray, truth: np.ndarray) -> WeightedFn:
+    losses = -np.log(np.maximum(scores[np.arange(len(truth)), truth], np.finfo(np.float64).tiny))
+    return lambda weights: weights @ losses / weights.sum(1)
+
+
+def _calibration_error(scores: np.ndarray, truth: np.ndarray) -> WeightedFn:
+    """The expected calibration error, in 15 bins of equal width [Guo et al. 2017, equation 3]."""
+    confidence = scores.max(1)
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    in_bin = np.eye(_BINS)[bins]
+    excess = confidence - (scores.argmax(1) == truth)
+    return lambda weights: np.abs((weights * excess) @ in_bin).sum(1) / weights.sum(1)
+
+
 # Metrics of numbers
 
 
@@ -326,6 +349,8 @@ METRICS: Mapping[str, Metric] = {
     "matthews": _of_counts(_matthews),
     "auroc": _of_scores(_auroc),
     "average-precision": _of_scores(_average_precision),
+    "log-loss": _of_probabilities(_log_loss),
+    "calibration-error": _of_probabilities(_calibration_error),
     "pearson": Metric("regression", _pearson),
     "spearman": Metric("regression", _spearman),
     "rmse": _of_errors(np.square, np.sqrt),

@@ -37,11 +37,20 @@ class Source:
     Args:
         path: the file or folder.
         strict: refuse the first bad row.
+        encoding: of a text file that is not UTF-8; None: Windows-1252 if that may be.
+        sheet: the name of the sheet of a workbook with several; None: the first.
     """
 
-    def __init__(self, path: str | Path, *, strict: bool = False) -> None:
-        self.path = Path(path)
-        self.strict = strict
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        strict: bool = False,
+        encoding: str | None = None,
+        sheet: str | None = None,
+    ) -> None:
+        self.path = Path(path).expanduser()
+        self.strict, self._encoding, self._sheet = strict, encoding, sheet
         self._notes: list[str] = []
         self._bad: dict[int, BadRow] = {}
         self._unit = "row"  # what the numbers of rows count
@@ -85,7 +94,7 @@ class Source:
         Raises:
             DataError: when the file is missing, empty or damaged, or its encoding cannot be decided.
         """
-        text, guessed = decode(content_of(self.path), self.path)
+        text, guessed = decode(content_of(self.path), self.path, self._encoding)
         if guessed:
             self.note(guessed)
         return text
@@ -103,7 +112,7 @@ class Source:
         if form == ".parquet":
             rows = _parquet_rows(content_of(self.path), self.path)
         elif form == ".xlsx":
-            rows, guessed = _xlsx_rows(content_of(self.path), self.path)
+            rows, guessed = _xlsx_rows(content_of(self.path), self.path, self._sheet)
         elif form in (".csv", ".tsv"):
             self._unit = "line"
             rows, guessed = delimited_rows(self.text, self.path, named="," if form == ".csv" else "\t")
@@ -192,6 +201,11 @@ class Source:
         return found
 
 
+def as_source(path: str | Path | Source, **options: Any) -> Source:
+    """Return a file or folder as a source; ``options`` as for ``Source``."""
+    return path if isinstance(path, Source) else Source(path, **options)
+
+
 def format_of(path: Path) -> str | None:
     """Return the format of a file by its name: one of `FORMATS`, or None."""
     name = path.name.lower().removesuffix(".gz")
@@ -215,6 +229,10 @@ def _json_rows(text: str, path: Path) -> tuple[_Numbered, str | None]:
 def _list_of(whole: Any, path: Path) -> tuple[list[Any], str | None]:
     if isinstance(whole, list):
         return whole, None
+    if isinstance(whole, dict) and len(whole) > 1 and _are_columns(list(whole.values())):
+        numbers = list(next(iter(whole.values())))
+        rows = [{name: column[number] for name, column in whole.items()} for number in numbers]
+        return rows, "read as columns, as pandas' to_json writes them"
     lists = (
         [name for name, value in whole.items() if _holds_objects(value)] if isinstance(whole, dict) else []
     )
@@ -222,6 +240,14 @@ def _list_of(whole: Any, path: Path) -> tuple[list[Any], str | None]:
         return whole[lists[0]], f"its rows are the list {lists[0]!r}"
     got = f"{len(lists)} of them: {', '.join(lists)}" if lists else type(whole).__name__
     raise DataError(f"{path} must hold one list of objects, got {got}. Write [{{…}}, {{…}}].")
+
+
+def _are_columns(values: list[Any]) -> bool:
+    """Whether these are columns: objects with the same row numbers as keys."""
+    first = values[0]
+    if not isinstance(first, dict) or not first or not all(key.isdigit() for key in first):
+        return False
+    return all(isinstance(value, dict) and value.keys() == first.keys() for value in values)
 
 
 def _holds_objects(value: Any) -> bool:
@@ -262,7 +288,7 @@ def _flat(row: Row) -> Row:
     return flat
 
 
-def _xlsx_rows(content: bytes, path: Path) -> tuple[_Numbered, str | None]:
+def _xlsx_rows(content: bytes, path: Path, named: str | None) -> tuple[_Numbered, str | None]:
     try:
         from openpyxl import load_workbook
     except ImportError:
@@ -274,21 +300,26 @@ def _xlsx_rows(content: bytes, path: Path) -> tuple[_Numbered, str | None]:
         with warnings.catch_warnings():  # of styles and features that do not matter here
             warnings.simplefilter("ignore")
             book = load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-            sheet = book.worksheets[0]
+            names = book.sheetnames
+            place = names.index(named) if named in names and len(names) > 1 else 0
+            sheet = book.worksheets[place]
             cells = [(number, row) for number, row in enumerate(sheet.iter_rows(values_only=True), start=1)]
     except Exception as error:  # openpyxl raises what zipfile, its XML parser and its own checks do
         raise DataError(
             f"{path} is damaged or not a workbook ({type(error).__name__}). Save it again, or as .csv."
         ) from None
+    if named is not None and len(names) > 1 and named not in names:
+        raise DataError(f"{path} has no sheet {named!r}. {did_you_mean(named, names)}")
     filled = [(number, row) for number, row in cells if any(cell not in (None, "") for cell in row)]
     if not filled:
         return [], None
-    names = header_names(filled[0][1], path)
+    header = header_names(filled[0][1], path)
     rows: _Numbered = [
-        (number, row_of(names, [*row, *[None] * len(names)][: len(names)])) for number, row in filled[1:]
+        (number, row_of(header, [*row, *[None] * len(header)][: len(header)])) for number, row in filled[1:]
     ]
-    others = len(book.sheetnames) - 1
-    return rows, f"read the first of its {others + 1} sheets, {sheet.title!r}" if others else None
+    if len(names) == 1 or named is not None:
+        return rows, None
+    return rows, f"read the first of its {len(names)} sheets, {sheet.title!r}; --sheet names another"
 
 
 def _parquet_rows(content: bytes, path: Path) -> _Numbered:

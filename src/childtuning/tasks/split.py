@@ -109,6 +109,32 @@ class Split(ABC):
             aside = {*order[-size:]}
         return self.subset(sorted({*order} - aside)), self.subset(sorted(aside))
 
+    def folds(self, num: int, *, seed: int = 0) -> list[list[int]]:
+        """Return the numbers of the examples in ``num`` parts of about the same size.
+
+        Classes keep their shares in every part, as far as they have enough examples. Equal examples are in one part.
+
+        Args:
+            num: at least 2.
+            seed: any integer.
+        Raises:
+            ConfigError: when there are fewer distinct examples than parts.
+        """
+        contents = self.contents() or range(len(self))
+        classes = self.strata()
+        order = self._order(seed)
+        if classes is not None:
+            order.sort(key=classes.__getitem__)  # class by class, so that dealing out spreads each
+        equal: dict[Hashable, list[int]] = {}
+        for row in order:
+            equal.setdefault(contents[row], []).append(row)
+        if len(equal) < num:
+            raise ConfigError(
+                f"{len(equal)} different examples cannot be split into {num} folds. Pass fewer --folds."
+            )
+        dealt = list(equal.values())
+        return [sorted(row for rows in dealt[i::num] for row in rows) for i in range(num)]
+
     def _order(self, seed: int) -> list[int]:
         """Return the order in which examples are drawn: every class's first, then all in proportion."""
         # RandomState has a frozen stream; numpy's newer generators may change between releases.

@@ -6,6 +6,7 @@ from childtuning.report.section import MakeSection
 from childtuning.report.sections import (
     costs,
     curves,
+    examples,
     places,
     ranking,
     reproduce,
@@ -20,6 +21,7 @@ SECTIONS: tuple[MakeSection, ...] = (
     costs.section,
     sizes.section,
     transfer.section,
+    examples.section,
     curves.section,
     places.section,
     tuning.section,
