@@ -15,6 +15,7 @@ import childtuning as ct
 from childtuning.child import random_child
 
 FULL, ROW, LORA = "full fine-tuning", "child 0.1, row", "PEFT LoRA r=16"
+COLUMN = "child 0.1, column"
 ELEMENT = "child 0.1, element"
 _ADAMW = {"lr": 2e-5, "weight_decay": 0.01, "fused": True}
 
@@ -54,7 +55,7 @@ def _child(granularity: str) -> Callable[[Any, dict[str, Tensor]], TrainingStep]
     def build(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
         child = random_child(model, 0.1, granularity=granularity, always=HEAD)
         head = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
-        more = {"model": model} if granularity == "row" else {}
+        more = {} if granularity == "element" else {"model": model}
         optimizer = ct.ChildOptimizer(
             model.named_parameters(), child, torch.optim.AdamW, release_gradients=True, **more, **_ADAMW
         )
@@ -66,7 +67,7 @@ def _child(granularity: str) -> Callable[[Any, dict[str, Tensor]], TrainingStep]
 def _task_free(granularity: str) -> Callable[[Any, dict[str, Tensor]], TrainingStep]:
     def build(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
         child = ct.TaskFree(density=0.3, granularity=granularity, always=HEAD)
-        more = {"model": model} if granularity == "row" else {}
+        more = {} if granularity == "element" else {"model": model}
         optimizer = ct.ChildOptimizer(model.named_parameters(), child, torch.optim.AdamW, **more, **_ADAMW)
         return TrainingStep(_step(model, batch, optimizer), sum(p.numel() for p in model.parameters()))
 
@@ -89,6 +90,7 @@ def _step(model: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer
 METHODS: dict[str, Callable[[Any, dict[str, Tensor]], TrainingStep]] = {
     FULL: _full,
     ROW: _child("row"),
+    COLUMN: _child("column"),
     ELEMENT: _child("element"),
     "task-free 0.3, element": _task_free("element"),
     "task-free 0.3, row": _task_free("row"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         magnitude_scores,
         random_child,
         select_child,
+        unit_axes,
     )
     from childtuning.delta import Delta
     from childtuning.fisher import fisher_information
@@ -31,6 +32,7 @@ __all__ = [
     "magnitude_scores",
     "random_child",
     "select_child",
+    "unit_axes",
 ]
 _HOMES = {"ChildOptimizer": "optim", "Delta": "delta", "fisher_information": "fisher", "load": "runs"}
 

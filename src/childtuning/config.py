@@ -18,7 +18,7 @@ CHILD_METHODS: dict[str, dict[str, Any]] = {
     "child-lowest": {"variant": "task-driven", "scores": "fisher", "lowest": True},
     "child-random": {"variant": "task-driven", "scores": "random", "lowest": False},
 }
-KINDS = ("element", "row", "block", "parameter")
+KINDS = ("element", "row", "column", "block", "parameter")
 SCOPES = ("global", "parameter")
 _FIXED_BY_OFFICIAL = {
     "granularity": "element",
@@ -69,8 +69,9 @@ class ChildOptions:
     mass: float = option(
         0.9, "With --density auto: share of the sum of scores to keep, in (0, 1].", check=mass_fault
     )
-    granularity: Literal["element", "row", "block", "parameter"] = option(
-        "element", "Unit of selection: element, row, block or parameter."
+    granularity: Literal["element", "row", "column", "block", "parameter"] = option(
+        "element",
+        "Unit of selection: element, row (an output unit), column (an input unit), block or parameter.",
     )
     scope: Literal["global", "parameter"] = option(
         "global", "Rank all parameters together (global), or each separately (parameter)."
@@ -120,7 +121,7 @@ class ChildConfig(ChildOptions):
         labels: the labels for Fisher information: the data's own (``data``) or drawn from the model (``sampled``).
         seed: the seed of masks, random scores and sampled labels.
         mass: for ``density="auto"``, in (0, 1].
-        granularity: the unit of selection: ``element``, ``row``, ``block``, ``parameter``.
+        granularity: the unit of selection: ``element``, ``row``, ``column``, ``block``, ``parameter``.
         scope: rank all parameters together (``global``) or each separately (``parameter``).
         estimator: Fisher ``per-example`` (the formula) or ``per-batch`` (the official code's).
         fisher_examples: estimate from this many examples at most; ``None``: all.

@@ -30,7 +30,7 @@ def naive_units(kind: str, shape: tuple[int, ...], axis: int, block: tuple[int, 
             rest //= size
         if kind == "element":
             units[flat] = flat
-        elif kind == "row":
+        elif kind in ("row", "column"):
             units[flat] = coordinates[axis % len(shape) if len(shape) > 1 else 0] if shape else 0
         elif kind == "block":
             width = numel // shape[0] if len(shape) > 1 else numel

@@ -41,6 +41,7 @@ def tune(model: nn.Module, child: Child | TaskFree, steps: int = 5) -> None:
 CHILDREN = {
     "element": lambda model: select_child(magnitudes(model), 0.3, always=("3.*",)),
     "row": lambda model: select_child(magnitudes(model), 0.3, granularity="row", always=("3.*",)),
+    "column": lambda model: select_child(magnitudes(model), 0.3, granularity="column", always=("3.*",)),
     "block": lambda model: select_child(magnitudes(model), 0.5, granularity="block", always=("3.*",)),
     "parameter": lambda model: select_child(magnitudes(model), 0.5, granularity="parameter"),
     "random": lambda model: random_child(model, 0.2, seed=9, always=("3.*",)),
@@ -71,7 +72,7 @@ def test_there_and_back_is_bitwise(tmp_path, kind: str, dtype: torch.dtype) -> N
     assert delta.base == {"name": "a model"}
 
 
-@pytest.mark.parametrize("kind", ["element", "row", "random"])
+@pytest.mark.parametrize("kind", ["element", "row", "column", "random"])
 def test_another_base_is_refused_and_left_alone(kind: str) -> None:
     model = a_model()
     child = CHILDREN[kind](model)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from childtuning.child.units import Runs
+from childtuning.child import Granularity, Part
 from childtuning.fast.adamw import ChildTable
 from childtuning.fast.library import AdamWStep, Member
+from childtuning.fast.runs import Runs
 
 DECOUPLED = AdamWStep(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-6, weight_decay=0.1, step=3, scale=4.0)
 COUPLED = AdamWStep(
@@ -52,9 +53,15 @@ def child_of(numel: int, width: int, seed: int) -> Runs:
     return Runs(order[: numel // width // 3].sort().values.to(torch.int32), width)
 
 
+def columns_of(shape: tuple[int, ...]) -> Runs:
+    """Every second column of a matrix or kernel [O, I, …]."""
+    units = torch.arange(0, shape[1], 2)
+    return Part(shape, units, Granularity("column")).runs()
+
+
 def table_of(kept: Sequence[Runs], device: str = "cpu") -> ChildTable:
     """The table of these runs, brought to a device."""
-    return ChildTable([(runs.starts.to(device), runs.width) for runs in kept])
+    return ChildTable([runs.to(torch.device(device)) for runs in kept])
 
 
 def child_members(

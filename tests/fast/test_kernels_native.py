@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.fast.adamw_twin import (
     assert_updated,
     child_members,
     child_of,
+    columns_of,
     copied,
     draws,
     table_of,
@@ -21,9 +23,9 @@ from tests.fast.adamw_twin import (
 from torch import Tensor
 
 from childtuning.child.task_free import keep_mask, mask_draw
-from childtuning.child.units import Runs
 from childtuning.fast import adamw, library
 from childtuning.fast.library import AdamWStep, Member
+from childtuning.fast.runs import Runs
 
 pytestmark = pytest.mark.skipif(
     library.LIBRARY is None, reason="the CPU kernels are not compiled: python hatch_build.py"
@@ -82,8 +84,8 @@ class TestWhatIsServed:
             assert not adamw.supports(torch.optim.AdamW, {option: True})
 
 
-KEPT = [child_of(1000, 1, 0), child_of(990, 33, 1), child_of(64, 2, 2), child_of(70_000 * 3, 1, 3)]
-SHAPES = [(1000,), (30, 33), (8, 8), (70_000, 3)]
+KEPT = [child_of(1000, 1, 0), child_of(990, 33, 1), columns_of((9, 7, 2)), child_of(70_000 * 3, 1, 3)]
+SHAPES = [(1000,), (30, 33), (9, 7, 2), (70_000, 3)]
 
 
 class TestFixedChild:
@@ -138,7 +140,7 @@ class TestFixedChild:
         """Its tasks hold addresses, so that it needs its own starts."""
         before = child_members(KEPT, SHAPES, [STEPS["adamw"]] * 4)
         after = [copied(member) for member in before]
-        owned = [Runs(runs.starts.clone(), runs.width) for runs in KEPT]
+        owned = [replace(runs, starts=runs.starts.clone()) for runs in KEPT]
         table = table_of(owned)
         other = copy.deepcopy(table)
         del table
@@ -242,13 +244,14 @@ def test_autograd_is_told_which_weights_were_written() -> None:
 def test_threads_do_not_show_in_the_bits(threads: None) -> None:
     step, draw, results = STEPS["adamw"], mask_draw(0.3, "threads"), []
     assert draw is not None
-    kept, shapes = [child_of(400_000, 1, 0), child_of(200_000, 50, 1)], [(400_000,), (4000, 50)]
+    shapes = [(400_000,), (4000, 50), (9000, 31)]  # each is cut into several tasks
+    kept = [child_of(400_000, 1, 0), child_of(200_000, 50, 1), columns_of(shapes[2])]
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         masked, rows = whole(300_001, step=step, seed=1), whole(3000, 70, step=step, seed=2)
         adamw.masked_([(masked, draw), (whole(100, step=step, seed=9), draw)])
         adamw.rows_([(rows, torch.arange(3000, dtype=torch.int32))])
-        members = child_members(kept, shapes, [step] * 2)
+        members = child_members(kept, shapes, [step] * 3)
         table_of(kept).step_(members)
         child = [tensor for m in members for tensor in (m.weight, m.first, m.second)]
         results.append([masked.weight, masked.second, rows.weight, rows.first, *child])

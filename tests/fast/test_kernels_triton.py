@@ -22,6 +22,7 @@ from tests.fast.adamw_twin import (
     assert_updated,
     child_members,
     child_of,
+    columns_of,
     copied,
     draws,
     table_of,
@@ -209,11 +210,11 @@ class TestTaskFree:
 KEPT = [
     child_of(1000, 1, 0),
     child_of(3960, 132, 1),
-    child_of(64, 2, 2),
+    columns_of((9, 7, 2)).once(),
     child_of(4000, 1, 3),
     child_of(2, 1, 0),
 ]
-SHAPES = [(1000,), (30, 132), (8, 8), (40, 100), (2,)]  # the last has no entry in the child
+SHAPES = [(1000,), (30, 132), (9, 7, 2), (40, 100), (2,)]  # the last has no entry in the child
 
 
 def members_of(dtype: torch.dtype, steps: Sequence[AdamWStep], compact: Sequence[int] = ()) -> list[Member]:
@@ -221,7 +222,7 @@ def members_of(dtype: torch.dtype, steps: Sequence[AdamWStep], compact: Sequence
 
 
 def child_step_(members: Sequence[Member | None], device: str) -> None:
-    gpu.child_([(runs.starts.to(device), runs.width) for runs in KEPT], members)
+    gpu.child_([runs.to(torch.device(device)) for runs in KEPT], members)
 
 
 class TestFixedChild:
@@ -268,7 +269,7 @@ class TestFixedChild:
             inner.step()
             numbers = AdamWStep(0.01, 0.9, 0.99, 1e-8, 0.1, step)
             member = Member(weight, gradient.to(device), first, second, numbers)
-            gpu.child_([(runs.starts.to(device), runs.width)], [member])
+            gpu.child_([runs.to(torch.device(device))], [member])
         torch.testing.assert_close(runs.gather(weight.cpu()), flat.detach(), rtol=1e-5, atol=1e-6)
 
 

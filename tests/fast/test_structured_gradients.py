@@ -20,14 +20,14 @@ from childtuning.fast.layers import Leaf
 from childtuning.fast.structured import install
 
 KINDS = ("rows", "run", "columns", "last", "blocks", "tile")
-# Tiles of an embedding and columns of a kernel are left dense.
+# Tiles of an embedding, and of a kernel where they are not whole input channels, are left dense.
 UNFIT = [(name, "blocks") for name in LAYERS if name.startswith("embedding")]
 UNFIT += [
     (name, kind)
     for name in LAYERS
     if name.startswith("conv") and name not in ("conv1d-gpt2", "conv2d-pointwise")
-    for kind in ("columns", "last", "blocks", "tile")
-    if (name, kind) != ("conv2d-depthwise", "columns")  # it has but one input channel
+    for kind in ("last", "blocks", "tile")
+    if (name, kind) not in (("conv1d", "blocks"), ("conv2d-valid", "tile"))  # these are whole input channels
 ]
 CASES = [
     (name, kind)

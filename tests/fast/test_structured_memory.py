@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from childtuning.child import Granularity, Part
 from childtuning.fast.structured import install
 
 WITH_INPUT = [name for name in LAYERS if not name.startswith("embedding") and name != "linear-none"]
@@ -34,9 +35,28 @@ def test_the_input_is_kept_only_for_trained_rows(name: str) -> None:
     assert _saved(layer, x.detach()) == []
     installed.remove()
 
-    install(layer, leaves_of(layer, {"weight": part_of(shape, "rows")}))
+    outputs = "columns" if name == "conv1d-gpt2" else "rows"
+    install(layer, leaves_of(layer, {"weight": part_of(shape, outputs)}))
     assert set(_saved(layer, x)) == {x.data_ptr(), weight}
     assert _saved(layer, x.detach()) == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("name", WITH_INPUT)
+def test_of_columns_nothing_else_is_kept(name: str) -> None:
+    """Also where several layers read the same input: each has its own columns of it, and none has all."""
+    make_layer, make_input = LAYERS[name]
+    layer, x = make_layer().double(), make_input()
+    shape = tuple(layer.weight.shape)
+    axis = 0 if name == "conv1d-gpt2" else 1
+    if shape[axis] == 1:  # depthwise: one input channel each
+        return
+    part = Part(shape, torch.tensor([1]), Granularity("row", axis))
+    install(layer, leaves_of(layer, {"weight": part}))
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    (own,) = [tensor for tensor in kept if tensor.data_ptr() != layer.weight.data_ptr()]
+    assert own.untyped_storage().nbytes() == x.untyped_storage().nbytes() // shape[axis]
 
 
 def test_autocast_keeps_the_low_input_and_no_copy_of_the_weight() -> None:

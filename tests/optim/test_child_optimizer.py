@@ -58,7 +58,7 @@ def full_masks(child: Child) -> dict[str, Tensor]:
     return {name: part.mask() for name, part in child.resolve(SHAPES).items()}
 
 
-@pytest.mark.parametrize("granularity", ["element", "row", "block", "parameter"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block", "parameter"])
 def test_fixed_child_follows_masked_adamw_for_100_steps(granularity: str) -> None:
     named, gradients, child = parameters(), random_gradients(100), a_child(0.5, granularity)
     before, masks = detached(named), full_masks(child)

@@ -82,7 +82,7 @@ def assert_alike(dense: nn.Module, other: nn.Module, **tolerance: float) -> None
         torch.testing.assert_close(theirs[name], parameter, **tolerance)
 
 
-@pytest.mark.parametrize("granularity", ["element", "row", "block", "parameter"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block", "parameter"])
 @pytest.mark.parametrize("inner", [torch.optim.AdamW, torch.optim.RAdam])
 @pytest.mark.parametrize("clip", [0.5, None])
 def test_released_gradients_train_the_same(granularity, inner, clip) -> None:
@@ -98,7 +98,7 @@ def test_released_gradients_train_the_same(granularity, inner, clip) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("granularity", ["row", "block", "element"])
+@pytest.mark.parametrize("granularity", ["row", "column", "block", "element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_structured_layers_train_the_same(granularity, dtype) -> None:
     child = random_child(a_net(), 0.3, granularity=granularity, always=("head.*",))
@@ -117,8 +117,9 @@ def test_structured_layers_train_the_same(granularity, dtype) -> None:
 @pytest.mark.parametrize("always", [("head.*",), ("head.*", "norm.*", "up.bias")])
 @pytest.mark.parametrize("inner", [torch.optim.AdamW, torch.optim.RAdam])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_task_free_rows_train_the_same(inner, dtype, always) -> None:
-    free = TaskFree(0.4, seed=3, granularity="row", always=always)
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_task_free_units_train_the_same(inner, dtype, always, granularity) -> None:
+    free = TaskFree(0.4, seed=3, granularity=granularity, always=always)
     dense, other, _, _, _, _ = both(free, dtype=dtype, inner=inner, clip=None, model=True)
     tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
     assert_alike(dense, other, **tolerance)

@@ -11,8 +11,9 @@ import torch
 from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
 from childtuning import Child, ChildConfig, TaskFree
+from childtuning.child.eligible import unit_axes
 from childtuning.errors import ConfigError, DeltaError, ParameterError
-from childtuning.training import ChildTrainer, output_axes, task_head
+from childtuning.training import ChildTrainer, task_head
 
 Example = dict[str, torch.Tensor]
 
@@ -70,6 +71,8 @@ CHILDREN = {
     "task-free": ChildConfig("task-free", density=0.3),
     "rows": ChildConfig(density=0.2, granularity="row"),
     "blocks": ChildConfig(density=0.2, granularity="block"),
+    "columns": ChildConfig(density=0.2, granularity="column"),
+    "task-free columns": ChildConfig("task-free", density=0.3, granularity="column"),
     "task-free rows": ChildConfig("task-free", density=0.3, granularity="row"),
     "kept gradients": ChildConfig(density=0.2, release_gradients=False),
     "random": ChildConfig(density=0.3, scores="random"),
@@ -270,15 +273,20 @@ def test_wrong_use(tiny_bert: Path, tmp_path: Path) -> None:
         ChildTrainer(trainer.bare_model, trainer.args, child=TaskFree(0.3), optimizers=(optimizer, None))
 
 
-def test_task_heads_and_output_axes() -> None:
+def test_task_heads_and_unit_axes() -> None:
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, num_labels=3)
     assert task_head(GPT2ForSequenceClassification(config)) == ("score.weight",)
     assert task_head(GPT2LMHeadModel(config)) == ()
     assert task_head(torch.nn.Linear(2, 2)) == ()
-    axes = output_axes(GPT2LMHeadModel(config))
+    axes = unit_axes(GPT2LMHeadModel(config), "row")
     assert axes["transformer.h.0.attn.c_attn.weight"] == 1 and "transformer.wte.weight" not in axes
+    inputs = unit_axes(GPT2LMHeadModel(config), "column")
+    assert inputs["transformer.h.0.attn.c_attn.weight"] == 0
+    assert inputs["transformer.wte.weight"] == 0  # which the head shares
+    assert unit_axes(torch.nn.ConvTranspose1d(2, 3, 4), "column") == {"weight": 0}
+    assert unit_axes(torch.nn.Conv1d(2, 3, 4), "column") == {}
 
 
 def test_a_dataset_with_columns_that_the_model_does_not_take(tiny_bert: Path, tmp_path: Path) -> None:

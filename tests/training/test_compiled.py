@@ -15,6 +15,7 @@ from tests.methods.trainers import method_trainer, weights
     ("method", "child"),
     [
         pytest.param("child-d", {"granularity": "row"}, id="child-d rows"),
+        pytest.param("child-d", {"granularity": "column"}, id="child-d columns"),
         pytest.param("child-d", {}, id="child-d", marks=pytest.mark.nightly),
         pytest.param("child-f", {}, id="child-f", marks=pytest.mark.nightly),
         pytest.param("child-d+r3f", {}, id="child-d+r3f", marks=pytest.mark.nightly),

@@ -1,6 +1,7 @@
 """Layer 1, the room the rest of the layer builds on: which entries of each parameter are trained."""
 
 from childtuning.child.child import Child
+from childtuning.child.eligible import unit_axes
 from childtuning.child.select import (
     density_for_mass,
     magnitude_scores,
@@ -23,4 +24,5 @@ __all__ = [
     "official_child",
     "random_child",
     "select_child",
+    "unit_axes",
 ]

@@ -144,10 +144,35 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(module).__mro__)
 
 
-def output_axes(model: nn.Module) -> dict[str, int]:
-    """Return by parameter name the axis of a weight's output units where it is not 0 (GPT-2's Conv1D)."""
-    return {
-        canonical_name(f"{path}.weight" if path else "weight"): 1
-        for path, module in bare_model(model).named_modules()
-        if is_conv1d(module)
-    }
+def unit_axes(model: nn.Module, granularity: str) -> dict[str, int]:
+    """Return by parameter name the axis of a weight's units where it is not the usual one.
+
+    A weight is [out, in, …], so that a row is an output unit, axis 0, and a column an input unit, axis 1. GPT-2's
+    Conv1D and transposed convolutions are [in, out, …]. An embedding is a table with a row for each token: it has no
+    columns, and is cut into rows in either case.
+
+    Args:
+        model: the model.
+        granularity: any; only ``row`` and ``column`` have axes.
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+        >>> unit_axes(net, "column"), unit_axes(net, "row")
+        ({'0.weight': 0}, {})
+    """
+    if granularity not in ("row", "column"):
+        return {}
+    is_column = granularity == "column"
+    found: dict[int, int] = {}
+    for module in bare_model(model).modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            found[id(weight)] = 0  # also where a linear layer shares it
+        elif is_conv1d(module) or (is_column and isinstance(module, _TRANSPOSED)):
+            found.setdefault(id(weight), 1 - is_column)
+    usual = int(is_column)
+    return {name: axis for name, p in named(model).items() if (axis := found.get(id(p), usual)) != usual}
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.child.child import Child
-from childtuning.child.eligible import as_patterns, match_names, matches, refuse_rewritten, refuse_sharded
+from childtuning.child.eligible import (
+    as_patterns,
+    match_names,
+    matches,
+    refuse_rewritten,
+    refuse_sharded,
+    unit_axes,
+)
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.child.ranking import Scope, Share, not_numbers, random_parts, top_parts
 from childtuning.child.units import Granularity
@@ -45,12 +52,13 @@ def select_child(
             scores' total.
         scope: ``global`` ranks all parameters together [Xu et al. 2021]; ``parameter`` gives each parameter its
             own share, rounded so that the total is exact.
-        granularity: ``element``, ``row``, ``block``, ``parameter``, or a ``Granularity``.
+        granularity: ``element``, ``row``, ``column``, ``block``, ``parameter``, or a ``Granularity``.
         eligible: patterns over the scored names; the others stay frozen. ``None``: all of them.
         always: patterns over the model's parameter names that are trained whole and not counted; names among the
             scores that match are taken out of the eligible ones. A new head belongs here.
         lowest: choose the lowest scores instead (the paper's ablation).
-        row_axes: for ``row``, the output axis by parameter name where it is not 0 (GPT-2's Conv1D has 1).
+        row_axes: for ``row`` and ``column``, the units' axis by parameter name where it is not 0 for rows or 1 for
+            columns: ``unit_axes(model, granularity)``.
         mass: for ``density="auto"``, in (0, 1].
     Returns:
         the child; indices on the CPU.
@@ -130,11 +138,14 @@ def random_child(
     """Choose a fixed random child, a pure function of (seed, names, shapes): the paper's ablation.
 
     Every unit has the same chance, whatever its size. Files of the child hold the seed instead of indices. The
-    arguments are those of ``select_child``; ``eligible`` and ``always`` are patterns over the model's parameters.
+    arguments are those of ``select_child``; ``eligible`` and ``always`` are patterns over the model's parameters, and
+    for columns ``row_axes`` are the model's ``unit_axes`` by default.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ConfigError(f"seed must be a whole number, got {seed!r}. Pass seed=0.")
     seed = int(seed)
+    if row_axes is None and granularity == "column":
+        row_axes = unit_axes(model, "column")
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
     share = Share(density, scope, unit, row_axes or {})
     always = as_patterns(always)

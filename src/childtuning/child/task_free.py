@@ -83,9 +83,9 @@ class TaskFree:
     Args:
         density: p, the chance that a unit is trained in a step, in (0, 1].
         seed: names the sequence of masks.
-        granularity: ``element``, ``row``, ``block`` or ``parameter``: what is drawn as one.
+        granularity: ``element``, ``row``, ``column``, ``block`` or ``parameter``: what is drawn as one.
         always: patterns over parameter names whose gradient is never masked, such as a new head.
-        row_axes: for ``row``, the output axis by parameter name where it is not 0 (GPT-2's Conv1D has 1).
+        row_axes: for ``row`` and ``column``, the units' axis by parameter name where it is another: ``unit_axes``.
     Raises:
         ConfigError: the density or granularity is outside its range.
     """
@@ -117,7 +117,8 @@ class TaskFree:
 
     def units(self, name: str) -> Granularity:
         """Return how a parameter is cut into units."""
-        return Granularity(self.granularity, self.row_axes.get(name, 0))
+        axis = self.row_axes.get(name)
+        return Granularity(self.granularity) if axis is None else Granularity(self.granularity, axis)
 
     def kept_units(self, name: str, shape: Sequence[int], step: int) -> Tensor:
         """Draw which units of a parameter are trained at a step: bool [num_units], on the CPU."""

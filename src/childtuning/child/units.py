@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from childtuning.config import KINDS
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
 from childtuning.fast.layers import Chosen, Group
+from childtuning.fast.runs import Runs
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,28 @@ class Granularity:
     """How a parameter is cut into units.
 
     ``element``: every entry. ``row``: the entries that share a coordinate along ``axis``; with axis 0 an output unit
-    of a Linear or Conv, or one token's embedding; in a vector each entry. ``block``: tiles of ``block_shape`` of the
-    matrix [shape[0], rest] (a vector is one row), cut short at the edges. ``parameter``: all of it.
+    of a Linear or Conv, or one token's embedding; in a vector each entry. ``column``: the same along axis 1, an input
+    unit of a Linear or Conv; it is kept as rows of that axis. ``block``: tiles of ``block_shape`` of the matrix
+    [shape[0], rest] (a vector is one row), cut short at the edges. ``parameter``: all of it.
 
     Args:
         kind: one of ``KINDS``.
-        axis: for rows; negative counts from the end.
+        axis: for rows and columns; negative counts from the end. ``None``: 0 for rows, 1 for columns.
         block_shape: for blocks, (height, width) in entries.
     """
 
     kind: str = "element"
-    axis: int = 0
+    axis: int = cast(int, None)  # by kind, set below
     block_shape: tuple[int, int] = (32, 32)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"granularity must be one of {', '.join(KINDS)}, got {self.kind!r}. "
                               + did_you_mean(self.kind, KINDS))  # fmt: skip
+        if cast(int | None, self.axis) is None:
+            object.__setattr__(self, "axis", int(self.kind == "column"))
+        if self.kind == "column":
+            object.__setattr__(self, "kind", "row")
         sizes = self.block_shape if isinstance(self.block_shape, (tuple, list)) else ()
         if len(sizes) != 2 or not all(isinstance(size, int) and size >= 1 for size in sizes):
             raise ConfigError(
@@ -109,9 +116,25 @@ class Granularity:
                 tiles = tiles.repeat_interleave(length, axis).narrow(axis, 0, size)
         return tiles.expand(sizes).reshape(tuple(shape))
 
+    def groups(self, units: Tensor, shape: Sequence[int]) -> list[Group]:
+        """Return rows' entries as rows or as columns of the matrix [shape[0], rest]: (units, None) or (None, columns).
+
+        Args:
+            units: int64 [n], increasing.
+            shape: of two axes or more.
+        """
+        axis = self._axis(shape)
+        if axis == 0:
+            return [(units, None)]
+        return [(None, Granularity("row", axis - 1).entries(units, shape[1:]))]
+
     def is_run(self, shape: Sequence[int]) -> bool:
         """Return whether each unit is contiguous, so that unit u starts at entry u · ``run_length``."""
         return self.kind == "element" or (self.kind == "row" and self._axis(shape) == 0)
+
+    def num_repeats(self, shape: Sequence[int]) -> int:
+        """Return how often rows' runs come again: once for each coordinate before their axis."""
+        return self._tiling(shape)[0][0]
 
     def run_length(self, shape: Sequence[int]) -> int:
         """Return the length of the aligned contiguous runs that the trained entries consist of."""
@@ -223,6 +246,9 @@ class Part:
         if self.units is None:
             return Runs(torch.arange(self.numel, dtype=self._index_dtype), 1)
         starts, width = self.units, self.granularity.run_length(self.shape)
+        if self.granularity.kind == "row":
+            repeats = self.granularity.num_repeats(self.shape)
+            return Runs(starts, width, repeats, self.numel // max(repeats, 1))
         if not self.granularity.is_run(self.shape):
             starts = (self.indices()[::width] // width).to(self._index_dtype)
         return Runs(starts, width)
@@ -247,12 +273,10 @@ class Part:
         units = self.units.long()
         if self.granularity.kind == "block":
             groups = self._block_groups(units)
-        elif self.granularity.axis % len(self.shape) == 0:
-            groups = [(_shortest(units, self.shape[0]), None)]
         else:
-            inner = Granularity("row", self.granularity.axis % len(self.shape) - 1)
-            columns = inner.entries(units, self.shape[1:])
-            groups = [(None, _shortest(columns, math.prod(self.shape[1:])))]
+            ((rows, columns),) = self.granularity.groups(units, self.shape)
+            height, width = self.shape[0], math.prod(self.shape[1:])
+            groups = [(_shortest(rows, height), _shortest(columns, width))]
         return [(_on(rows, device), _on(columns, device)) for rows, columns in groups]
 
     def _block_groups(self, units: Tensor) -> list[Group]:
@@ -268,44 +292,10 @@ class Part:
         return groups
 
 
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """The positions of a part's entries in a tensor of the parameter's shape, as runs of equal width.
-
-    Run u covers the flat entries starts[u]·width … (starts[u]+1)·width − 1.
-
-    Args:
-        starts: int32 (int64 for parameters of 2^31 entries or more) [n], increasing, on the tensors' device.
-        width: entries in a run; 1 for single entries.
-    """
-
-    starts: Tensor
-    width: int
-
-    def __len__(self) -> int:
-        """Count the entries."""
-        return len(self.starts) * self.width
-
-    def to(self, device: torch.device) -> Runs:
-        """Return the same runs on a device."""
-        return Runs(self.starts.to(device), self.width)
-
-    def gather(self, source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the entries of a tensor (strided or sparse) of the parameter's shape: [n · width]."""
-        flat = (source.to_dense() if source.is_sparse else source).reshape(-1, self.width)
-        return flat.index_select(0, self.starts).reshape(-1).to(dtype or source.dtype)
-
-    def scatter_(self, target: Tensor, values: Tensor) -> None:
-        """Write values [n · width], rounded to target's dtype, in place; every other entry keeps its bits."""
-        values = values.to(target.dtype).view(-1, self.width)
-        flat = target if target.is_contiguous() else target.contiguous()
-        flat.view(-1, self.width)[self.starts] = values
-        if flat is not target:
-            target.copy_(flat)
-
-
-def _shortest(chosen: Tensor, size: int) -> Chosen:
+def _shortest(chosen: Chosen, size: int) -> Chosen:
     """None for all, a slice for a run: neither is copied when taken."""
+    if not isinstance(chosen, Tensor):
+        return chosen
     if len(chosen) == size:
         return None
     start, stop = int(chosen[0]), int(chosen[-1]) + 1

@@ -11,7 +11,7 @@ the CPU they are cut into tasks that threads take from a queue, on a GPU they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 
 from childtuning.fast import gpu, library
 from childtuning.fast.library import MASKED, ROWS, STRETCH, AdamWStep, MaskDraw, Member, run_tasks
+from childtuning.fast.runs import Runs
 
 _ENTRIES_A_TASK = 1 << 16
 _BYTES = 4  # an entry's
@@ -45,24 +46,19 @@ class ChildTable:
     """Updates the entries of a fixed child in several parameters on one device.
 
     Args:
-        runs: for each parameter the starts of its trained runs, int32, and how many entries a run has: run u is
-            entries u·width … (u+1)·width − 1.
+        runs: for each parameter where its trained entries lie; the starts are int32.
     """
 
-    def __init__(self, runs: Sequence[tuple[Tensor, int]]) -> None:
-        self._runs = list(runs)
-        rows = []
-        for owner, (starts, width) in enumerate(runs):
-            step = max(1, _ENTRIES_A_TASK // width)
-            for first in range(0, len(starts), step):
-                pointer = starts.data_ptr() + starts.itemsize * first
-                rows.append((owner, first * width, pointer, min(step, len(starts) - first), width))
-        columns = np.array(rows, np.int64).reshape(-1, 5).T
-        self._owner, self._offset = columns[0], _BYTES * columns[1]
+    def __init__(self, runs: Sequence[Runs]) -> None:
+        self._runs = [one.once() if one.starts.is_cuda else one for one in runs]
+        rows = [row for owner, one in enumerate(runs) for row in _tasks_of(owner, one)]
+        columns = np.array(rows, np.int64).reshape(-1, 8).T
+        self._owner, self._offset, self._at = columns[0], _BYTES * columns[1], _BYTES * columns[2]
         self._tasks = np.zeros(len(rows), STRETCH)
-        self._tasks["index"], self._tasks["count"], self._tasks["width"] = columns[2:]
+        for name, column in zip(("index", "count", "width", "repeats", "period"), columns[3:], strict=True):
+            self._tasks[name] = column
 
-    def __reduce__(self) -> tuple[type[ChildTable], tuple[list[tuple[Tensor, int]]]]:
+    def __reduce__(self) -> tuple[type[ChildTable], tuple[list[Runs]]]:
         """Copy as a table of the copied starts: the tasks hold addresses."""
         return type(self), (self._runs,)
 
@@ -79,16 +75,30 @@ class ChildTable:
     def _on_cpu(self, members: Sequence[Member | None], step: AdamWStep) -> None:
         rows = np.array([_NOBODY if m is None else _row(m) for m in members], np.int64)
         chosen = rows[:, 0][self._owner] != 0
-        offset, tasks = self._offset[chosen], self._tasks[chosen]
+        offset, at, tasks = self._offset[chosen], self._at[chosen], self._tasks[chosen]
         tasks["weight"], tasks["gradient"], tasks["first"], tasks["second"], compact = rows[
             self._owner[chosen]
         ].T
-        tasks["gradient"] += (compact * offset).astype(np.uintp)
+        tasks["weight"] += at.astype(np.uintp)
+        tasks["gradient"] += np.where(compact, offset, at).astype(np.uintp)
         tasks["first"] += offset.astype(np.uintp)
         tasks["second"] += offset.astype(np.uintp)
         tasks["compact_gradient"] = compact
         numbers = step.numbers()
         run_tasks("ct_adamw_stretches", tasks, numbers.ctypes.data)
+
+
+def _tasks_of(owner: int, runs: Runs) -> Iterator[tuple[int, ...]]:
+    """Cut runs into tasks: owner, first compact entry, first entry of the weight, and the stretch itself."""
+    starts, width = runs.starts, runs.width
+    if runs.repeats == 1:
+        for first, count in _cut(len(starts), max(1, _ENTRIES_A_TASK // width)):
+            yield owner, first * width, 0, starts.data_ptr() + starts.itemsize * first, count, width, 1, 0
+        return
+    once = len(starts) * width
+    for first, times in _cut(runs.repeats if once else 0, max(1, _ENTRIES_A_TASK // max(once, 1))):
+        shape = (starts.data_ptr(), len(starts), width, times, runs.period)
+        yield owner, first * once, first * runs.period, *shape
 
 
 def masked_(members: Sequence[tuple[Member, MaskDraw]]) -> None:

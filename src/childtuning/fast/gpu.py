@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from childtuning.fast.library import POINTERS, RECORD, MaskDraw, Member
+from childtuning.fast.runs import Runs
 
 ENTRIES = 1024  # a program's; a multiple of the 32 that one Philox block serves
 COMPILED = {"enable_fp_fusion": True}  # said, as Triton warns where it is not and will change its default
@@ -54,8 +55,8 @@ def keep_mask(draw: MaskDraw, numel: int, start: int, device: torch.device | str
     return keep
 
 
-def child_(runs: Sequence[tuple[Tensor, int]], members: Sequence[Member | None]) -> None:
-    """Do as ``ChildTable.step_`` on a GPU, one launch for each combination of dtypes.
+def child_(runs: Sequence[Runs], members: Sequence[Member | None]) -> None:
+    """Do as ``ChildTable.step_`` on a GPU, for runs that come once, one launch for each combination of dtypes.
 
     The update is computed in float32, of the master values where there are any; the weights are then rounded.
     """
@@ -63,9 +64,9 @@ def child_(runs: Sequence[tuple[Tensor, int]], members: Sequence[Member | None])
     for alike in _by_kind(pairs):
         some = [member for member, _ in alike]
         records = _records(some)
-        records["places"] = [starts.data_ptr() for _, (starts, _) in alike]
-        records["width"] = [width for _, (_, width) in alike]
-        records["count"] = sizes = [len(starts) * width for _, (starts, width) in alike]
+        records["places"] = [run.starts.data_ptr() for _, run in alike]
+        records["width"] = [run.width for _, run in alike]
+        records["count"] = sizes = [len(run) for _, run in alike]
         records["compact_gradient"] = [m.gradient.numel() < m.weight.numel() for m in some]
         records["master"] = [0 if m.master is None else m.master.data_ptr() for m in some]
         one = some[0]

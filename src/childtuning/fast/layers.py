@@ -6,6 +6,7 @@ rows, n trained entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -117,6 +118,12 @@ def take(tensor: Tensor, chosen: Chosen) -> Tensor:
     return tensor[:, chosen] if isinstance(chosen, slice) else tensor.index_select(1, chosen)
 
 
+def _copy(x: Tensor, chosen: Tensor | slice) -> Tensor:
+    """Return the chosen coordinates of axis 1 in memory of their own: a view would keep all of x."""
+    taken = take(x, chosen)
+    return taken.clone(memory_format=torch.contiguous_format) if isinstance(chosen, slice) else taken
+
+
 def join(gradients: Iterable[Tensor]) -> Tensor:
     """Concatenate the groups' gradients in the layout of the leaf."""
     flat = [gradient.reshape(-1) for gradient in gradients]
@@ -134,6 +141,18 @@ def lowered(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def _read(x: Tensor, groups: Sequence[Group], axis: int) -> tuple[Tensor, Sequence[Group]]:
+    """Return what the groups read of an input [N, I] on this side of a group, and the groups within that.
+
+    Where columns are trained, these alone are copied and kept, and the layers that read the same input keep nothing of
+    it in common.
+    """
+    chosen = groups[0][axis] if len(groups) == 1 else None
+    if chosen is None:
+        return x, groups
+    return _copy(x, chosen), [(None, groups[0][1]) if axis == 0 else (groups[0][0], None)]
+
+
 class _Product(Function):
     """``y = x Wᵀ + b``, and of ``dW = dYᵀ x`` only the groups."""
 
@@ -147,10 +166,13 @@ class _Product(Function):
         groups: Sequence[Group],
         transposed: bool,
     ) -> Tensor:
+        kept = None
+        if leaf.numel():
+            kept, groups = _read(x, groups, 0 if transposed else 1)
         ctx.groups, ctx.transposed = groups, transposed
         needs_x = ctx.needs_input_grad[0]
         # The weight as it is: autocast's copy of it is cheaper to make again than to keep.
-        ctx.save_for_backward(x if leaf.numel() else None, weight if needs_x else None)
+        ctx.save_for_backward(kept, weight if needs_x else None)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -301,10 +323,13 @@ class _Convolution(Function):
         groups: Sequence[Group],
         options: _Options,
     ) -> Tensor:
-        ctx.groups, ctx.options = groups, options
-        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+        ctx.options, ctx.x_shape, ctx.weight_shape = options, x.shape, weight.shape
+        kept = None
+        if leaf.numel():
+            kept, groups, ctx.weight_shape = _read_channels(x, groups, weight.shape, options)
+        ctx.groups = groups
         needs_x = ctx.needs_input_grad[0]
-        ctx.save_for_backward(x if leaf.numel() else None, weight if needs_x else None)
+        ctx.save_for_backward(kept, weight if needs_x else None)
         return _CONVOLVE[len(options.stride)](x, weight, bias, *options)
 
     @staticmethod
@@ -315,7 +340,7 @@ class _Convolution(Function):
         dx = dbias = None
         dleaf = dY.new_zeros(0)
         if needs_x:
-            shaped = x if x is not None else _shape_only(dY, ctx.x_shape)
+            shaped = _shape_only(dY, ctx.x_shape)
             dx = ctx.options.gradient(dY, shaped, weight.to(dY.dtype), of_x=True)
         if needs_bias:
             dbias = dY.sum((0, *range(2, dY.dim())))
@@ -324,22 +349,46 @@ class _Convolution(Function):
         return dx, None, dbias, dleaf, None, None
 
 
+def _read_channels(
+    x: Tensor, groups: Sequence[Group], shape: torch.Size, options: _Options
+) -> tuple[Tensor, Sequence[Group], torch.Size]:
+    """Return what the groups read of an input [B, I, …], the groups within that, and their kernel's shape."""
+    if len(groups) != 1 or options.groups != 1:
+        return x, groups, shape
+    channels = input_channels(groups[0][1], math.prod(shape[2:]))
+    if channels is None:
+        return x, groups, shape
+    kept = _copy(x, channels)
+    return kept, [(groups[0][0], None)], torch.Size((shape[0], kept.shape[1], *shape[2:]))
+
+
+def input_channels(columns: Chosen, width: int) -> Chosen:
+    """Return the input channels that columns of a kernel [O, I · width] make up; ``None`` if all, or not whole ones."""
+    if columns is None or width == 1:
+        return columns
+    if isinstance(columns, slice):
+        whole = columns.start % width == 0 and columns.stop % width == 0
+        return slice(columns.start // width, columns.stop // width) if whole else None
+    if len(columns) % width:
+        return None
+    channels = columns[::width] // width
+    inside = torch.arange(width, device=columns.device)
+    return channels if bool((channels[:, None] * width + inside == columns.view(-1, width)).all()) else None
+
+
 def _gradient(x: Tensor, dY: Tensor, shape: torch.Size, group: Group, options: _Options) -> Tensor:
     """The gradient of one group: that of a kernel with the r chosen rows: [r, columns]."""
     rows, columns = group
     dY = take(dY, rows)
     r = dY.shape[1]
-    if options.groups == 1 and _is_pointwise(shape[2:]):
-        x, columns = take(x, columns), None
+    channels = input_channels(columns, math.prod(shape[2:])) if options.groups == 1 else None
+    if channels is not None:
+        x, columns = take(x, channels), None
     elif options.groups > 1 and rows is not None:
         x = x.index_select(1, _channels(rows, shape[0] // options.groups, x.device))
         options = options._replace(groups=r)
     kernel = _shape_only(dY, (r, x.shape[1] // options.groups, *shape[2:]))
     return take(options.gradient(dY, x, kernel, of_x=False).flatten(1), columns)
-
-
-def _is_pointwise(kernel_size: Sequence[int]) -> bool:
-    return all(size == 1 for size in kernel_size)
 
 
 def _channels(rows: Tensor | slice, multiplier: int, device: torch.device) -> Tensor:
@@ -367,13 +416,17 @@ class _StructuredConvolution(StructuredLayer):
     def fits(module: Any, leaf: Leaf) -> bool:
         """Accept zero padding, the same on both sides; channels that are one group or each its own; and rows.
 
-        Columns save something only where each is a channel: else they are cut from the gradient of all.
+        Columns must be whole input channels: else they would be cut from the gradient of all.
         """
         return (
             module.padding_mode == "zeros"
             and (module.groups == 1 or module.groups == module.in_channels)
             and (module.padding != "same" or all(span % 2 == 0 for span in _spans(module)))
-            and (_is_pointwise(module.kernel_size) or all(columns is None for _, columns in leaf.groups))
+            and all(
+                columns is None
+                or (module.groups == 1 and input_channels(columns, math.prod(module.kernel_size)) is not None)
+                for _, columns in leaf.groups
+            )
         )
 
     def compute(self, input: Tensor) -> Tensor:

@@ -84,7 +84,9 @@ NUMBERS = np.dtype(
         ]
     ]
 )  # ct_adamw
-STRETCH = _record("weight gradient first second index", "count width compact_gradient")  # ct_stretch
+STRETCH = _record(
+    "weight gradient first second index", "count width repeats period compact_gradient"
+)  # ct_stretch
 MASKED = _record("weight gradient first second", "start count", "draw numbers")  # ct_masked
 ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
 POINTERS = ["weight", "gradient", "first", "second", "master", "places"]

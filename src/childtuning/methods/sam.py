@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from childtuning.child.units import Runs
+from childtuning.fast.runs import Runs
 from childtuning.methods.checks import check_positive
 from childtuning.methods.registry import register
 from childtuning.training import ChildTraining, Method

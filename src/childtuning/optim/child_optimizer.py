@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from childtuning.child.child import Child
 from childtuning.child.eligible import canonical_name, match_names
 from childtuning.child.task_free import TaskFree
-from childtuning.child.units import Part, Runs
+from childtuning.child.units import Part
 from childtuning.errors import ConfigError, ParameterError
+from childtuning.fast.runs import Runs
 from childtuning.optim.d_step import d_step, hidden
 from childtuning.optim.f_step import f_step
 from childtuning.optim.frozen import Frozen

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from childtuning.child.units import Part, Runs
+from childtuning.child.units import Part
 from childtuning.errors import ParameterError
+from childtuning.fast.runs import Runs
 
 _ENTRIES_AT_ONCE, _HALF = 1 << 20, 1 << 63
 _WIDE = {
@@ -132,8 +133,7 @@ def _bits(parameter: Tensor, runs: Runs | None) -> int:
         rows = (matrix[start : start + step].to(across.dtype) * across).sum(1, dtype=torch.int64)
         total += int((rows * down[start : start + step]).sum())
     if runs is not None:
-        inside = torch.arange(runs.width, device=matrix.device)
-        places = (runs.starts.long()[:, None] * runs.width + inside).reshape(-1)
+        places = runs.indices()
         trained = runs.gather(matrix).to(across.dtype) * across[places % width]
         total -= int((trained.long() * down[places // width]).sum())
     return (total + _HALF) % (2 * _HALF) - _HALF  # as int64 wraps

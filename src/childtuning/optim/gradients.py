@@ -92,7 +92,7 @@ class DrawnRows:
 
     def __init__(self, free: TaskFree, trained: Sequence[Trained], model: nn.Module) -> None:
         self._free, self._model = free, model
-        self._candidates = [t for t in trained if t.draws and t.units.kind == "row" and t.parameter.dim() > 1]
+        self._candidates = [t for t in trained if t.draws and t.units.kind == "row" and _has_several(t)]
         self._drawn: list[Trained] = []
         self._installed: Installed | None = None
         self.attach()
@@ -121,7 +121,7 @@ class DrawnRows:
             axis = t.units.axis % len(shape)
             size = len(t.rows) * (t.parameter.numel() // max(shape[axis], 1))
             assert t.leaf is not None
-            t.leaf.groups = [(t.rows, None) if axis == 0 else (None, t.rows)]
+            t.leaf.groups = t.units.groups(t.rows, shape)
             t.leaf.tensor = Leaf.of([], size, t.parameter).tensor
 
     def remove(self) -> None:
@@ -132,6 +132,11 @@ class DrawnRows:
         for t in self._drawn:
             t.leaf = t.rows = None
         self._drawn = []
+
+
+def _has_several(t: Trained) -> bool:
+    """Whether a parameter is a matrix or more, and has more than one unit."""
+    return t.parameter.dim() > 1 and t.units.num_units(t.parameter.shape) > 1
 
 
 def _install(owner: object, model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:

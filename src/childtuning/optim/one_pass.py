@@ -156,7 +156,7 @@ class OnePass:
         for device in dict.fromkeys(member.weight.device for member in members.values()):
             if device not in self._tables:
                 there = [t for t in self._partial if t.parameter.device == device]
-                runs = [(t.runs.starts, t.runs.width) for t in there if t.runs is not None]
+                runs = [t.runs for t in there if t.runs is not None]
                 self._tables[device] = (there, ChildTable(runs))
             there, table = self._tables[device]
             table.step_([members.get(t) for t in there])

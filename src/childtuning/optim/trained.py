@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from childtuning.child.units import Granularity, Part, Runs
+from childtuning.child.units import Granularity, Part
 from childtuning.errors import ParameterError
 from childtuning.fast.layers import Leaf
+from childtuning.fast.runs import Runs
 
 
 class Trained:

@@ -6,7 +6,6 @@ from childtuning.training.child_choice import (
     fisher_sample,
     fisher_scores,
     in_model_order,
-    output_axes,
     task_head,
 )
 from childtuning.training.further_pass import IGNORED, predicted_labels
@@ -54,7 +53,6 @@ __all__ = [
     "load_model",
     "logits_of",
     "num_positions",
-    "output_axes",
     "packaged_model",
     "predicted_labels",
     "suggested_epochs",

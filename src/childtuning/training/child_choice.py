@@ -20,7 +20,7 @@ from childtuning.child import (
     random_child,
     select_child,
 )
-from childtuning.child.eligible import as_patterns, match_names, named, output_axes
+from childtuning.child.eligible import as_patterns, match_names, named, unit_axes
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, ParameterError
 from childtuning.fisher import fisher_information
@@ -130,7 +130,7 @@ def choose_child(
         match_names(always, named(model))
         if config.eligible is not None:
             _freeze_others(model, config.eligible, always)
-        axes = output_axes(model) if config.granularity == "row" else {}
+        axes = unit_axes(model, config.granularity)
         return TaskFree(_number(config.density), config.seed, config.granularity, always, axes)
     if config.density == 1.0 and not config.preset:
         return _whole(model, config.eligible, always)
@@ -145,7 +145,7 @@ def choose_child(
     options: dict[str, Any] = {
         "scope": config.scope,
         "granularity": config.granularity,
-        "row_axes": output_axes(model) if config.granularity == "row" else None,
+        "row_axes": unit_axes(model, config.granularity),
     }
     if config.scores == "random" and scores is None:
         return random_child(
@@ -176,7 +176,7 @@ def choose_child(
 def saves_computation(child: Child | TaskFree) -> bool:
     """Return whether layers can compute gradients for the child's rows or blocks only."""
     if isinstance(child, TaskFree):
-        return child.granularity == "row" and child.density < 1
+        return child.granularity in ("row", "column") and child.density < 1
     return any(
         part.granularity.kind in ("row", "block") and not (part.is_whole or part.is_empty)
         for part in child.parts.values()

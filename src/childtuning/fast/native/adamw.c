@@ -18,14 +18,16 @@ typedef struct {
     float scale;      /* what the gradient is multiplied with */
 } ct_adamw;
 
-/* Some of one parameter's trained entries: count units of width entries that lie together, unit i at index[i] * width.
-   A compact gradient lies in the order of the moments; a dense one as the weight does. */
+/* Some of one parameter's trained entries: count units of width entries that lie together, unit i at index[i] * width,
+   and the same again a period further, repeats times in all. A compact gradient lies in the order of the moments; a
+   dense one as the weight does. */
 typedef struct {
     float *weight;
     const float *gradient;
     float *first, *second;
     const int32_t *index;
     int64_t count, width;
+    int64_t repeats, period;
     int64_t compact_gradient;
 } ct_stretch;
 
@@ -96,19 +98,30 @@ INLINE void update_at(const ct_stretch *s, const ct_adamw h) {
     }
 }
 
+INLINE void update_once(const ct_stretch *s, const ct_adamw h) {
+    if (s->width == 1) {
+        update_at(s, h);
+        return;
+    }
+    for (int64_t i = 0; i < s->count; i++) {
+        const int64_t at = s->index[i] * s->width, place = i * s->width;
+        const float *g = s->gradient + (s->compact_gradient ? place : at);
+        update(s->weight + at, g, s->first + place, s->second + place, s->width, h);
+    }
+}
+
 /* Update the entries of stretches. */
 EXPORT CLONES void ct_adamw_stretches(int64_t *queue, int64_t num, const ct_stretch *stretches, const ct_adamw *numbers) {
     const ct_adamw h = *numbers;
     for (int64_t k; (k = take(queue)) < num;) {
-        const ct_stretch *s = stretches + k;
-        if (s->width == 1) {
-            update_at(s, h);
-            continue;
-        }
-        for (int64_t i = 0; i < s->count; i++) {
-            const int64_t at = s->index[i] * s->width, place = i * s->width;
-            const float *g = s->gradient + (s->compact_gradient ? place : at);
-            update(s->weight + at, g, s->first + place, s->second + place, s->width, h);
+        ct_stretch s = stretches[k];
+        const int64_t once = s.count * s.width;
+        for (int64_t r = 0; r < s.repeats; r++) {
+            update_once(&s, h);
+            s.weight += s.period;
+            s.gradient += s.compact_gradient ? once : s.period;
+            s.first += once;
+            s.second += once;
         }
     }
 }
