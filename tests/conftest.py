@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files with the most slow tests first, so that no worker is left alone with one of them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+_frozen = 0  # the number of modules when the garbage collector was last told to leave what there is alone
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep what imports have made from the garbage collector, which every ``Trainer.train()`` runs in full."""
+    global _frozen
+    if len(sys.modules) != _frozen:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -17,16 +16,10 @@ Page = Callable[[str], str]
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_statistics() -> Iterator[None]:
-    """A tenth of the draws, for these tests alone: what is tested is how numbers are shown, not the numbers.
-
-    Holm's correction collects garbage first, which is slow with all that transformers imports.
-    """
-    gc.collect()
-    gc.freeze()
+    """A tenth of the draws, for these tests alone: what is tested is how numbers are shown, not the numbers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "NUM_RESAMPLES", 999)
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
