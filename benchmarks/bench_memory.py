@@ -14,7 +14,7 @@ from typing import Any
 from environment import KEPT, RETURNED
 from record import Record
 from timing import tell
-from training_methods import ELEMENT, FULL, LORA, METHODS, OURS, ROW, training_step
+from training_methods import COLUMN, ELEMENT, FULL, LORA, METHODS, OURS, PACA, ROW, training_step
 from workers import call
 
 _STEPS = 3
@@ -28,7 +28,7 @@ def run(record: Record, options: argparse.Namespace) -> None:
     usual = options.batch_size == _BATCH_SIZE
     for shape in ["tiny"] if options.quick else options.shapes:
         size = (2, 8) if options.quick else (options.batch_size, 128)
-        methods = list(METHODS) if usual and not options.quick else [FULL, ROW, LORA]
+        methods = list(METHODS) if usual and not options.quick else [FULL, ROW, COLUMN, LORA]
         said = shape if usual else f"{shape}, {options.batch_size} × 128,"
         for number in range(options.repeats):
             for method in methods if number % 2 == 0 else reversed(methods):
@@ -56,11 +56,25 @@ def run(record: Record, options: argparse.Namespace) -> None:
         _ratio(
             record, f"{said} peak memory, row child 0.1, released gradients ÷ LoRA r=16", row, lora, at_most
         )
+        _columns(record, shape, said, usual)
         for method in methods:
-            if method not in (FULL, ROW):
+            if method not in (FULL, ROW, COLUMN):
                 released = ", released gradients" if method == ELEMENT else ""
                 name = f"{said} peak memory, {method}{released} ÷ full fine-tuning"
                 _ratio(record, name, f"{shape}: {method}", full, None)
+
+
+_AT_MOST = {"bert-base": (0.56, 0.76), "minilm": (0.62, 0.78)}  # of full fine-tuning, of LoRA
+
+
+def _columns(record: Record, shape: str, said: str, usual: bool) -> None:
+    of_full, of_lora = _AT_MOST.get(shape, (None, None)) if usual else (None, None)
+    column = f"{shape}: {COLUMN}"
+    name = f"{said} peak memory, column child 0.1, released gradients"
+    _ratio(record, f"{name} ÷ full fine-tuning", column, f"{shape}: {FULL}", of_full)
+    _ratio(record, f"{name} ÷ LoRA r=16", column, f"{shape}: {LORA}", of_lora)
+    if f"{shape}: {PACA}" in record.samples:
+        _ratio(record, f"{name} ÷ PaCA", column, f"{shape}: {PACA}", 1.0 if usual else None)
 
 
 def _ratio(record: Record, name: str, over: str, under: str, at_most: float | None) -> None:

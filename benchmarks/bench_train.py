@@ -7,7 +7,7 @@ import argparse
 from bench_script import run_scripts
 from record import Record
 from timing import Case, alternating, tell
-from training_methods import FULL, LORA, METHODS, OURS, ROW, training_step
+from training_methods import COLUMN, FULL, LORA, METHODS, OURS, PACA, ROW, training_step
 
 
 def run(record: Record, options: argparse.Namespace) -> None:
@@ -37,6 +37,10 @@ def _one_shape(record: Record, shape: str, size: tuple[int, int], repeats: int) 
     full, row, lora = (f"{shape}: {method}" for method in (FULL, ROW, LORA))
     record.ratio(f"{shape} training step, row child 0.1 ÷ full fine-tuning", row, full, at_most=0.75)
     record.ratio(f"{shape} training step, row child 0.1 ÷ LoRA r=16", row, lora, at_most=0.95)
+    column, paca = f"{shape}: {COLUMN}", f"{shape}: {PACA}"
+    record.ratio(f"{shape} training step, column child 0.1 ÷ full fine-tuning", column, full, at_most=0.75)
+    record.ratio(f"{shape} training step, column child 0.1 ÷ LoRA r=16", column, lora, at_most=0.9)
+    record.ratio(f"{shape} training step, column child 0.1 ÷ PaCA", column, paca)
     for method in METHODS:
-        if method not in (FULL, ROW):
+        if method not in (FULL, ROW, COLUMN):
             record.ratio(f"{shape} training step, {method} ÷ full fine-tuning", f"{shape}: {method}", full)

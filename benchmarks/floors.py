@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_CHILD = re.compile(r"(?P<kind>child|task-free) (?P<density>[\d.]+), (?P<granularity>element|row)$")
+_CHILD = re.compile(r"(?P<kind>child|task-free) (?P<density>[\d.]+), (?P<granularity>element|row|column)$")
 _LINE = 16  # float32 entries of a cache line, which travels whole
 _FULL, _LORA = "full fine-tuning", "PEFT LoRA r=16"
 # Layers, width, width between, as in shapes.py; the packaged model is MiniLM.
@@ -70,13 +70,15 @@ def step_bytes(kind: str, density: float, granularity: str) -> float:
         return 28.0 if granularity == "element" else 24 + 4 * density
     if granularity == "row":
         return 28 * density
+    if granularity == "column":  # moments and gradient are compact; weight in and weight out are whole lines
+        return 20 * density + 8 * (1 - (1 - density) ** _LINE)
     # Moments and index are compact; gradient, weight in and weight out are whole lines.
     return 20 * density + 12 * (1 - (1 - density) ** _LINE)
 
 
 def bytes_held(density: float, granularity: str) -> float:
     """Return the bytes a trained entry beside model and gradient: two moments, and the entropy of where it lies."""
-    if granularity == "row":
+    if granularity != "element":
         return 8.0
     rest = 1 - density
     return 8 - (density * math.log2(density) + rest * math.log2(rest)) / density / 8
@@ -149,7 +151,7 @@ def _train(facts: Mapping[str, Any]) -> dict[str, Work]:
             child = _CHILD.match(method)
             if child:
                 density = float(child["density"])
-                formed = density if child["granularity"] == "row" else 1.0
+                formed = 1.0 if child["granularity"] == "element" else density
                 n = trained.get(_FULL, 0)
                 update = n * step_bytes(child["kind"], density, child["granularity"])
             elif method in (_FULL, _LORA):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from references.paca import paca
 from references.peft_methods import PEFT_METHODS
 from shapes import HEAD, classifier, random_batch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ import childtuning as ct
 from childtuning.child import random_child
 
 FULL, ROW, LORA = "full fine-tuning", "child 0.1, row", "PEFT LoRA r=16"
-COLUMN = "child 0.1, column"
+COLUMN, PACA = "child 0.1, column", "PaCA, as many entries"
 ELEMENT = "child 0.1, element"
 _ADAMW = {"lr": 2e-5, "weight_decay": 0.01, "fused": True}
 
@@ -95,6 +96,7 @@ METHODS: dict[str, Callable[[Any, dict[str, Tensor]], TrainingStep]] = {
     "task-free 0.3, element": _task_free("element"),
     "task-free 0.3, row": _task_free("row"),
     **{name: _peft(wrap) for name, wrap in PEFT_METHODS.items()},
+    PACA: _peft(paca),
     "head only": _head_only,
 }
 OURS = tuple(name for name in METHODS if name.startswith(("child", "task-free")))
