@@ -256,7 +256,7 @@ def _every_option() -> list[dict]:
     one: dict = {"task": "rte", "method": "child-d+r3f:0.7", "density": 0.25, "data_dir": "/data/it's here"}
     other: dict = {
         "train": "-a b.csv",
-        "eval": "$x.csv",
+        "eval": "$x.xlsx",
         "method": "child-d",
         "density": "auto",
         "label_type": "class",
@@ -335,7 +335,9 @@ def answered(method: str, seed: int, answers: list[str]) -> Any:
         for label in ("no", "yes")
     }
     run = synthetic.record("rte", method, seed)
-    return replace(run, result={**(run.result or {}), "per_class": per_class, "answers": answers})
+    return replace(
+        run, result={**(run.result or {}), "per_class": per_class, "answers": answers, "examples": "4f"}
+    )
 
 
 def disagreeing(examples: dict[str, Any] | None) -> Recorded:
@@ -347,7 +349,7 @@ def disagreeing(examples: dict[str, Any] | None) -> Recorded:
         answered("child-d", 1, ["yes", "no", "no", "yes"]),
     ]
     asked = synthetic.comparison(["rte"], ["full", "child-d"], 2)
-    return Recorded(asked, runs, {} if examples is None else {"examples": {"rte": examples}}, {})
+    return Recorded(asked, runs, {} if examples is None else {"examples 4f": examples}, {})
 
 
 def test_examples_on_which_methods_disagree_come_first() -> None:
@@ -365,8 +367,15 @@ def test_examples_on_which_methods_disagree_come_first() -> None:
     assert "differ on 2 of 4 examples; on 1 of them" in part.text
 
 
-def test_without_the_examples_or_with_others_there_are_only_classes() -> None:
-    for examples in (None, {"labels": ["yes"], "shown": ["one"]}):
-        page = parse(html_page(disagreeing(examples)))
-        part = next(s for s in page.all("section") if s.attributes["id"] == "examples")
-        assert len([*part.all("table")]) == 1
+def test_without_the_examples_there_are_only_classes() -> None:
+    page = parse(html_page(disagreeing(None)))
+    part = next(s for s in page.all("section") if s.attributes["id"] == "examples")
+    assert len([*part.all("table")]) == 1
+
+
+def test_answers_to_other_examples_are_left_out() -> None:
+    recorded = disagreeing({"labels": ["yes", "no", "no", "no"], "shown": ["one", "two", "three", "four"]})
+    drawn_anew = replace(recorded.records[3], result={**(recorded.records[3].result or {}), "examples": "5a"})
+    text = html_page(replace(recorded, records=[*recorded.records[:3], drawn_anew]))
+    part = next(s for s in parse(text).all("section") if s.attributes["id"] == "examples")
+    assert "no ✓" in part.text and "no 2/2 ✓" not in part.text

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from childtuning.errors import ConfigError
+from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs import FinishedRun, RunConfig, inputs, train_run, understand_run
 from childtuning.runs.judgement import Answered, judge
 from childtuning.tasks import Examples, find_kind
@@ -115,6 +115,23 @@ def test_what_cannot_be_folded_is_refused(tiny_bert: Path, sentiment: Path) -> N
         a_config(tiny_bert, sentiment, folds=None, fold=1)
     with pytest.raises(ConfigError, match="folds must be a whole number from 2 up"):
         a_config(tiny_bert, sentiment, folds=1)
+
+
+def test_a_fold_that_diverges_ends_the_run(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="fold 1 of 3 diverged at step .* lower --lr and --overwrite"):
+        train_run(a_config(tiny_bert, sentiment, learning_rate=1e30), tmp_path / "run")
+
+
+def test_a_metric_that_a_fold_cannot_have_is_refused_first(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = "".join(f"great {i},good\n" for i in range(20)) + "awful,bad\nawful too,bad\n"
+    (tmp_path / "a.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    config = RunConfig(train=str(tmp_path / "a.csv"), model=str(tiny_bert), folds=3, metric="auroc")
+    with pytest.raises(DataError, match="fold . of 3: auroc needs evaluation .* Or pass fewer --folds"):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    told: list[str] = []
+    train_run(replace(config, metric="macro-f1", epochs=1.0), tmp_path / "run", tell=told.append)
+    assert "macro-f1 of folds of 7 examples means little" in told[0]
 
 
 def test_folds_are_described(tiny_bert: Path, sentiment: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError
 from childtuning.runs import FinishedRun, RunConfig, inputs, train_run
 from childtuning.runs.evaluate import RunTests
-from childtuning.runs.temperature import fitted_temperature
+from childtuning.runs.temperature import fitted_temperature, output_layer, scale
 from childtuning.runs.trainer import EarlyStopping
 from childtuning.tasks.metrics import compute_metrics, probabilities
 
@@ -146,6 +147,51 @@ def test_the_served_model_has_the_temperature(
         found
         <= compute_metrics(["log-loss"], own.argmax(1), truth, logits=own * result.temperature)["log-loss"]
     )
+
+
+def test_no_layer_below_the_last_is_scaled(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    """A new head's bias is 0, so that halving a layer below a ReLU would halve the logits too."""
+    from transformers import AutoModelForSequenceClassification, DistilBertConfig
+
+    config = DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    model = AutoModelForSequenceClassification.from_config(config)
+    tests = SimpleNamespace(
+        held_out_answers=lambda model: SimpleNamespace(
+            outputs=model.eval()(torch.arange(12).view(3, 4)).logits.detach().numpy()
+        )
+    )
+    names = ("pre_classifier.*", "classifier.*")
+    found = output_layer(model, names, tests)  # type: ignore[arg-type]
+    assert [id(p) for p in found] == [id(p) for p in model.classifier.parameters()]
+    assert not model.classifier.bias.detach().any()  # as before
+    with pytest.raises(ConfigError, match="needs a linear layer that makes the logits"):
+        output_layer(model, names[:1], tests)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_without_a_wrong_answer_the_logits_stay(sure: bool) -> None:
+    truth = [0, 1, 1, 0]
+    logits = [np.eye(2)[one if sure or place else 1 - one] for place, one in enumerate(truth)]
+    tests = SimpleNamespace(
+        held_out_answers=lambda model: SimpleNamespace(outputs=logits, split=None),
+        task=SimpleNamespace(rules=SimpleNamespace(truth=lambda split, names: truth), label_names=()),
+    )
+    told: list[str] = []
+    weight = torch.ones(2)
+    found = scale(torch.nn.Linear(1, 1), [weight], tests, told.append)  # type: ignore[arg-type]
+    if sure:
+        assert found is None and weight.eq(1).all()
+        assert "none of the 4 held-out examples is answered wrong" in told[0]
+    else:  # three in four are right: p / (1 - p) = exp(1 / T)
+        assert found == pytest.approx(1 / np.log(3), rel=1e-4)
+        assert weight.tolist() == pytest.approx([np.log(3)] * 2, rel=1e-4)
+        assert "log loss of the 4 held-out" in told[0] and "4 examples say little" in told[1]
+
+
+def test_a_child_that_changes_cannot_go_back(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    config = a_config(tiny_bert, sentiment, method="child-dynamic", best_checkpoint=True)
+    with pytest.raises(ConfigError, match="'child-dynamic' changes which entries are trained"):
+        train_run(config, tmp_path / "run")
 
 
 def test_a_temperature_needs_classes_and_a_trained_head(

@@ -205,6 +205,9 @@ def test_numbers_with_decimal_commas(tmp_path: Path) -> None:
     task = task_from_files(tmp_path / "a.csv", label="score")
     assert task.kind == "regression" and "column 'score' is read with decimal commas" in "".join(task.notes)
     assert sorted([*task.train.labels, *task.dev.labels])[:3] == [0.05, 1.15, 2.25]  # type: ignore[attr-defined]
+    (tmp_path / "b.csv").write_text("text;score\nx;1,125\ny;2,250\n", encoding="utf-8")
+    both = task_from_files(tmp_path / "a.csv", tmp_path / "b.csv", label="score")
+    assert both.dev.labels == [1.125, 2.25]  # type: ignore[attr-defined]  # as in training
     (tmp_path / "a.csv").write_text("text;score\n" + rows.replace(",55", ".55"), encoding="utf-8")
     with pytest.raises(DataError, match="must have a finite number in column 'score', got '0,05'"):
         task_from_files(tmp_path / "a.csv", label="score")  # which of the two marks decimals is not known

@@ -261,6 +261,8 @@ def test_a_workbook_of_several_sheets(tmp_path: Path) -> None:
     book.save(tmp_path / "a.xlsx")
     named = Source(tmp_path / "a.xlsx", sheet="Notes")
     assert (named.rows, named.notes) == ([{"text": "a note"}], [])
+    alone = Source(write(tmp_path / "b.xlsx", [{"text": "x", "label": "y"}]), sheet="Notes")
+    assert alone.rows and "read its only sheet, 'Sheet': it has none named 'Notes'" in alone.notes[0]
     with pytest.raises(DataError, match="has no sheet 'Note'. Did you mean 'Notes'"):
         assert Source(tmp_path / "a.xlsx", sheet="Note").rows
 
@@ -339,10 +341,14 @@ def test_an_encoding_is_used_where_a_file_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(russian.encode("cp1251"))
     with pytest.raises(DataError, match=r"Name its --encoding, or save it as UTF-8\."):
         read_rows(tmp_path / "a.csv")
-    with pytest.raises(
-        DataError, match="neither UTF-8 nor ascii: byte 0xf5 in line 2. Pass another --encoding"
-    ):
+    with pytest.raises(DataError, match="a.csv is not ascii. Pass another --encoding"):
         assert Source(tmp_path / "a.csv", encoding="ascii").rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-16-le", "utf-7"])
+def test_an_encoding_that_is_no_superset_of_ascii_is_used_as_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes("text,label\n非常好 + 非常好,1\n".encode(encoding))
+    assert Source(tmp_path / "a.csv", encoding=encoding).rows == [{"text": "非常好 + 非常好", "label": "1"}]
 
 
 def test_columns_as_pandas_writes_them(tmp_path: Path) -> None:

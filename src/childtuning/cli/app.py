@@ -72,7 +72,7 @@ def _about(
     """
 
 
-_STOPPED = "stopped. Continue a training run with --resume."
+_STOPPED = "stopped. Continue a training run with --resume, and a comparison with the same command."
 
 
 def main() -> None:

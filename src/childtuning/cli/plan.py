@@ -18,7 +18,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Model folder or hub name.  \\[the packaged one]")] = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,child-f,child-d",
     density: Annotated[float | None, typer.Option(help="Share of the entries in a child.")] = None,
-    granularity: Annotated[str, typer.Option(help="element, row, block or parameter.")] = "element",
+    granularity: Annotated[str, typer.Option(help="element, row, column, block or parameter.")] = "element",
     labels: Annotated[int, typer.Option(help="Classes of the new head.", min=1, max=100_000)] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16.")] = False,
     as_json: o.AsJson = False,

@@ -19,8 +19,12 @@ def run(
     input: Annotated[
         Path | None, typer.Option(help="File or folder of examples, of any type that `train` reads.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="One text or prompt, in place of a file.")] = None,
-    text_pair: Annotated[str | None, typer.Option(help="Its second text, for runs on pairs.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text or prompt, in place of a file; repeatable.")
+    ] = None,
+    text_pair: Annotated[
+        list[str] | None, typer.Option(help="Its second text, for runs on pairs; repeatable.")
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Maximum number of tokens in a generated response.", min=1)
     ] = 64,
@@ -42,14 +46,20 @@ def run(
     from childtuning.tasks import Answers
 
     into = PredictionsFile(output) if output is not None else None
-    if (input is None) == (text is None):
+    if (input is None) == (not text):
         raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
-    if input is not None and text_pair is not None:
+    if input is not None and text_pair:
         raise ConfigError("--text-pair needs --text; in a file the second text is a column. Leave it out.")
     opened = load(run_dir, progress=is_terminal(), tell=tell)
-    if text is not None:
-        examples = opened.kind.of_texts([text], None if text_pair is None else [text_pair])
-        given = [{"text": text} if text_pair is None else {"text": text, "text_pair": text_pair}]
+    if text:
+        if text_pair and len(text_pair) != len(text):
+            raise ConfigError(
+                f"each --text needs its --text-pair, got {len(text)} and {len(text_pair)}. Pass as many of each."
+            )
+        examples = opened.kind.of_texts(text, text_pair or None)
+        given = [
+            {"text": one} | ({"text_pair": text_pair[i]} if text_pair else {}) for i, one in enumerate(text)
+        ]
     else:
         assert input is not None
         source = opened.source(input, labelled=False)

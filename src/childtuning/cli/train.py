@@ -96,7 +96,7 @@ def _print(result: RunResult) -> None:
             **{
                 name: score_text(value)
                 + (interval_text(result.interval) if name == result.metric["name"] else "")
-                + _beside(constant.get(name))
+                + _beside(None if name == "calibration-error" else constant.get(name))
                 for name, value in result.metrics.items()
             },
             **_of_folds(result),
@@ -106,7 +106,8 @@ def _print(result: RunResult) -> None:
             **_chosen(result),
             "optimizer state": human_bytes(result.state_bytes),
             "delta": human_bytes(result.delta_bytes),
-            "time": f"{result.fisher_seconds:.0f} s to choose the child, {result.train_seconds:.0f} s to train",
+            "time": _last_of(result)
+            + f"{result.fisher_seconds:.0f} s to choose the child, {result.train_seconds:.0f} s to train",
             "peak memory": human_bytes(result.peak_memory_bytes),
             "run": result.output,
         }
@@ -117,6 +118,10 @@ def _print(result: RunResult) -> None:
 
 def _beside(constant: float | None) -> str:
     return "" if constant is None else f"  (the same answer for every example: {score_text(constant)})"
+
+
+def _last_of(result: RunResult) -> str:
+    return f"of the last of {len(result.folds) + 1} trainings: " if result.folds else ""
 
 
 def _of_folds(result: RunResult) -> dict[str, str]:

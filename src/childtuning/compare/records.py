@@ -42,7 +42,8 @@ class Record:
         point: the hyperparameters that are compared, by name: ``{"learning_rate": 2e-5}``.
         config: every option of the run that is not ``None``, as in ``RunConfig``.
         state: planned, running, done or failed.
-        result: ``RunResult`` as a dict, for runs that are done; its scores may be NaN.
+        result: ``RunResult`` as a dict, for runs that are done; its scores may be NaN. ``examples`` is a hash of the
+            evaluation examples that ``answers`` belong to.
         curve: the training log: ``[{"step": 10, "loss": 0.7, "learning_rate": …}, …]``.
         parts: parameter name -> (trained entries, all entries); parameters without trained entries are left out.
         error: the error of a failed run, in one line.
@@ -156,6 +157,11 @@ class Recorded:
             records=[Record.from_dict(record) for record in content["records"]],
             artifacts=content["artifacts"],
         )
+
+
+def artifact_of(examples: str) -> str:
+    """Return the name of the artifact that holds evaluation examples, by their hash in a run's result."""
+    return f"examples {examples}"
 
 
 def _number(value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any
 from childtuning.compare.design import Comparison
 from childtuning.compare.files import Owner
 from childtuning.compare.plan import needed
-from childtuning.compare.records import Record
+from childtuning.compare.records import Record, artifact_of
 from childtuning.compare.store import Store
 from childtuning.delta import Delta
 from childtuning.runs.config import RunConfig, json_ready
@@ -84,8 +85,8 @@ def work(store: Store, comparison: Comparison) -> None:
                 continue
             try:
                 last = execute(run, store.folder_of(run.id), inputs, keep=keep)
-                store.finish(last, owner)
                 _keep_examples(store, last, inputs)
+                store.finish(last, owner)
             except BaseException:
                 _give_back(store, run, owner)
                 raise
@@ -135,7 +136,8 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
         done = replace(
             run,
             state="done",
-            result=json_ready(_kept(result) | {"output": str(folder) if keep else None}),
+            result=json_ready(_kept(result) | {"output": str(folder) if keep else None})
+            | ({} if result.answers is None else {"examples": _examples(inputs, config)[0]}),
             curve=_curve(folder / "log.jsonl"),
             parts=_parts(folder),
         )
@@ -162,14 +164,18 @@ def _kept(result: RunResult) -> dict[str, Any]:
 
 
 def _keep_examples(store: Store, run: Record, inputs: Inputs) -> None:
-    """Record the evaluation examples of a run's task in short, beside which a report shows the answers."""
-    known = store.artifact("examples") or {}
-    if run.group.task in known or not (run.result or {}).get("answers"):
-        return
-    dev = inputs.task(RunConfig.from_options(run.config))[0].dev
-    labels, rows = dev.strata() or (), range(len(dev))
-    here = {"labels": [*map(str, labels)], "shown": [dev.shown(row) for row in rows]}
-    store.set_artifact("examples", {**known, run.group.task: here})
+    """Record the evaluation examples of a run in short, beside which a report shows the answers."""
+    digest = (run.result or {}).get("examples")
+    if digest is not None and store.artifact(artifact_of(digest)) is None:
+        _, examples = _examples(inputs, RunConfig.from_options(run.config))
+        store.set_artifact(artifact_of(digest), examples)
+
+
+def _examples(inputs: Inputs, config: RunConfig) -> tuple[str, dict[str, list[str]]]:
+    """Return a hash of a run's evaluation examples, and the beginning and label of each."""
+    dev = inputs.task(config)[0].dev
+    found = {"labels": [*map(str, dev.strata() or ())], "shown": [dev.shown(row) for row in range(len(dev))]}
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16], found
 
 
 def _keep_board(folder: Path, name: str) -> None:

@@ -46,6 +46,7 @@ class ChildDynamic(Method):
     }
     density = 0.3
     whole_gradients = True
+    reselects = True
 
     def __post_init__(self) -> None:
         if self.interval < 1:

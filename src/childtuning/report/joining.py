@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-from childtuning.compare.records import Group, Recorded
+from childtuning.compare.records import Group, Recorded, artifact_of
 from childtuning.errors import ConfigError
 
 _UNITED = ("tasks", "methods", "train_sizes", "transfer_to")
@@ -60,7 +60,7 @@ def _check(first: str, one: Recorded, second: str, other: Recorded) -> None:
             f"{first!r} and {second!r} both hold {_named(shared)}. Report them apart, or leave one out."
         )
     for name in one.artifacts:
-        if name in other.artifacts:
+        if name in other.artifacts and not name.startswith(artifact_of("")):
             raise ConfigError(
                 f"{first!r} and {second!r} both hold the {name} of children. Report them apart."
             )

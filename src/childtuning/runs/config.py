@@ -237,9 +237,13 @@ class RunConfig(Train, Child, Model, Data):
             )
         if self.encoding is not None and not _is_encoding(self.encoding):
             faults.append(f"there is no encoding {self.encoding!r}. Pass cp1251, gb18030, shift_jis, …")
+        if self.sheet is not None and not any(
+            str(path).lower().endswith(".xlsx") for path in (self.train, self.eval)
+        ):
+            faults.append("--sheet names a sheet of a workbook, got no .xlsx file. Leave it out.")
         if self.folds is not None and (self.train is None or self.eval is not None):
             faults.append(
-                "--folds evaluates on parts of the file --train. Pass it, and neither --task nor --eval."
+                "--folds evaluates on parts of the file --train, got --task or --eval beside it. Leave that out."
             )
         if self.fold is not None and not self.fold <= (self.folds or 0):
             faults.append(f"fold must be between 1 and --folds, got {self.fold} of {self.folds or 'none'}.")
@@ -325,9 +329,12 @@ class RunConfig(Train, Child, Model, Data):
 
 def _is_encoding(name: str) -> bool:
     try:
-        b"".decode(name)
+        "a".encode(name)
+        b"a".decode(name)
     except LookupError:
         return False
+    except UnicodeError:  # of two bytes or more a character
+        return name != "undefined"
     return True
 
 

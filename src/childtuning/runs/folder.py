@@ -295,9 +295,10 @@ class RunResult:
         if self.interval is not None and is_share(name):
             low, high = self.interval
             if (high - low) / 2 > _WIDE:
+                more = "" if self.folds else " With --folds 5, every example counts."
                 found.append(
                     f"{name} {value:.3f} lies between {low:.2f} and {high:.2f} with these {self.eval_examples} "
-                    "examples: differences below that are noise."
+                    f"examples: differences below that are noise.{more}"
                 )
         if constant is None or sign * value > sign * constant:
             return found

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,10 +42,10 @@ from childtuning.runs.folder import (
     write_json,
     write_text,
 )
-from childtuning.runs.folds import train_folds
+from childtuning.runs.folds import check_folds, train_folds
 from childtuning.runs.inputs import Inputs, apply_start
 from childtuning.runs.log import ProgressLines, peak_memory_bytes, reset_peak_memory
-from childtuning.runs.temperature import divide, fitted_temperature, output_layer
+from childtuning.runs.temperature import output_layer, scale
 from childtuning.runs.trainer import build_trainer
 from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
 from childtuning.tasks import Kind, Split, Task
@@ -188,6 +187,9 @@ def train_run(
     if resume and (folder / METRICS).is_file():
         tell("the run is already finished; this is its result")
         return RunResult(**RunFolder(folder).metrics)
+    has_folds = config.folds is not None and config.fold is None
+    if has_folds:
+        check_folds(config, inputs, tell)
     begun = _begin(config, inputs, folder if resume else None, tell)
     config, task, loaded, train = begun.config, begun.task, begun.loaded, begun.train
     tests = RunTests(config, task, begun.held_out, begun.predictor, inputs)
@@ -219,13 +221,13 @@ def train_run(
         if overwrite:
             clear_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, config.to_toml())  # first, so that whatever follows can be resumed
         if begun.start is not None and checkpoint is None:
             begun.start.save(folder / START)
         write_json(folder / DATA, data_hashes(asdict(config)))
-        write_text(folder / CONFIG, config.to_toml())
     wait_for_all()
     folds = None
-    if config.folds is not None and config.fold is None:
+    if has_folds:
 
         def train_fold(fold: RunConfig, place: Path) -> RunResult:
             return train_run(fold, place, resume=(place / CONFIG).is_file(), progress=progress, inputs=inputs)
@@ -241,10 +243,7 @@ def train_run(
     diverged_at = _diverged_at(trainer)
     temperature = None
     if scaled and diverged_at is None:
-        answered = tests.held_out_answers(trainer.bare_model)
-        truth = task.rules.truth(answered.split, task.label_names)
-        temperature = fitted_temperature(np.stack(answered.outputs), np.asarray(truth))
-        divide(scaled, temperature)
+        temperature = scale(trainer.bare_model, scaled, tests, tell)
     facts = {
         "fisher_seconds": fisher_seconds,
         "train_seconds": train_seconds,
@@ -333,7 +332,12 @@ def _labels(task: Task, loaded: LoadedModel) -> dict[str, Any]:
         "kind": task.kind,
         "label_names": list(task.label_names),
         "metrics": list(task.metrics),
-        "columns": {"text": columns.text, "text_pair": columns.text_pair, "label": columns.label},
+        "columns": {
+            "text": columns.text,
+            "text_pair": columns.text_pair,
+            "label": columns.label,
+            **({"decimal_commas": True} if columns.decimal_commas else {}),
+        },
         "form": task.train.form,
         "base_name": loaded.name,
         "base_hash": loaded.base_hash,

@@ -77,6 +77,8 @@ class Understood:
         yield f"task        {', '.join([self.kind, *named])}"
         yield f"training    {self._counts(self.train_examples, 0)}"
         yield f"evaluation  {self._counts(self.eval_examples, 1)}{self._folds()}"
+        if self.held_out_examples:
+            yield f"held out    {counted(self.held_out_examples, 'example')} of the training file"
         if self.tokens is not None:
             cut = f"{self.cut_by_length} are cut" if self.cut_by_length else "none is cut"
             yield f"length      median {self.tokens[0]} tokens, longest {self.tokens[1]}; {cut}"

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.kind import Columns, register
-from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of
+from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of, probabilities
 from childtuning.tasks.rows import Source
 from childtuning.tasks.text import TextKind
 
@@ -82,12 +81,15 @@ def class_shares(labels: Iterable[Any], label_names: Sequence[str]) -> np.ndarra
 
 def class_predictions(logits: Sequence[Any], label_names: Sequence[str]) -> list[dict[str, Any]]:
     """Return for each example the most likely class, its softmax probability and the logits."""
-    rows = []
-    for row in logits:
-        best = int(row.argmax())
-        confidence = float(torch.from_numpy(row).softmax(0)[best])
-        rows.append({"prediction": label_names[best], "confidence": confidence, "logits": row.tolist()})
-    return rows
+    chances = probabilities(np.stack(logits)) if len(logits) else []
+    return [
+        {
+            "prediction": label_names[int(row.argmax())],
+            "confidence": float(chance[int(row.argmax())]),
+            "logits": row.tolist(),
+        }
+        for row, chance in zip(logits, chances, strict=True)
+    ]
 
 
 def class_line(prediction: Mapping[str, Any], shown: str) -> str:

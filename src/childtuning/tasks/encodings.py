@@ -57,6 +57,8 @@ def decode(content: bytes, path: Path, named: str | None = None) -> tuple[str, s
     Raises:
         DataError: when the encoding cannot be decided.
     """
+    if named is not None and not _extends_ascii(named):  # nothing is guessed then
+        return _decoded_as(content, named, path), None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _utf_16(content, "utf-16", path), None
     if content.startswith(b"PK"):
@@ -75,12 +77,7 @@ def decode(content: bytes, path: Path, named: str | None = None) -> tuple[str, s
         line = content[: error.start].count(b"\n") + 1
         found = f"byte 0x{content[error.start]:02x} in line {line}"
     if named is not None:
-        try:
-            return content.decode(named), None
-        except UnicodeDecodeError:
-            raise DataError(
-                f"{path} is neither UTF-8 nor {named}: {found}. Pass another --encoding."
-            ) from None
+        return _decoded_as(content, named, path), None
     special = sum(byte > 127 for byte in content) / len(content)
     damaged = any(mark > "\x7f" and mark != "\ufffd" for mark in content.decode("utf-8-sig", "replace"))
     if special <= _MOST_SPECIAL and not damaged:
@@ -93,6 +90,19 @@ def decode(content: bytes, path: Path, named: str | None = None) -> tuple[str, s
     raise DataError(
         f"{path} is neither UTF-8 nor Windows-1252: {found}. Name its --encoding, or save it as UTF-8."
     )
+
+
+def _extends_ascii(name: str) -> bool:
+    """Whether text in ASCII is the same in this encoding, so that UTF-8 may be tried first."""
+    plain = bytes(range(32, 127))
+    return plain.decode(name, "replace") == plain.decode("ascii")
+
+
+def _decoded_as(content: bytes, name: str, path: Path) -> str:
+    try:
+        return content.decode(name).removeprefix("\ufeff")
+    except UnicodeError:
+        raise DataError(f"{path} is not {name}. Pass another --encoding.") from None
 
 
 def _utf_16(content: bytes, name: str, path: Path) -> str:

@@ -12,7 +12,6 @@ from childtuning.tasks.kind import Columns, Task, check_metrics, find_kind, infe
 from childtuning.tasks.labels import (
     LabelKind,
     convert_label,
-    has_decimal_commas,
     infer_label_kind,
     some_names,
 )
@@ -27,6 +26,7 @@ def read_examples(
     text_pair: str | None = None,
     label: str | None = "label",
     label_kind: LabelKind | None = None,
+    decimal_commas: bool = False,
 ) -> Examples:
     """Read one split from a table file.
 
@@ -36,6 +36,7 @@ def read_examples(
         text_pair: the column of second texts; None means single texts if `text` is named.
         label: the label column; None reads unlabelled examples.
         label_kind: "class" or "number"; None infers it from the column.
+        decimal_commas: whether numbers are written as "3,5".
     Returns:
         Labels as class names (str) or numbers (float); a missing text is "".
     Raises:
@@ -51,9 +52,6 @@ def read_examples(
             f"Column {label!r} of {source} cannot be text and label at once. Name another label column."
         )
     kind = None if label is None else label_kind or infer_label_kind(source.cells(label))
-    decimal_commas = kind == "number" and has_decimal_commas(source.cells(str(label)))
-    if decimal_commas:
-        source.note(f"column {label!r} is read with decimal commas")
 
     def read(*cells: Any) -> tuple[str, str, Any]:
         target = None if kind is None else convert_label(cells[2], kind, label, decimal_commas=decimal_commas)

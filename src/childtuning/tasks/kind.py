@@ -28,12 +28,14 @@ class Columns:
         text_pair: the second text, for pairs.
         label: the label, the tags, or the response.
         label_type: whether labels are classes or numbers; "auto" infers it.
+        decimal_commas: whether numbers are written as "3,5".
     """
 
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
     label_type: Literal["auto", "class", "number"] = "auto"
+    decimal_commas: bool = False
 
 
 class Encoded(Protocol):

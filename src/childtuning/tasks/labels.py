@@ -140,7 +140,9 @@ def convert_label(
     if number is None or not math.isfinite(number):
         raise BadRow(
             f"must have a finite number in column {column!r}, got {value!r}",
-            "Correct it, or pass --label-type class (label_type=).",
+            "Write decimals with a point."
+            if _has_comma(value)
+            else "Correct it, or pass --label-type class (label_type=).",
         )
     return number
 

@@ -239,7 +239,9 @@ def _list_of(whole: Any, path: Path) -> tuple[list[Any], str | None]:
     if len(lists) == 1:
         return whole[lists[0]], f"its rows are the list {lists[0]!r}"
     got = f"{len(lists)} of them: {', '.join(lists)}" if lists else type(whole).__name__
-    raise DataError(f"{path} must hold one list of objects, got {got}. Write [{{…}}, {{…}}].")
+    raise DataError(
+        f"{path} must hold one list of objects, got {got}. Write [{{…}}, {{…}}], pandas' to_json(orient='records')."
+    )
 
 
 def _are_columns(values: list[Any]) -> bool:
@@ -300,7 +302,7 @@ def _xlsx_rows(content: bytes, path: Path, named: str | None) -> tuple[_Numbered
         with warnings.catch_warnings():  # of styles and features that do not matter here
             warnings.simplefilter("ignore")
             book = load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-            names = book.sheetnames
+            names = [sheet.title for sheet in book.worksheets]  # charts have sheets of their own
             place = names.index(named) if named in names and len(names) > 1 else 0
             sheet = book.worksheets[place]
             cells = [(number, row) for number, row in enumerate(sheet.iter_rows(values_only=True), start=1)]
@@ -317,6 +319,8 @@ def _xlsx_rows(content: bytes, path: Path, named: str | None) -> tuple[_Numbered
     rows: _Numbered = [
         (number, row_of(header, [*row, *[None] * len(header)][: len(header)])) for number, row in filled[1:]
     ]
+    if len(names) == 1 and named not in (None, names[0]):
+        return rows, f"read its only sheet, {names[0]!r}: it has none named {named!r}"
     if len(names) == 1 or named is not None:
         return rows, None
     return rows, f"read the first of its {len(names)} sheets, {sheet.title!r}; --sheet names another"

@@ -13,6 +13,7 @@ from childtuning.tasks.columns import label_column, text_columns
 from childtuning.tasks.examples import Examples
 from childtuning.tasks.files import read_examples
 from childtuning.tasks.kind import Columns, Kind, Part
+from childtuning.tasks.labels import has_decimal_commas
 from childtuning.tasks.rows import Source
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class TextKind(Kind):
             pair = pair or guessed
         taken = [source.column(name) for name in (text, pair) if name is not None]
         label = columns.label or label_column(source, *taken)
-        return Columns(text, pair, label, self.label_kind)
+        commas = self.label_kind == "number" and has_decimal_commas(source.cells(label))
+        if commas:
+            source.note(f"column {label!r} is read with decimal commas")
+        return Columns(text, pair, label, self.label_kind, commas)
 
     def read(
         self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True
@@ -50,6 +54,7 @@ class TextKind(Kind):
             text_pair=columns.text_pair,
             label=(columns.label or "label") if labelled else None,
             label_kind=self.label_kind if labelled else None,
+            decimal_commas=columns.decimal_commas,
         )
 
     def of_texts(self, texts: list[str], pairs: list[str] | None) -> Examples:

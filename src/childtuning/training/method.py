@@ -161,6 +161,7 @@ class Method:
     chooses: ClassVar[bool] = False
     acts_on_pretrained: ClassVar[bool] = False
     whole_gradients: ClassVar[bool] = False
+    reselects: ClassVar[bool] = False
     excludes: ClassVar[Mapping[str, str]] = {}
 
     def child(self, config: ChildConfig) -> ChildConfig:

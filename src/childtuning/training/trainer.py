@@ -58,9 +58,14 @@ class _ForgetGradients(TrainerCallback):
         kwargs["optimizer"].zero_grad()
 
 
-def _check_methods(config: ChildConfig | None, methods: Sequence[Method]) -> None:
-    """Refuse options of the child with which a method would have no effect or a wrong one."""
+def _check_methods(config: ChildConfig | None, methods: Sequence[Method], args: Any) -> None:
+    """Refuse options with which a method would have no effect or a wrong one."""
     for method in methods:
+        if method.reselects and args.load_best_model_at_end:
+            raise ConfigError(
+                f"method {method.name!r} changes which entries are trained, so that it cannot go back to the best "
+                "checkpoint. Keep the last one (load_best_model_at_end=False)."
+            )
         if config is not None and config.release_gradients and method.whole_gradients:
             raise ConfigError(
                 f"method {method.name!r} needs all gradients in full, got release_gradients=True. Leave it out."
@@ -138,7 +143,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
-        _check_methods(self.child_config, self.methods)
+        _check_methods(self.child_config, self.methods, self.args)
         self._method_callbacks = [
             callback for m in self.methods if (callback := m.callback(self)) is not None
         ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from childtuning.compare.records import artifact_of
 from childtuning.report import numbers
 from childtuning.report.charts.figure import data_table, figure
 from childtuning.report.evidence import Evidence, Result, Setting
@@ -20,12 +21,13 @@ _SHOWN = 8  # examples
 
 def section(evidence: Evidence, marks: MethodMarks) -> Section | None:
     """Return for every task the F1 of its classes and the disagreements, from the artifact ``examples``."""
-    known = evidence.recorded.artifacts.get("examples", {})
+    known = evidence.recorded.artifacts
     content: list[Markup] = []
     for setting in evidence.main:
         content += _classes(setting, marks)
-        if setting.task in known:
-            content += _disagreements(setting, known[setting.task], marks)
+        digest = _examples_of(setting)
+        if digest is not None and artifact_of(digest) in known:
+            content += _disagreements(setting, digest, known[artifact_of(digest)], marks)
     if not content:
         return None
     lead = "The methods at their chosen hyperparameters, over all seeds."
@@ -51,7 +53,7 @@ def _classes(setting: Setting, marks: MethodMarks) -> list[Markup]:
         for label in first
     ]
     name = f"{setting.label}: F1 of each class"
-    table = data_table(["class", "examples", *map(marks.named, tables)], rows, label=name)
+    table = data_table(["class", "evaluation examples", *map(marks.named, tables)], rows, label=name)
     return [
         figure(
             setting.label, table, note="F1 of each class, mean over the seeds", task=setting.task, kind="wide"
@@ -71,9 +73,9 @@ class _Answers:
     of_seeds: Sequence[Sequence[str]]
 
     @classmethod
-    def of(cls, result: Result, num_examples: int) -> _Answers:
-        found = [(record.result or {}).get("answers") or () for record in result.choice.records]
-        return cls(result.method, [answers for answers in found if len(answers) == num_examples])
+    def of(cls, result: Result, examples: str) -> _Answers:
+        found = [record.result or {} for record in result.choice.records]
+        return cls(result.method, [one["answers"] for one in found if one.get("examples") == examples])
 
     def right(self, row: int, label: str) -> float:
         """The share of seeds that give this label to an example."""
@@ -85,10 +87,19 @@ class _Answers:
         return answer if len(self.of_seeds) == 1 else f"{answer} {count}/{len(self.of_seeds)}"
 
 
-def _disagreements(setting: Setting, examples: Mapping[str, Any], marks: MethodMarks) -> list[Markup]:
+def _examples_of(setting: Setting) -> str | None:
+    """Return the hash of the examples that most of the runs were measured on."""
+    results = [record.result or {} for one in setting.results for record in one.choice.records]
+    counts = Counter(result["examples"] for result in results if result.get("examples"))
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _disagreements(
+    setting: Setting, digest: str, examples: Mapping[str, Any], marks: MethodMarks
+) -> list[Markup]:
     """Return the examples on which the share of right answers differs most between methods."""
     labels, shown = examples["labels"], examples["shown"]
-    methods = [found for one in setting.results if (found := _Answers.of(one, len(labels))).of_seeds]
+    methods = [found for one in setting.results if (found := _Answers.of(one, digest)).of_seeds]
     if len(methods) < 2:
         return []
     spreads = []
@@ -96,13 +107,14 @@ def _disagreements(setting: Setting, examples: Mapping[str, Any], marks: MethodM
         shares = [method.right(row, label) for method in methods]
         spreads.append(max(shares) - min(shares))
     order = sorted((row for row, spread in enumerate(spreads) if spread > 0), key=lambda row: -spreads[row])
+    name = f"{setting.label}: examples on which methods disagree"
     if not order:
-        return []
+        lines = el("p", "The methods are right and wrong on the same examples.", class_="soft")
+        return [figure(f"{setting.label}: disagreements", lines, task=setting.task)]
     rows = [
         [shown[row], labels[row], *(_cell(method, row, labels[row]) for method in methods)]
         for row in order[:_SHOWN]
     ]
-    name = f"{setting.label}: examples on which methods disagree"
     columns = ["example", "label", *(marks.named(method.method) for method in methods)]
     whole = sum(spread == 1 for spread in spreads)
     note = (
