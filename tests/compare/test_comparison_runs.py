@@ -18,6 +18,7 @@ from tests.compare.tiny_comparisons import a_comparison, outcomes, read, write_t
 
 from childtuning.compare import Comparison, Recorded, compare, set_up
 from childtuning.compare import work as working
+from childtuning.compare.records import artifact_of
 from childtuning.errors import ConfigError
 
 NUM_KILLS = int(os.environ.get("CHILDTUNING_KILLS", "1"))  # 20 take some minutes
@@ -53,6 +54,15 @@ def test_every_set_is_tried_and_the_best_gets_all_seeds(undisturbed: Recorded) -
         assert run.result is not None and run.result["train_examples"] == 43  # 48 but a tenth
         assert run.result["held_out"] and run.curve and run.parts and run.seconds
         assert run.result["output"] is None
+    (digest,) = {run.result["examples"] for run in undisturbed.records}  # type: ignore[index]
+    examples = undisturbed.artifacts[artifact_of(digest)]
+    answers = [run.result["answers"] for run in undisturbed.records]  # type: ignore[index]
+    assert {len(one) for one in (*answers, *examples.values())} == {
+        undisturbed.records[0].result["eval_examples"]
+    }  # type: ignore[index]
+    for run in undisturbed.records:
+        right = [a == b for a, b in zip(run.result["answers"], examples["labels"], strict=True)]  # type: ignore[index]
+        assert run.score == sum(right) / len(right)
     shares = {run.group.method: sum(part[0] for part in run.parts.values()) for run in undisturbed.records}
     assert shares["child-d"] < shares["full"] == shares["child-f"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,3 +17,9 @@ def test_readme_shows_the_recorded_results() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_recorded_result_holds_examples_of_a_data_set() -> None:
+    for path in (Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*.json"):
+        artifacts = json.loads(path.read_text(encoding="utf-8")).get("artifacts", {})
+        assert not [name for name in artifacts if name.startswith("examples")], path.name
