@@ -21,5 +21,6 @@ def test_readme_shows_the_recorded_results() -> None:
 
 def test_no_recorded_result_holds_examples_of_a_data_set() -> None:
     for path in (Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*.json"):
-        artifacts = json.loads(path.read_text(encoding="utf-8")).get("artifacts", {})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        artifacts = content.get("artifacts", {}) if isinstance(content, dict) else {}
         assert not [name for name in artifacts if name.startswith("examples")], path.name
