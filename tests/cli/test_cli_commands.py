@@ -93,6 +93,10 @@ def test_pairs_and_regression(childtuning, tiny_bert, tmp_path) -> None:
     assert list(done.json["metrics"]) == ["pearson", "spearman"]
     one = childtuning("predict", tmp_path / "run", "--text", "a cat", "--text-pair", "a dog", "--json").json
     assert isinstance(one["predictions"][0]["prediction"], float)
+    several = ["--text", "a cat", "--text", "a film", "--text-pair", "a dog"]
+    assert "got 2 and 1" in childtuning("predict", tmp_path / "run", *several).err
+    both = childtuning("predict", tmp_path / "run", *several, "--text-pair", "a book", "--json").json
+    assert both["predictions"][0] == pytest.approx(one["predictions"][0]) and len(both["predictions"]) == 2
     done = childtuning("predict", tmp_path / "run", "--text", "a cat")
     assert done.code == 2 and "pairs" in done.err
 

@@ -131,3 +131,21 @@ def test_a_base_model_can_be_given(
     )
     with pytest.raises(ConfigError, match="names its own base model, got model="):
         childtuning.load(run.path, model=base)
+
+
+def test_examples_that_were_trained_on_are_told(run: FinishedRun, sentiment: Path, tmp_path: Path) -> None:
+    trained, new = ((sentiment / name).read_text(encoding="utf-8") for name in ("train.jsonl", "dev.jsonl"))
+    (tmp_path / "some.jsonl").write_text("".join(trained.splitlines(True)[:5]) + new, encoding="utf-8")
+    told: list[str] = []
+    again = childtuning.load(run.path, tell=told.append)
+    again.evaluate(tmp_path / "some.jsonl")
+    assert "warning: 5 of the 29 examples were trained on" in "".join(told)
+    told.clear()
+    again.evaluate(sentiment / "dev.jsonl")
+    again.predict(sentiment / "train.jsonl")
+    assert told == []
+
+
+def test_confidences_are_the_probabilities(run: FinishedRun) -> None:
+    rows, chances = run.predict(TEXTS), run.predict_proba(TEXTS)
+    assert [row["confidence"] for row in rows] == chances.max(1).tolist()

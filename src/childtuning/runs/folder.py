@@ -373,13 +373,6 @@ class RunFolder:
         """The trained values, checked against their hashes."""
         return Delta.load(self.path)
 
-    def trained_on(self, path: Path) -> bool:
-        """Return whether a file has the content of the training file; runs of earlier versions do not know."""
-        if self.config.train is None or not (self.path / DATA).is_file():
-            return False
-        known = self._json(DATA).get(str(Path(self.config.train)))
-        return known is not None and known in data_hashes({"train": str(path)}).values()
-
     def processor(self) -> Any:
         """Return the tokenizer or image processor that the run used."""
         import transformers

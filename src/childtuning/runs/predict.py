@@ -16,7 +16,7 @@ from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs.config import json_ready
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.folder import RunFolder, write_text
-from childtuning.runs.inputs import base_model, bits, tuned_model
+from childtuning.runs.inputs import base_model, bits, read_run_task, tuned_model
 from childtuning.runs.judgement import Answered, Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
 from childtuning.tasks.metrics import probabilities
@@ -191,9 +191,24 @@ class FinishedRun(RunFolder):
         examples = self.kind.read(source, columns, part="dev", labelled=labelled)
         for note in source.notes:
             self.tell(note)
-        if labelled and self.trained_on(source.path):
-            self.tell(f"warning: {path} was trained on, so its score says too little about new examples")
+        known = self._num_trained_on(examples) if labelled else 0
+        if known:
+            self.tell(
+                f"warning: {known:,} of the {len(examples):,} examples were trained on, so the score says too little "
+                "about new ones"
+            )
         return examples
+
+    def _num_trained_on(self, examples: Split) -> int:
+        """Count the examples that are also training examples, whatever their labels; 0 if the training file is gone."""
+        if self.config.train is None:
+            return 0
+        try:
+            task, _ = read_run_task(self.config)
+        except (ConfigError, DataError):
+            return 0
+        known = set(task.train.contents() or ())
+        return sum(content in known for content in examples.contents() or ())
 
     def predict(
         self, examples: Texts | str | Path | Split, options: Answers | None = None
