@@ -149,4 +149,4 @@ def test_the_training_file_is_no_evaluation(tiny_bert: Path, tmp_path: Path) -> 
     for path, warned in ((copied, True), (files["eval"], False)):
         told: list[str] = []
         FinishedRun(tmp_path / "run", tell=told.append).read_input(path, labelled=True)
-        assert any("was trained on" in line for line in told) == warned
+        assert any("were trained on" in line for line in told) == warned
