@@ -89,3 +89,16 @@ def test_targets_are_floats_and_fisher_is_that_of_each_example(tmp_path, tiny_be
         total += model.classifier.weight.grad**2 / 4
     scores = fisher_information(model, [batch], eligible=[name])
     torch.testing.assert_close(scores[name], total, rtol=1e-4, atol=1e-9)
+
+
+def test_draws_keep_the_shares_of_rare_labels() -> None:
+    names = [["common", "rare"] if i % 20 == 0 else ["common"] if i % 4 else [] for i in range(100)]
+    rows = LabelSets([f"text {i}" for i in range(100)], None, names)
+    for seed in range(5):
+        train, dev = rows.hold_out(0.2, seed=seed)
+        counts = [
+            sum("rare" in one for one in side.names) for side in (train, dev, train.sample(40, seed=seed))
+        ]
+        assert counts == [4, 1, 2]
+        assert [len(side) for side in (train, dev)] == [80, 20]
+    assert LabelSets(["a"], None, None).strata() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -32,8 +33,10 @@ class LabelSets(Examples):
         """Return the labels that occur."""
         return {name for names in self.names for name in names}
 
-    def strata(self) -> None:
-        """Return None: a text has no single class."""
+    def strata(self) -> list[str] | None:
+        """Return the rarest label of each text, "" where it has none, so that draws keep the shares of rare labels."""
+        counts = Counter(name for names in self.names for name in names)
+        return [min(names, key=lambda name: (counts[name], name), default="") for names in self.names] or None
 
 
 @register
