@@ -109,6 +109,8 @@ def test_what_cannot_be_folded_is_refused(tiny_bert: Path, sentiment: Path) -> N
         a_config(tiny_bert, sentiment, eval=str(sentiment / "dev.jsonl"))
     with pytest.raises(ConfigError, match="--folds evaluates on parts of the file --train"):
         RunConfig(task="rte", folds=3)
+    with pytest.raises(ConfigError, match="--folds evaluates on every part, got --eval-share"):
+        a_config(tiny_bert, sentiment, eval_share=0.3)
     with pytest.raises(ConfigError, match="fold must be between 1 and --folds, got 4 of 3"):
         a_config(tiny_bert, sentiment, fold=4)
     with pytest.raises(ConfigError, match="fold must be between 1 and --folds, got 1 of none"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tasks.measured import measured
 from tests.tiny_kinds import save_tiny_lm, save_tokenizer, write_instructions
 
 from childtuning.errors import ConfigError, DataError, ModelError
@@ -132,10 +133,10 @@ def test_the_loss_is_over_all_response_tokens(tmp_path):
                 if token != -100:
                     seen = torch.tensor([row["input_ids"][:position]])
                     total -= float(model.double()(seen).logits[0, -1].log_softmax(-1)[token])
-    values = KIND.measure(("loss", "perplexity"), together, encoded, split, ())
+    values = measured(KIND, ("loss", "perplexity"), together, encoded, split, ())
     assert values["loss"] == pytest.approx(total / 10, rel=1e-5)
     assert values["perplexity"] == pytest.approx(math.exp(total / 10), rel=1e-5)
-    assert math.isnan(KIND.measure(("loss",), [(math.nan, 1)], encoded, split, ())["loss"])
+    assert math.isnan(measured(KIND, ("loss",), [(math.nan, 1)], encoded, split, ())["loss"])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

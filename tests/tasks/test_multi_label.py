@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.tasks.measured import measured
 
 from childtuning import fisher_information
 from childtuning.errors import DataError
@@ -54,14 +55,14 @@ def test_rows_without_a_list_are_bad(tmp_path, label, got):
 def test_metrics_and_predictions():
     split = LabelSets(["a", "b"], None, [["7"], ["animal", "place"]])  # type: ignore[arg-type]
     outputs = [np.array([2.0, -1.0, -1.0]), np.array([-3.0, 0.0, -1.0])]
-    values = KIND.measure(KIND.metric_names, outputs, None, split, NAMES)
+    values = measured(KIND, KIND.metric_names, outputs, None, split, NAMES)
     assert values == pytest.approx({"micro-f1": 0.8, "macro-f1": 2 / 3, "subset-accuracy": 0.5})
     first, second = KIND.predictions(outputs, None, split, NAMES)
     assert (second["prediction"], second["confidence"]) == (["animal"], [0.5])
     assert KIND.line(first, "a") == "7 0.881\ta"
     assert KIND.line({"prediction": [], "confidence": []}, "a") == "—\ta"
     assert np.isnan(
-        list(KIND.measure(["micro-f1"], [outputs[0], np.full(3, np.nan)], None, split, NAMES).values())
+        list(measured(KIND, ["micro-f1"], [outputs[0], np.full(3, np.nan)], None, split, NAMES).values())
     ).all()
     assert KIND.constant_output(split, NAMES).tolist() == [1.0, 1.0, 1.0]
     assert KIND.constant_output(LabelSets(["a"] * 3, None, [["7"], [], []]), NAMES).tolist() == [-1.0] * 3  # type: ignore[arg-type]

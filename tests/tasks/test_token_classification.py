@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.tasks.measured import measured
 
 from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.tasks import Source, infer_kind, task_from_files
@@ -66,7 +67,7 @@ def test_words_behind_the_length_limit_are_counted_and_wrong(pieces):
     rows = KIND.predictions(outputs, encoded, split, names)
     assert rows[0]["prediction"] == ["O", "B-X", None, None]
     assert rows[0]["confidence"] == [0.9, 0.8, None, None]
-    values = KIND.measure(("span_f1", "span_recall", "accuracy"), outputs, encoded, split, names)
+    values = measured(KIND, ("span_f1", "span_recall", "accuracy"), outputs, encoded, split, names)
     assert values == pytest.approx({"span_f1": 2 / 3, "span_recall": 0.5, "accuracy": 0.5})
 
 
@@ -74,7 +75,8 @@ def test_unknown_tags_are_marked_too_and_diverged_models_measure_nan(pieces):
     encoded = KIND.encode(pieces, Sentences([["ab", "c"]]), max_length=16, label_names=("X",))
     assert encoded[0]["labels"] == [-100, 0, -100, 0, -100]
     split = Sentences([["a"]], [["X"]])
-    values = KIND.measure(
+    values = measured(
+        KIND,
         ("accuracy",),
         [np.array([[np.nan, 0.1]])],
         KIND.encode(pieces, split, max_length=9, label_names=("X",)),

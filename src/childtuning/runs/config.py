@@ -245,6 +245,8 @@ class RunConfig(Train, Child, Model, Data):
             faults.append(
                 "--folds evaluates on parts of the file --train, got --task or --eval beside it. Leave that out."
             )
+        if self.folds is not None and self.eval_share != options_of(Data)["eval_share"].default:
+            faults.append("--folds evaluates on every part, got --eval-share. Leave one of them out.")
         if self.fold is not None and not self.fold <= (self.folds or 0):
             faults.append(f"fold must be between 1 and --folds, got {self.fold} of {self.folds or 'none'}.")
         if not faults:

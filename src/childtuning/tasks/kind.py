@@ -11,7 +11,7 @@ from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.tasks.labels import check_labels, some_names, sort_labels
-from childtuning.tasks.metrics import OF_ONE_CLASS, OF_RANKING, WeightedFn, score
+from childtuning.tasks.metrics import OF_ONE_CLASS, OF_RANKING, WeightedFn
 from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
@@ -184,7 +184,7 @@ class Kind(ABC):
 
     @abstractmethod
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Any]:
-        """Run a model on a batch and return what `measure` needs, one entry per example."""
+        """Run a model on a batch and return what `weighted` needs, one entry per example."""
 
     def constant_output(self, train: Split, label_names: Sequence[str]) -> Any:
         """Return the output of a constant baseline, which gives every example the same answer.
@@ -202,20 +202,6 @@ class Kind(ABC):
         self, metric: str, outputs: Sequence[Any], encoded: Any, split: Any, label_names: Sequence[str]
     ) -> WeightedFn:
         """Return a metric of a labelled split as a function of the examples' weights."""
-
-    def measure(
-        self,
-        metrics: Sequence[str],
-        outputs: Sequence[Any],
-        encoded: Any,
-        split: Any,
-        label_names: Sequence[str],
-    ) -> dict[str, float]:
-        """Return metric name -> value over all examples of a labelled split."""
-        return {
-            name: score(self.weighted(name, outputs, encoded, split, label_names), len(outputs))
-            for name in metrics
-        }
 
     def answers(self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers) -> list[Any]:
         """Run a model on a batch and return what `predictions` needs, one entry per example."""
