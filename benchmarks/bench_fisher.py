@@ -71,7 +71,7 @@ def run(record: Record, options: argparse.Namespace) -> None:
         name: sum(score.numel() for score in sums.values()) for name, sums in results.items()
     }
     results.clear()
-    record.ratio("per-example Fisher ÷ forward and backward", _OURS, _PLAIN, at_most=1.5)
+    record.ratio("per-example Fisher ÷ forward and backward", _OURS, _PLAIN, at_most=1.15)
     record.ratio("per-example Fisher ÷ batch-of-one loop", _OURS, _LOOP, at_most=0.35)
     fastest = record.fastest(list(PER_EXAMPLE))
     record.facts["fastest_reference"] = fastest

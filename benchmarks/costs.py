@@ -13,6 +13,7 @@ _COMMANDS = {
     "step": "step",
     "select": "select",
     "fisher": "fisher",
+    "choose": "choose --repeats 3",
     "train": "train",
     "memory": "memory",
     "memory-small": "memory --batch-size 2",

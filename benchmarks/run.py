@@ -23,6 +23,7 @@ from environment import ROOT, environment, restart_with_settings
 BENCHMARKS = {
     "step": "the optimizer step alone, beside torch's AdamW, the official twin and memory-saving optimizers",
     "fisher": "per-example Fisher information, beside the batch-of-one loop and other libraries",
+    "choose": "choosing a child by as many examples as it takes, beside a training epoch",
     "select": "choosing a child from scores, beside numpy and torch",
     "memory": "peak memory of a training step, beside full fine-tuning and PEFT",
     "train": "the whole training step, beside the same; with --script, whole runs",

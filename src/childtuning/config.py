@@ -79,8 +79,11 @@ class ChildOptions:
     estimator: Literal["per-example", "per-batch"] = option(
         "per-example", "Fisher per-example (the formula) or per-batch (the official code's)."
     )
-    fisher_examples: int | None = option(
-        None, "Estimate Fisher from this many examples at most.", within="[1, inf)", unset="all"
+    fisher_examples: int | Literal["auto"] | None = option(
+        None,
+        "Estimate Fisher from this many examples at most; auto: until more of them hardly change the child.",
+        within="[1, inf)",
+        unset="all",
     )
     fisher_device: Literal["model", "cpu"] = option(
         "model", "Keep Fisher scores on model or cpu; results differ only by rounding."
@@ -124,7 +127,8 @@ class ChildConfig(ChildOptions):
         granularity: the unit of selection: ``element``, ``row``, ``column``, ``block``, ``parameter``.
         scope: rank all parameters together (``global``) or each separately (``parameter``).
         estimator: Fisher ``per-example`` (the formula) or ``per-batch`` (the official code's).
-        fisher_examples: estimate from this many examples at most; ``None``: all.
+        fisher_examples: estimate from this many examples at most; ``auto``: 64 at a time, in random order, until the
+            child shares 98 % of its entries with the one before; ``None``: all.
         fisher_device: keep the Fisher scores on the ``model``'s device or on the ``cpu``; this affects memory, and
             results only by rounding.
         fisher_dtype: keep them in ``float32`` (float64 for float64 parameters) or in ``bfloat16``; for its error, see
@@ -164,6 +168,8 @@ class ChildConfig(ChildOptions):
             faults.append("scope='parameter' has no meaning for a task-free child. Leave it out.")
         if self.release_gradients and (self.variant == "task-free" or self.preset):
             faults.append("release_gradients needs a fixed child without the official preset. Leave it out.")
+        if self.fisher_examples == "auto" and self.preset:
+            faults.append("fisher_examples='auto' needs preset=None. Pass a number.")
         if self.granularity == "parameter" and self.scope == "parameter":
             faults.append("granularity='parameter' cannot select within each parameter. Use scope='global'.")
         if self.preset == "official":

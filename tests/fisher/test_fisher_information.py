@@ -232,3 +232,19 @@ def test_an_example_without_a_label(first, make_case):
     bad["labels"][2] = -100
     with pytest.raises(DataError, match="nan"):
         fisher_information(case.model, [bad] if first else [good, bad])
+
+
+def test_a_pass_that_is_stopped_scores_what_it_has_seen():
+    model, batch = linear_gaussian(12)
+    batches = [{key: value[start : start + 4] for key, value in batch.items()} for start in (0, 4, 8)]
+    seen = []
+
+    def stop(sums, done):
+        seen.append((done, sums["linear.weight"].clone()))
+        return done >= 8
+
+    found = fisher_information(model, batches, stop_fn=stop)
+    assert [done for done, _ in seen] == [4, 8] and found.num_examples == 8
+    wanted = fisher_information(model, batches[:2])
+    torch.testing.assert_close(found["linear.weight"], wanted["linear.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(seen[-1][1] / 8, wanted["linear.weight"], rtol=1e-12, atol=0)

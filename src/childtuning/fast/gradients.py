@@ -79,17 +79,20 @@ class Outer(ExampleGradients):
 
 
 def _without_trailing_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut the terms after the last one that counts: above the pooled token, only it has a gradient."""
+    """Cut the terms after the last one that counts: padding, and above the pooled token all but that one."""
     if left.is_cuda or left.shape[1] == 1:  # on a GPU, waiting for the answer costs more than it saves
         return left, right
-    if bool(
-        (left[:, -1].any(1) & right[:, -1].any(1)).any()
-    ):  # the usual case, found without a pass over all terms
-        return left, right
-    counts = left.ne(0).any(2).any(0) & right.ne(0).any(2).any(0)
-    used = counts.nonzero()
-    length = int(used[-1]) + 1 if len(used) else 1
+    length = min(_last_used(left), _last_used(right)) + 1
     return left[:, :length], right[:, :length]
+
+
+def _last_used(terms: Tensor) -> int:
+    """Return the last term [B, T, …] that is not zero in every example."""
+    last = terms.shape[1] - 1
+    if bool(terms[:, last].any()):  # the usual case, found without a pass over all terms
+        return last
+    used = terms.abs().amax((0, 2)).nonzero()
+    return int(used[-1]) if len(used) else 0
 
 
 class Rows(ExampleGradients):

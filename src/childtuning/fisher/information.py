@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from childtuning.fisher.sums import ScoreSums
 from childtuning.fisher.without_trace import without_trace
 
 Progress = Callable[[int, int | None], None]
+StopFn = Callable[[Mapping[str, Tensor], int], bool]
 ESTIMATORS = ("per-example", "per-batch")
 LABELS = ("data", "sampled")
 REDUCTIONS = (None, "mean", "sum")
@@ -27,10 +28,12 @@ REDUCTIONS = (None, "mean", "sum")
 class Scores(dict[str, Tensor]):
     """Scores by parameter name.
 
-    ``paths`` says, by name too, which way they went: ``engine``, ``vectorised``, ``loop``, or ``batch``.
+    ``paths`` says, by name too, which way they went: ``engine``, ``vectorised``, ``loop``, or ``batch``;
+    ``num_examples`` how many examples they are of.
     """
 
     paths: dict[str, str]
+    num_examples: int
 
     def __reduce__(self) -> tuple[type[dict], tuple[dict[str, Tensor]]]:
         """Pickle as a plain dict, which ``torch.load`` reads."""
@@ -52,6 +55,7 @@ def fisher_information(
     seed: int = 0,
     scores_device: torch.device | str | None = None,
     scores_dtype: torch.dtype | None = None,
+    stop_fn: StopFn | None = None,
 ) -> Scores:
     """Estimate the diagonal empirical Fisher information of each parameter entry.
 
@@ -92,6 +96,8 @@ def fisher_information(
         seed: for sampled labels, for dropout when ``training``, and for rounding to bf16.
         scores_device: where the scores are kept; ``None``: each on its parameter's device.
         scores_dtype: ``torch.float32`` or ``torch.bfloat16``; ``None``: float32 (float64 for float64 parameters).
+        stop_fn: called after each batch as ``stop_fn(sums, done)``, with the sums so far by parameter name and the
+            number of examples in them; the pass ends when it returns True.
     Returns:
         by parameter name, in the model's order, a tensor of its shape, on the device and in the dtype asked for;
         zero where no gradient reaches.
@@ -150,6 +156,8 @@ def fisher_information(
             num_terms += add_(prepare(batch))
             done += size
             report(done)
+            if stop_fn is not None and stop_fn(sums.tensors, done):
+                break
     if progress is True:
         print(file=sys.stderr)
     if num_terms == 0:
@@ -157,7 +165,7 @@ def fisher_information(
     if not add_.is_reached:
         raise not_reached()
     scores = Scores(sums.means_(num_terms))
-    scores.paths = add_.paths
+    scores.paths, scores.num_examples = add_.paths, done
     if not any(bool(score.any()) for score in scores.values()):
         raise DataError(
             "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "

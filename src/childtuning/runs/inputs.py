@@ -114,7 +114,7 @@ _DATA = tuple(name for name in options_of(Data) if name != "elsewhere")
 _MODEL = tuple(options_of(Model))
 # Options that scores depend on, besides the data, the model and the child's configuration.
 _PASS = ("seed", "always", "batch_size", "max_length", "precision", "class_weights")
-# Fields of the child's configuration that scores do not depend on.
+# Fields of the child's configuration that scores do not depend on, where these do not stop at a stable child.
 _NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
 _KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # the number of entries kept
 
@@ -164,7 +164,9 @@ class Inputs:
     def scores(self, config: RunConfig) -> Callable[[Callable[[], Scores]], Scores]:
         """Return a function that takes the Fisher pass and returns its scores, or cached ones."""
         changed = tuple(m for m in config.methods().methods if type(m).prepare is not Method.prepare)
-        child = {k: v for k, v in asdict(config.child()).items() if k not in _NOT_SCORES}
+        child = asdict(config.child())
+        if child["fisher_examples"] != "auto":
+            child = {k: v for k, v in child.items() if k not in _NOT_SCORES}
         key = (_options(config, (*_DATA, *_MODEL, *_PASS)), changed, tuple(child.items()))
         return lambda make_fn: self._once("scores", key, make_fn)
 

@@ -54,7 +54,6 @@ from childtuning.training import (
     ChildTrainer,
     LoadedModel,
     choose_child,
-    fisher_sample,
     in_model_order,
 )
 
@@ -211,7 +210,7 @@ def train_run(
     try:
         scaled = output_layer(trainer.bare_model, trainer.always, tests) if config.temperature_scaling else []
         if checkpoint is None:
-            tell(_describe(trainer.select()))
+            tell(_describe(trainer.select(), trainer.num_scored, len(train)))
     except BaseException:
         if is_main:
             remove_empty(folder)
@@ -345,11 +344,10 @@ def _labels(task: Task, loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _describe(child: Any) -> str:
+def _describe(child: Any, num_scored: int | None, num_examples: int) -> str:
     if isinstance(child, Child):
-        return (
-            f"the child trains {child.num_trained:,} of {child.num_eligible:,} entries ({child.density:.1%})"
-        )
+        chosen = "" if num_scored in (None, num_examples) else f", chosen by {num_scored:,} examples"
+        return f"the child trains {child.num_trained:,} of {child.num_eligible:,} entries ({child.density:.1%}){chosen}"
     return f"each step trains a fresh random {child.density:.1%} of the entries"
 
 
@@ -391,7 +389,7 @@ def score_run(
         child = choose_child(whole, trainer.bare_model, list, always=trainer.always)
     assert isinstance(child, Child)
     scores = in_model_order(trainer.bare_model, found)
-    num_scored = len(fisher_sample(len(encoded), config.fisher_examples, config.seed))
+    num_scored = trainer.num_scored
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: score.cpu().contiguous() for name, score in scores.items()}, partial)

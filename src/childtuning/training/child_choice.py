@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from childtuning.child.eligible import as_patterns, match_names, named, unit_axe
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, ParameterError
 from childtuning.fisher import fisher_information
+from childtuning.fisher.information import StopFn
 from childtuning.fisher.losses import LossFn
 
 Progress = Callable[[int, int | None], None]
@@ -146,31 +148,57 @@ def choose_child(
         "scope": config.scope,
         "granularity": config.granularity,
         "row_axes": unit_axes(model, config.granularity),
+        "eligible": config.eligible,
+        "always": always,
     }
     if config.scores == "random" and scores is None:
         return random_child(
             model,
             _number(config.density),
             seed=config.seed,
-            eligible=config.eligible,
-            always=always,
             **options,
         )
+    choose = partial(select_child, density=config.density, mass=config.mass, lowest=config.lowest, **options)
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
     if scores is None:
+        stop_fn = StopWhenStable(choose) if config.fisher_examples == "auto" else None
         scores = score_fn(
-            lambda: fisher_scores(config, model, batches(), always=always, progress=progress, loss_fn=loss_fn)
+            lambda: fisher_scores(
+                config, model, batches(), always=always, progress=progress, loss_fn=loss_fn, stop_fn=stop_fn
+            )
         )
-    return select_child(
-        scores,
-        config.density,
-        mass=config.mass,
-        eligible=config.eligible,
-        always=always,
-        lowest=config.lowest,
-        **options,
-    )
+    return choose(scores)
+
+
+class StopWhenStable:
+    """End a Fisher pass once more examples hardly change the child.
+
+    After every ``EXAMPLES`` examples it compares the child of all so far with the one before.
+
+    Args:
+        choose: the selection.
+    """
+
+    EXAMPLES = 64
+    OVERLAP = 0.98
+
+    def __init__(self, choose: Callable[[Mapping[str, Tensor]], Child]) -> None:
+        self.choose = choose
+        self._last: Child | None = None
+        self._next = self.EXAMPLES
+
+    def __call__(self, sums: Mapping[str, Tensor], done: int) -> bool:
+        """Tell whether to stop after ``done`` examples."""
+        if done < self._next:
+            return False
+        self._next = done + self.EXAMPLES
+        last, child = self._last, self.choose(sums)
+        self._last = child
+        if last is None:
+            return False
+        sizes = sorted((last.num_trained, child.num_trained))
+        return child.overlap(last) * sizes[0] / max(sizes[1], 1) >= self.OVERLAP
 
 
 def saves_computation(child: Child | TaskFree) -> bool:
@@ -191,6 +219,7 @@ def fisher_scores(
     always: Sequence[str],
     progress: bool | Progress = False,
     loss_fn: LossFn | None = None,
+    stop_fn: StopFn | None = None,
 ) -> dict[str, Tensor]:
     """Estimate Fisher information with the options of a configuration."""
     return fisher_information(
@@ -205,6 +234,7 @@ def fisher_scores(
         seed=config.seed,
         scores_device=_kept_on(config),
         scores_dtype=torch.bfloat16 if config.fisher_dtype == "bfloat16" else None,
+        stop_fn=stop_fn,
     )
 
 
@@ -223,12 +253,25 @@ def in_model_order(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Ten
     return {name: scores[name] for name in shapes if name in scores}
 
 
-def fisher_sample(num_examples: int, limit: int | None, seed: int) -> list[int]:
-    """Return the indices of the examples for Fisher information: all, or a random ``limit`` of them, sorted."""
-    if limit is None or limit >= num_examples:
-        return list(range(num_examples))
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(num_examples, generator=generator)[:limit].tolist())
+def fisher_sample(
+    num_examples: int, limit: int | Literal["auto"] | None, seed: int, lengths: Sequence[int] | None = None
+) -> list[int]:
+    """Return the indices of the examples for Fisher information, in the order of the pass.
+
+    All, or a random ``limit`` of them, sorted by length where that is known; for ``auto`` all in random order, sorted
+    within each group that the child is looked at after.
+    """
+    order = list(range(num_examples))
+    if limit == "auto" or (limit is not None and limit < num_examples):
+        order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed)).tolist()
+    group = num_examples if limit is None else StopWhenStable.EXAMPLES if limit == "auto" else limit
+    order = order if limit == "auto" else sorted(order[:limit])
+    found = []
+    for start in range(0, len(order), max(group, 1)):
+        found += sorted(
+            order[start : start + group], key=lengths.__getitem__ if lengths is not None else None
+        )
+    return found
 
 
 def _whole(model: nn.Module, eligible: Sequence[str] | None, always: Sequence[str]) -> Child:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -158,6 +158,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         self._always = self._given_always = tuple(always) if always is not None else None
         self._begun: list[tuple[Method, nn.Module]] = []
         self._scores = scores
+        self.num_scored: int | None = None
         self._base_name = base_name
         self._progress = progress
         self._is_built = True
@@ -192,7 +193,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
                     self.bare_model,
                     self._fisher_batches,
                     always=self.always,
-                    scores=self._scores,
+                    scores=self._scores if isinstance(self._scores, dict) else self._score,
                     progress=False
                     if not self.is_world_process_zero()
                     else bar
@@ -203,6 +204,12 @@ class ChildTrainer(CheckpointFiles, Trainer):
             # Scores may differ in the last bit between ranks, and with them the children.
             self.child = of_main_process(self.child)
         return self.child
+
+    def _score(self, make_fn: Callable[[], Scores]) -> Scores:
+        """Make the scores, or take what the given function returns, and note how many examples they are of."""
+        scores = self._scores(make_fn) if callable(self._scores) else make_fn()
+        self.num_scored = getattr(scores, "num_examples", None)
+        return scores
 
     def _fisher_loss(self) -> Any:
         """The training loss if it is not the model's own: per example if it is a function of the outputs."""
@@ -229,9 +236,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         columns, collate = self._model_inputs("Fisher information")
         lengths = getattr(dataset, "lengths", None)
         limit, seed = self.child_config.fisher_examples, self.child_config.seed
-        order = fisher_sample(len(dataset), limit, seed)  # type: ignore[arg-type]
-        if lengths is not None:
-            order.sort(key=lambda index: lengths[index])
+        order = fisher_sample(len(dataset), limit, seed, lengths)  # type: ignore[arg-type]
         return DataLoader(
             Subset(columns, order),
             batch_size=self.args.per_device_train_batch_size,
