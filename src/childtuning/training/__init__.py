@@ -1,5 +1,6 @@
 """Layer 2: child-tuning in the Hugging Face Trainer, and the interface of methods."""
 
+from childtuning.child.layers import Layers, find_layers
 from childtuning.training.child_choice import (
     ScoreFn,
     choose_child,
@@ -9,7 +10,6 @@ from childtuning.training.child_choice import (
     task_head,
 )
 from childtuning.training.further_pass import IGNORED, predicted_labels
-from childtuning.training.layers import Layers, find_layers
 from childtuning.training.method import (
     PARTS,
     ChildTraining,
