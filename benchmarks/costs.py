@@ -15,6 +15,7 @@ _COMMANDS = {
     "fisher": "fisher",
     "choose": "choose --repeats 3",
     "train": "train",
+    "costs": "costs",
     "memory": "memory",
     "memory-small": "memory --batch-size 2",
     "script": "train --script",

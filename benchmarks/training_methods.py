@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,10 @@ def training_step(method: str, shape: str, batch_size: int, num_tokens: int) -> 
     """Build a model of the shape with random weights and a step of the method."""
     model = classifier(shape).train()
     batch = random_batch(model, batch_size, num_tokens)
-    return METHODS[method](model, batch)
+    if (build := METHODS.get(method)) is None:
+        _, density, granularity = re.split(r",? ", method)  # child 0.02, column
+        build = _child(granularity, float(density))
+    return build(model, batch)
 
 
 def _full(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
@@ -52,9 +56,9 @@ def _plain(model: nn.Module, batch: dict[str, Tensor]) -> TrainingStep:
     return TrainingStep(_step(model, batch, optimizer), sum(p.numel() for p in trained))
 
 
-def _child(granularity: str) -> Callable[[Any, dict[str, Tensor]], TrainingStep]:
+def _child(granularity: str, density: float = 0.1) -> Callable[[Any, dict[str, Tensor]], TrainingStep]:
     def build(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
-        child = random_child(model, 0.1, granularity=granularity, always=HEAD)
+        child = random_child(model, density, granularity=granularity, always=HEAD)
         head = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
         more = {} if granularity == "element" else {"model": model}
         optimizer = ct.ChildOptimizer(

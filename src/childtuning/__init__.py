@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from childtuning.child import (
+        Budget,
         Child,
         ChildConfig,
         TaskFree,
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
         unit_axes,
     )
     from childtuning.delta import Delta
-    from childtuning.fisher import fisher_information
+    from childtuning.fisher import fisher_information, training_costs
     from childtuning.optim import ChildOptimizer
     from childtuning.runs import load
 
 __all__ = [
+    "Budget",
     "Child",
     "ChildConfig",
     "ChildOptimizer",
@@ -32,9 +34,16 @@ __all__ = [
     "magnitude_scores",
     "random_child",
     "select_child",
+    "training_costs",
     "unit_axes",
 ]
-_HOMES = {"ChildOptimizer": "optim", "Delta": "delta", "fisher_information": "fisher", "load": "runs"}
+_HOMES = {
+    "ChildOptimizer": "optim",
+    "Delta": "delta",
+    "fisher_information": "fisher",
+    "load": "runs",
+    "training_costs": "fisher",
+}
 
 
 def __getattr__(name: str) -> Any:

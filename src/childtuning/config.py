@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from childtuning.errors import ConfigError, did_you_mean
 from childtuning.options import option, settle
@@ -50,7 +50,7 @@ def density_fault(density: object) -> str | None:
     return f"density must be in (0, 1], got {density:g}. Pass a share: density={share:g}."
 
 
-def check_density(density: float) -> float:
+def check_density(density: float | None) -> float:
     """Return the density as a float.
 
     Raises:
@@ -59,7 +59,82 @@ def check_density(density: float) -> float:
     fault = density_fault(density)
     if fault:
         raise ConfigError(fault)
-    return float(density)
+    return float(density)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What training may cost, as a share of what full fine-tuning costs. Give one.
+
+    Args:
+        step: the time of a training step.
+        memory: its peak memory, with AdamW and released gradients.
+        state: the bytes of the optimizer's state.
+        delta: the bytes of the delta's file, of the model's.
+    Raises:
+        ConfigError: not exactly one is given, or it is not in (0, 1].
+
+    Example:
+        >>> str(Budget(step=0.5)), Budget.parse("memory=0.6")
+        ('step=0.5', Budget(step=None, memory=0.6, state=None, delta=None))
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("step", "memory", "state", "delta")
+    step: float | None = None
+    memory: float | None = None
+    state: float | None = None
+    delta: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {kind: value for kind in self.KINDS if (value := getattr(self, kind)) is not None}
+        if len(given) != 1:
+            raise ConfigError(
+                f"a budget limits one of {', '.join(self.KINDS)}, got {len(given)}. Pass step=0.5."
+            )
+        ((kind, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+            raise ConfigError(f"a budget is a share in (0, 1], got {kind}={value!r}. Pass {kind}=0.5.")
+        object.__setattr__(self, kind, float(value))
+
+    @property
+    def kind(self) -> str:
+        """What is limited."""
+        return next(kind for kind in self.KINDS if getattr(self, kind) is not None)
+
+    @property
+    def share(self) -> float:
+        """The limit."""
+        return getattr(self, self.kind)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.share:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the budget that a text spells: ``step=0.5``.
+
+        Raises:
+            ConfigError: it spells none.
+        """
+        kind, equals, number = text.partition("=")
+        kind = kind.strip()
+        try:
+            share = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or kind not in cls.KINDS:
+            words = " or ".join(f"{kind}=0.5" for kind in cls.KINDS)
+            raise ConfigError(f"budget must be {words}, got {text!r}.")
+        return cls(**{kind: share})
+
+
+def budget_fault(budget: object) -> str | None:
+    """Return one line that describes what is wrong with a budget's text, or None."""
+    try:
+        Budget.parse(str(budget))
+    except ConfigError as fault:
+        return str(fault)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +147,13 @@ class ChildOptions:
     granularity: Literal["element", "row", "column", "block", "parameter"] = option(
         "element",
         "Unit of selection: element, row (an output unit), column (an input unit), block or parameter.",
+    )
+    budget: str | None = option(
+        None,
+        "What training may cost, of full fine-tuning, in place of a density: step=0.5, memory=0.6, state=0.1 or "
+        "delta=0.1.",
+        check=budget_fault,
+        unset="the density",
     )
     scope: Literal["global", "parameter"] = option(
         "global", "Rank all parameters together (global), or each separately (parameter)."
@@ -125,6 +207,8 @@ class ChildConfig(ChildOptions):
         seed: the seed of masks, random scores and sampled labels.
         mass: for ``density="auto"``, in (0, 1].
         granularity: the unit of selection: ``element``, ``row``, ``column``, ``block``, ``parameter``.
+        budget: what training may cost, as a share of full fine-tuning: ``step=0.5``, or a ``Budget``. The child is the
+            one of most Fisher information that fits, in place of the share ``density``.
         scope: rank all parameters together (``global``) or each separately (``parameter``).
         estimator: Fisher ``per-example`` (the formula) or ``per-batch`` (the official code's).
         fisher_examples: estimate from this many examples at most; ``auto``: 64 at a time, in random order, until the
@@ -152,18 +236,26 @@ class ChildConfig(ChildOptions):
     seed: int = option(0, "Seed of masks, random scores and sampled labels.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, Budget):
+            object.__setattr__(self, "budget", str(self.budget))
         faults = settle(self)
-        if self.density == "auto":
-            needs = {
-                "variant='task-driven'": self.variant == "task-driven",
-                "scope='global'": self.scope == "global",
-                "scores other than random": self.scores != "random",
-                "preset=None": self.preset is None,
-                "lowest=False": not self.lowest,
-            }
-            faults += [
-                f"density='auto' needs {need}. Pass a number." for need, holds in needs.items() if not holds
-            ]
+        needs = {
+            "variant='task-driven'": self.variant == "task-driven",
+            "scope='global'": self.scope == "global",
+            "scores other than random": self.scores != "random",
+            "preset=None": self.preset is None,
+            "lowest=False": not self.lowest,
+        }
+        for name, is_asked in (
+            ("density='auto'", self.density == "auto"),
+            ("budget", self.budget is not None),
+        ):
+            if is_asked:
+                faults += [
+                    f"{name} needs {need}. Pass a density." for need, holds in needs.items() if not holds
+                ]
+        if self.budget is not None and self.density not in (0.3, 1.0):
+            faults.append(f"a budget takes the place of a density, got density={self.density}. Leave it out.")
         if self.variant == "task-free" and self.scope == "parameter":
             faults.append("scope='parameter' has no meaning for a task-free child. Leave it out.")
         if self.release_gradients and (self.variant == "task-free" or self.preset):

@@ -11,9 +11,10 @@ from childtuning.child.select import (
 )
 from childtuning.child.task_free import TaskFree
 from childtuning.child.units import Granularity, Part
-from childtuning.config import ChildConfig
+from childtuning.config import Budget, ChildConfig
 
 __all__ = [
+    "Budget",
     "Child",
     "ChildConfig",
     "Granularity",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from childtuning.child.budget import Costs, child_within
 from childtuning.child.child import Child
 from childtuning.child.eligible import (
     as_patterns,
@@ -22,14 +23,16 @@ from childtuning.child.eligible import (
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.child.ranking import Scope, Share, not_numbers, random_parts, top_parts
 from childtuning.child.units import Granularity
-from childtuning.config import check_density, mass_fault
+from childtuning.config import Budget, check_density, mass_fault
 from childtuning.errors import ConfigError, ParameterError
 
 
 def select_child(
     scores: Mapping[str, Tensor],
-    density: float | Literal["auto"],
+    density: float | Literal["auto"] | None = None,
     *,
+    budget: Budget | None = None,
+    costs: Costs | None = None,
     scope: Scope = "global",
     granularity: str | Granularity = "element",
     eligible: Iterable[str] | None = None,
@@ -38,18 +41,24 @@ def select_child(
     row_axes: Mapping[str, int] | None = None,
     mass: float = 0.9,
 ) -> Child:
-    """Choose the child: the share ``density`` of the eligible entries with the highest scores.
+    """Choose the child: the share ``density`` of the eligible entries with the highest scores, or what a budget allows.
 
     With ``element`` units, ``num_trained == round(density · num_eligible)`` exactly; ties go to the earlier
     parameter, then the lower index. Coarser units are ranked by the mean of their entries' scores and taken while
     they fit: the budget is never exceeded, and is met exactly whenever units small enough remain (biases are).
+
+    With a budget, units are ranked by their score for what they cost, and the backward pass ends where that gives the
+    child of the highest sum of scores: ``Budget(step=0.5)`` allows half the time of a full step.
 
     The official code thresholds at a percentile with ``>=``, so that ties exceed the budget: ``official_child``.
 
     Args:
         scores: importance of each entry by parameter name, in the model's order, floating point, any device.
         density: the share p, in (0, 1]; ``"auto"``: that of the smallest child which holds the share ``mass`` of the
-            scores' total.
+            scores' total. ``None``: as much as the budget allows.
+        budget: what training may cost, in place of a density; with ``scope="global"`` and scores from 0 up.
+        costs: of the model's training step: ``training_costs(model, batch)``. ``None``: those of the pass that made the
+            scores, where ``fisher_information`` has just made them.
         scope: ``global`` ranks all parameters together [Xu et al. 2021]; ``parameter`` gives each parameter its
             own share, rounded so that the total is exact.
         granularity: ``element``, ``row``, ``column``, ``block``, ``parameter``, or a ``Granularity``.
@@ -63,8 +72,8 @@ def select_child(
     Returns:
         the child; indices on the CPU.
     Raises:
-        ConfigError: density, scope or granularity outside its range.
-        ParameterError: a pattern fits no scored name, or scores hold NaN.
+        ConfigError: density, scope or granularity outside its range, or a budget that no child fits.
+        ParameterError: a pattern fits no scored name, scores hold NaN, or the costs are not known.
 
     Example:
         >>> import torch
@@ -73,13 +82,26 @@ def select_child(
         [True, False, False, True]
     """
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
+    if budget is not None:
+        if density is not None:
+            raise ConfigError(f"a budget takes the place of a density, got density={density}. Leave it out.")
+        if lowest or scope != "global":
+            raise ConfigError("a budget goes with the highest scores of all parameters. Pass a density.")
+        costs = costs or getattr(scores, "costs", lambda: None)()
+        if costs is None:
+            raise ParameterError(
+                "a budget needs the costs of a training step. Pass costs=training_costs(model, batch)."
+            )
+        always = as_patterns(always)
+        ranked = check_scores(_from_zero(_eligible_scores(scores, eligible, always)))
+        return child_within(budget, costs, ranked, Share(1.0, scope, unit, row_axes or {}), always)
     if density == "auto":
         if lowest or scope != "global":
             raise ConfigError("density='auto' goes with the highest scores of all parameters. Pass a number.")
         density = density_for_mass(
             scores, mass, granularity=unit, eligible=eligible, always=always, row_axes=row_axes
         )
-    share = Share(density, scope, unit, row_axes or {})
+    share = Share(check_density(density), scope, unit, row_axes or {})
     always = as_patterns(always)
     ranked = check_scores(_eligible_scores(scores, eligible, always), ranks_entries=unit.kind == "element")
     return Child(top_parts(ranked, share, lowest=lowest), always=always)
@@ -188,12 +210,7 @@ def density_for_mass(
     """
     if (fault := mass_fault(mass)) is not None:
         raise ConfigError(fault)
-    ranked = _eligible_scores(scores, eligible, as_patterns(always))
-    for name, score in ranked.items():
-        if score.numel() and not bool(score.min() >= 0):
-            raise ParameterError(
-                f"the scores of {name!r} are not all numbers from 0 up. Pass a density instead."
-            )
+    ranked = _from_zero(_eligible_scores(scores, eligible, as_patterns(always)))
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
     share = Share(1.0, "global", unit, row_axes or {})
     sums = torch.cat([share.units(n).sums(s).cpu() for n, s in ranked.items()])
@@ -204,6 +221,20 @@ def density_for_mass(
         return 1.0
     count = min(int((running < mass * running[-1] * (1 - 1e-12)).sum()) + 1, len(order))
     return int(sizes[order][:count].sum()) / num_entries
+
+
+def _from_zero(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores whose sums mean something.
+
+    Raises:
+        ParameterError: one is negative or no number.
+    """
+    for name, score in scores.items():
+        if score.numel() and not bool(score.min() >= 0):
+            raise ParameterError(
+                f"the scores of {name!r} are not all numbers from 0 up. Pass a density instead."
+            )
+    return scores
 
 
 def official_child(scores: Mapping[str, Tensor], density: float, *, always: Iterable[str] = ()) -> Child:

@@ -71,7 +71,10 @@ def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
     options = by_field(read_toml(config_file)) if config_file else {}
     said = explicit(given)
     if "method" in said and said["method"] != options.get("method"):
-        options.pop("density", None)  # the file's density is for another method
+        options = {key: value for key, value in options.items() if key not in ("density", "budget")}
+    for one, other in (("density", "budget"), ("budget", "density")):
+        if one in said:
+            options.pop(other, None)
     if "task" in said:
         options = {key: value for key, value in options.items() if key not in ("train", "eval")}
     if "train" in said or "eval" in said:

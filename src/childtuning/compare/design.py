@@ -22,6 +22,7 @@ _OF_CHILDREN = (
     "density",
     "mass",
     "granularity",
+    "budget",
     "scope",
     "estimator",
     "fisher_labels",

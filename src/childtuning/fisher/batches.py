@@ -42,6 +42,11 @@ def num_examples(batch: Any) -> int:
     return size
 
 
+def num_entries(batch: Any) -> int:
+    """Return the number of entries of a batch's tensors: a measure of its size."""
+    return sum(tensor.numel() for _, tensor in _tensors(batch))
+
+
 def _check(batch: Any, size: int, path: str, *, lists: bool) -> None:
     """Refuse a batch with a tensor whose first axis is not the examples."""
     if isinstance(batch, Tensor):

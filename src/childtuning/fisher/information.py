@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sized
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from childtuning.child.budget import Costs
 from childtuning.child.eligible import bare_model
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.fisher.batches import num_examples, to_device
+from childtuning.fisher.batches import num_entries, num_examples, to_device
+from childtuning.fisher.costs import training_costs
 from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
 from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
 from childtuning.fisher.sums import ScoreSums
@@ -29,11 +33,13 @@ class Scores(dict[str, Tensor]):
     """Scores by parameter name.
 
     ``paths`` says, by name too, which way they went: ``engine``, ``vectorised``, ``loop``, or ``batch``;
-    ``num_examples`` how many examples they are of.
+    ``num_examples`` how many examples they are of. ``costs()`` counts a training step on the pass's largest batch, as
+    long as the model lives.
     """
 
     paths: dict[str, str]
     num_examples: int
+    costs: Callable[[], Costs | None]
 
     def __reduce__(self) -> tuple[type[dict], tuple[dict[str, Tensor]]]:
         """Pickle as a plain dict, which ``torch.load`` reads."""
@@ -143,6 +149,7 @@ def fisher_information(
     scored = {id(parameter) for parameter in parameters.values()}
     trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
     done = num_terms = 0
+    largest: Any = None
     with without_trace(model, training=training):
         add_: PerExample | PerBatch = (
             PerExample(model, loss, sums, trainable, training=training)
@@ -153,6 +160,7 @@ def fisher_information(
         for batch in batches:
             batch = to_device(batch, device)
             size = num_examples(batch)
+            largest = max(largest, batch, key=num_entries) if largest is not None else batch
             num_terms += add_(prepare(batch))
             done += size
             report(done)
@@ -166,12 +174,18 @@ def fisher_information(
         raise not_reached()
     scores = Scores(sums.means_(num_terms))
     scores.paths, scores.num_examples = add_.paths, done
+    scores.costs = partial(_costs_of, weakref.ref(model), largest, loss_fn)
     if not any(bool(score.any()) for score in scores.values()):
         raise DataError(
             "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "
             "eligible parameters. Pass a loss_fn that has a gradient for each example."
         )
     return scores
+
+
+def _costs_of(model: Callable[[], nn.Module | None], batch: Any, loss_fn: LossFn | None) -> Costs | None:
+    alive = model()
+    return None if alive is None else training_costs(alive, batch, loss_fn)
 
 
 def _reporter(progress: bool | Progress, batches: Iterable[Any]) -> Callable[[int], None]:

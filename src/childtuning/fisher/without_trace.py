@@ -30,9 +30,8 @@ def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
     Raises:
         ParameterError: the forward pass has written to a weight, other than by ``max_norm`` of an embedding.
     """
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
-        stack.enter_context(_random_streams_kept(devices))
+        stack.enter_context(_random_streams_kept(model))
         stack.enter_context(_buffers_kept(model))
         stack.enter_context(_weights_kept(model))
         stack.enter_context(_flags_kept(model))
@@ -45,7 +44,19 @@ def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _random_streams_kept(devices: list[int]) -> Iterator[None]:
+def used_in_training(model: nn.Module) -> Iterator[None]:
+    """Run the model in ``train()`` mode as an optimizer has set it up; restore modes, buffers and random states."""
+    modes = [(module, module.training) for module in model.modules()]
+    with _random_streams_kept(model), _buffers_kept(model):
+        model.train()
+        yield
+    for module, mode in modes:
+        module.training = mode
+
+
+@contextmanager
+def _random_streams_kept(model: nn.Module) -> Iterator[None]:
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):

@@ -56,6 +56,8 @@ class ChildDynamic(Method):
         """Return the configuration of the first child."""
         if config.preset is not None:
             raise ConfigError("child-dynamic has no official preset. Leave out preset.")
+        if config.budget is not None:
+            raise ConfigError("child-dynamic chooses without costs, got a budget. Pass a density.")
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
 
     def callback(self, trainer: ChildTraining) -> MethodCallback:

@@ -92,6 +92,11 @@ class Combination:
                 f"nothing in {'+'.join(method.name for method in self.methods)!r} chooses a child, "
                 f"got density {config.density}. Leave it out, or add child-d or child-f."
             )
+        if config.budget is not None and not self.takes_density:
+            raise ConfigError(
+                f"nothing in {'+'.join(method.name for method in self.methods)!r} chooses a child, "
+                f"got budget {config.budget}. Leave it out, or add child-d."
+            )
         for method in children or [Full()]:
             config = method.child(config)
         return config

@@ -231,6 +231,8 @@ class RunConfig(Train, Child, Model, Data):
                 faults.append(
                     f"a named task has its own columns, got {', '.join(given)}. Leave them out, or pass files."
                 )
+        if self.budget is not None and self.density is not None:
+            faults.append("--budget takes the place of --density. Pass one of them.")
         if self.class_weights is not None and self.fisher_labels == "sampled":
             faults.append(
                 "class_weights weighs the data's labels, got fisher_labels='sampled'. Pass one of them."
@@ -301,7 +303,8 @@ class RunConfig(Train, Child, Model, Data):
         held_out = self.held_out
         if self.chooses_checkpoint or self.temperature_scaling:
             held_out = held_out or HELD_OUT
-        return replace(self, density=self.child().density, precision=precision, held_out=held_out, **paths)
+        density = None if self.budget else self.child().density
+        return replace(self, density=density, precision=precision, held_out=held_out, **paths)
 
     def to_toml(self) -> str:
         """Return the options that are not None, as TOML."""
@@ -324,7 +327,7 @@ class RunConfig(Train, Child, Model, Data):
         for name, value in by_field(options).items():
             if name not in known:
                 raise ConfigError(f"a run has no option {name!r}. {did_you_mean(name, known)}")
-            is_typed = isinstance(value, str) and known[name].kind == "float" and known[name].words
+            is_typed = isinstance(value, str) and known[name].kind in ("int", "float") and known[name].words
             values[name] = known[name].parse(value) if is_typed else value
         return cls(**values)
 

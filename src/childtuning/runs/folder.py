@@ -224,6 +224,8 @@ class RunResult:
         cut_by_length: the number of words or rows (by kind of task) that ``max_length`` truncated in both splits.
         output: the run's folder.
         learning_rate, epochs: of the training; ``None`` in results of earlier versions.
+        budget: its ``limit``, and the predicted shares of full fine-tuning's costs by kind; for a step also
+            ``measured_passes``, that of a forward and backward pass. ``None`` without a budget, and after a resumption.
         understood: what ``Understood`` describes.
         notes: what was guessed about the files or left out, one line each.
         diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.
@@ -264,6 +266,7 @@ class RunResult:
     folds: list[dict[str, float]] = field(default_factory=list)
     checkpoint: dict[str, float] | None = None
     temperature: float | None = None
+    budget: dict[str, str | float] | None = None
 
     def __repr__(self) -> str:
         value = self.metric["value"]

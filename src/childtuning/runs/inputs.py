@@ -115,7 +115,7 @@ _MODEL = tuple(options_of(Model))
 # Options that scores depend on, besides the data, the model and the child's configuration.
 _PASS = ("seed", "always", "batch_size", "max_length", "precision", "class_weights")
 # Fields of the child's configuration that scores do not depend on, where these do not stop at a stable child.
-_NOT_SCORES = ("density", "mass", "granularity", "scope", "lowest", "rescale", "release_gradients")
+_NOT_SCORES = ("density", "mass", "budget", "granularity", "scope", "lowest", "rescale", "release_gradients")
 _KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # the number of entries kept
 
 

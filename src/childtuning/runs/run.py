@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from childtuning.child import Child
+from childtuning.child import Budget, Child
 from childtuning.child.eligible import matches
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError
-from childtuning.optim.processes import is_main_process, wait_for_all
+from childtuning.optim.processes import is_main_process, num_processes, wait_for_all
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
@@ -211,6 +211,7 @@ def train_run(
         scaled = output_layer(trainer.bare_model, trainer.always, tests) if config.temperature_scaling else []
         if checkpoint is None:
             tell(_describe(trainer.select(), trainer.num_scored, len(train)))
+        budget = _budget(config, trainer, tell) if checkpoint is None else None
     except BaseException:
         if is_main:
             remove_empty(folder)
@@ -255,6 +256,7 @@ def train_run(
         "understood": found.to_dict(),
         "checkpoint": _checkpoint(trainer, task),
         "temperature": temperature,
+        "budget": budget,
         **(tests.measure(trainer.model, folds) if diverged_at is None else tests.nothing()),
     }
     if is_main:
@@ -342,6 +344,30 @@ def _labels(task: Task, loaded: LoadedModel) -> dict[str, Any]:
         "base_hash": loaded.base_hash,
         "new_parameters": list(loaded.new_parameters),
     }
+
+
+_COSTS = {"step": "step time", "memory": "peak memory", "state": "optimizer state", "delta": "delta"}
+
+
+def _budget(
+    config: RunConfig, trainer: ChildTrainer, tell: Callable[[str], None]
+) -> dict[str, str | float] | None:
+    """Say what the child that fits a budget is predicted to cost, and for a step what it is measured to cost."""
+    if config.budget is None:
+        return None
+    child, costs = trainer.select(), trainer.count_costs()
+    assert isinstance(child, Child)
+    shares = costs.shares(child)
+    found: dict[str, str | float] = {"limit": config.budget} | shares
+    kind = Budget.parse(config.budget).kind
+    line = f"budget {config.budget}: {shares[kind]:.3f} of full fine-tuning's {_COSTS[kind]} predicted"
+    if kind == "memory":
+        line += f", {costs.full(kind) * shares[kind] / 1e9:.2f} GB"
+    if kind == "step" and num_processes() == 1:
+        found["measured_passes"] = trainer.measure_passes()
+        line += f"; forward and backward measured: {found['measured_passes']:.3f}"
+    tell(line)
+    return found
 
 
 def _describe(child: Any, num_scored: int | None, num_examples: int) -> str:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 
 from childtuning.child import (
+    Budget,
     Child,
     ChildConfig,
     TaskFree,
@@ -21,6 +22,7 @@ from childtuning.child import (
     random_child,
     select_child,
 )
+from childtuning.child.budget import Costs, check_budget
 from childtuning.child.eligible import as_patterns, match_names, named, unit_axes
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, ParameterError
@@ -112,6 +114,7 @@ def choose_child(
     scores: Scores | ScoreFn | None = None,
     progress: bool | Progress = False,
     loss_fn: LossFn | None = None,
+    costs_fn: Callable[[], Costs] | None = None,
 ) -> Child | TaskFree:
     """Choose the child that a configuration describes.
 
@@ -124,6 +127,7 @@ def choose_child(
             of an equal pass.
         progress: as for ``fisher_information``.
         loss_fn: the loss of the Fisher pass, as for ``fisher_information``; ``None``: the model's own.
+        costs_fn: counts a training step; called if the configuration has a budget.
     Raises:
         ParameterError: when a pattern matches no parameter.
     """
@@ -134,7 +138,7 @@ def choose_child(
             _freeze_others(model, config.eligible, always)
         axes = unit_axes(model, config.granularity)
         return TaskFree(_number(config.density), config.seed, config.granularity, always, axes)
-    if config.density == 1.0 and not config.preset:
+    if config.density == 1.0 and not config.preset and config.budget is None:
         return _whole(model, config.eligible, always)
     if callable(scores):
         score_fn, scores = scores, None
@@ -158,7 +162,14 @@ def choose_child(
             seed=config.seed,
             **options,
         )
-    choose = partial(select_child, density=config.density, mass=config.mass, lowest=config.lowest, **options)
+    if config.budget is None:
+        options |= {"density": config.density, "mass": config.mass, "lowest": config.lowest}
+    else:
+        budget, costs = Budget.parse(config.budget), None if costs_fn is None else costs_fn()
+        if costs is not None:
+            check_budget(budget, costs, always)  # before the scores take their time
+        options |= {"budget": budget, "costs": costs}
+    choose = partial(select_child, **options)
     if scores is None and config.scores == "magnitude":
         scores = magnitude_scores(model, eligible=config.eligible, always=always)
     if scores is None:

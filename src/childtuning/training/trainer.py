@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,11 +16,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from childtuning.child import Child, ChildConfig, TaskFree
+from childtuning.child.budget import Costs
 from childtuning.child.eligible import canonical_name, matches, named
 from childtuning.errors import ConfigError
-from childtuning.fisher import losses_by_slices
-from childtuning.fisher.losses import shifts_labels
-from childtuning.fisher.without_trace import without_trace
+from childtuning.fisher import losses_by_slices, training_costs
+from childtuning.fisher.batches import num_entries, to_device
+from childtuning.fisher.loop import differentiable, take_gradients
+from childtuning.fisher.losses import model_loss, shifts_labels
+from childtuning.fisher.without_trace import used_in_training, without_trace
 from childtuning.optim import ChildOptimizer
 from childtuning.optim.processes import of_main_process
 from childtuning.training.checkpoint_files import CheckpointFiles
@@ -159,6 +163,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         self._begun: list[tuple[Method, nn.Module]] = []
         self._scores = scores
         self.num_scored: int | None = None
+        self.costs: Costs | None = None
         self._base_name = base_name
         self._progress = progress
         self._is_built = True
@@ -200,10 +205,42 @@ class ChildTrainer(CheckpointFiles, Trainer):
                     if progress is True
                     else progress,
                     loss_fn=self._fisher_loss(),
+                    costs_fn=self.count_costs,
                 )
             # Scores may differ in the last bit between ranks, and with them the children.
             self.child = of_main_process(self.child)
         return self.child
+
+    def count_costs(self) -> Costs:
+        """Count what a training step costs, on the largest batch of a Fisher pass."""
+        if self.costs is None:
+            self.costs = training_costs(self.bare_model, self._largest_batch(), self._fisher_loss())
+        return self.costs
+
+    def measure_passes(self, repeats: int = 2) -> float:
+        """Return the time of a forward and backward pass of the child, as a share of one that trains everything.
+
+        The fastest of a few of each, on the batch that the costs are counted on; the optimizer's update is not in it.
+        """
+        model, loss_fn = self.bare_model, self._fisher_loss() or model_loss
+        batch = to_device(self._largest_batch(), next(model.parameters()).device)
+        parameters = {name: p for name, p in named(model).items() if p.is_floating_point()}
+        optimizer = self.create_optimizer()
+        spent: dict[str, list[float]] = {"full": [], "child": []}
+        for _ in range(repeats):
+            with without_trace(model, training=True), differentiable(parameters.values()):
+                start = time.perf_counter()
+                take_gradients(loss_fn(model, batch).mean(), parameters, lambda name, gradient: None)
+                spent["full"].append(time.perf_counter() - start)
+            with used_in_training(model):
+                start = time.perf_counter()
+                loss_fn(model, batch).mean().backward()
+                spent["child"].append(time.perf_counter() - start)
+            optimizer.zero_grad()
+        return min(spent["child"]) / min(spent["full"])
+
+    def _largest_batch(self) -> Any:
+        return max(self._fisher_batches(), key=num_entries)
 
     def _score(self, make_fn: Callable[[], Scores]) -> Scores:
         """Make the scores, or take what the given function returns, and note how many examples they are of."""
@@ -327,6 +364,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
             self._end()
             self.model, self._always = model, self._given_always
             self.child = None if self.child_config is not None else self.child
+            self.costs = None
             self._begin()
         return model
 

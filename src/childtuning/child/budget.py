@@ -1,0 +1,268 @@
+"""A child within a budget: what a training step of a child costs, and the child of most score that a budget allows.
+
+A step runs the whole network forward. It runs backward down to the lowest trained parameter only, forms gradients of
+trained units only, and holds optimizer state for trained entries only. So what a unit costs depends on where it lies.
+``Costs`` holds the counts that this follows from; ``fisher.costs.training_costs`` makes them.
+
+L blocks lie at the depths 1 … L, as ``Layers.depth`` numbers them; what comes before at 0, what comes after at L + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from childtuning.child.child import Child
+from childtuning.child.ranking import Share
+from childtuning.child.units import Granularity, Part
+from childtuning.config import Budget
+from childtuning.errors import ConfigError, ParameterError
+
+_STATE = 8  # bytes of a trained entry's two moments
+_UPDATE = 28.0  # bytes that AdamW moves for an entry
+_STRUCTURED = ("row", "block")  # kinds whose layers form the gradient of trained units alone
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of a step does: matrix products, everything else, and random numbers.
+
+    Args:
+        operations: multiplications and additions of matrix products and convolutions.
+        num_bytes: read and written by all other operations.
+        draws: random numbers, as dropout draws them.
+    """
+
+    operations: float = 0.0
+    num_bytes: float = 0.0
+    draws: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.operations + other.operations, self.num_bytes + other.num_bytes, self.draws + other.draws
+        )
+
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.operations * times, self.num_bytes * times, self.draws * times)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How much of each kind of work a device does a second."""
+
+    operations: float
+    num_bytes: float
+    draws: float
+
+    def seconds(self, work: Work) -> float:
+        """Return the time that work takes."""
+        return work.operations / self.operations + work.num_bytes / self.num_bytes + work.draws / self.draws
+
+
+@dataclass(frozen=True)
+class Place:
+    """What training one parameter needs.
+
+    Args:
+        depth: where it lies.
+        shape: its shape.
+        itemsize: bytes of an entry.
+        gradient: the work of its whole gradient.
+        input_bytes: of the input that its gradient is a product with; 0 where there is none.
+        shared: the share of these bytes that is kept for its sake where every parameter is trained; below 1 where
+            others keep the same input.
+    """
+
+    depth: int
+    shape: tuple[int, ...]
+    itemsize: int
+    gradient: Work
+    input_bytes: float = 0.0
+    shared: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The counts of one training step on one batch.
+
+    Args:
+        forward: by depth, 0 … L + 1.
+        backward: by depth, of the gradients of inputs alone.
+        kept: bytes by depth that the backward pass reads, without the inputs of trained weights.
+        places: by parameter name, in the model's order.
+        rates: of the device.
+    """
+
+    forward: tuple[Work, ...]
+    backward: tuple[Work, ...]
+    kept: tuple[int, ...]
+    places: Mapping[str, Place]
+    rates: Rates
+
+    def shares(self, child: Child) -> dict[str, float]:
+        """Predict what training a child costs, as shares of full fine-tuning, by the names of ``Budget``.
+
+        Of units other than single entries it is the cost with ``model=``.
+        """
+        parts = child.resolve({name: place.shape for name, place in self.places.items()})
+        return {what: self.total(what, parts) / self.full(what) for what in Budget.KINDS}
+
+    def full(self, what: str) -> float:
+        """Return the cost of full fine-tuning: seconds for ``step``, else bytes."""
+        return self.total(what, {name: Part(place.shape) for name, place in self.places.items()})
+
+    def total(self, what: str, parts: Mapping[str, Part]) -> float:
+        """Return the cost of training these parts, in the unit of ``full``."""
+        return max(self.moments(what, parts))
+
+    def moments(self, what: str, parts: Mapping[str, Part], lowest: int | None = None) -> list[float]:
+        """Return the cost at each moment that may be the dearest, of a step that goes back to this depth at least."""
+        trained = {name: part for name, part in parts.items() if not part.is_empty}
+        depths = [len(self.forward) if lowest is None else lowest, *(self.places[n].depth for n in trained)]
+        moments = list(self.base(what, min(depths)))
+        for name, part in trained.items():
+            fixed, each = self.of_entries(what, name, None if part.is_whole else part.granularity)
+            for i, (once, one) in enumerate(zip(fixed, each, strict=True)):
+                moments[i] += once + one * part.num_trained
+        return moments
+
+    def base(self, what: str, lowest: int) -> tuple[float, ...]:
+        """Return what a step costs that goes back to this depth and trains nothing.
+
+        Memory has two moments, before the backward pass and after it; the larger counts.
+        """
+        if what == "step":
+            backward = sum(self.backward[lowest:], start=Work())
+            return (self.rates.seconds(sum(self.forward, start=Work()) + backward),)
+        if what == "memory":
+            weights = float(sum(place.numel * place.itemsize for place in self.places.values()))
+            return weights + sum(self.kept[lowest:]), weights
+        return (0.0,)
+
+    def of_entries(
+        self, what: str, name: str, granularity: Granularity | None
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return what a parameter adds once any of it is trained, and what each trained entry adds, by moment.
+
+        Args:
+            what: the kind of cost.
+            name: of the parameter.
+            granularity: of the trained units; ``None``: all of it is trained.
+        """
+        place = self.places[name]
+        size = max(place.numel, 1)
+        is_whole = granularity is None
+        is_structured = not is_whole and granularity.kind in _STRUCTURED and len(place.shape) > 1
+        is_columns = not is_whole and is_structured and (granularity.kind, granularity.axis) == ("row", 1)
+        if what == "step":
+            formed = self.rates.seconds(place.gradient)
+            copied = self.rates.seconds(Work(num_bytes=2 * place.input_bytes)) if is_columns else 0.0
+            update = self.rates.seconds(Work(num_bytes=_UPDATE))
+            if is_structured or is_whole:
+                return (0.0,), ((formed + copied) / size + update,)
+            # Moments are compact; the gradient is formed whole, and its lines and the weight's travel whole.
+            return (formed + self.rates.seconds(Work(num_bytes=12.0 * size)),), (update,)
+        if what == "memory":
+            read = place.shared * place.input_bytes
+            if is_columns:
+                return (0.0, 0.0), (_STATE + place.input_bytes / size, _STATE + place.itemsize)
+            return (read, 0.0), (_STATE, _STATE + place.itemsize)
+        has_index = not is_whole and granularity.kind == "element"
+        if what == "state":
+            return (0.0,), (_STATE + 4.0 * has_index,)
+        return (0.0,), (place.itemsize + 1.0 * has_index,)
+
+
+def check_budget(budget: Budget, costs: Costs, always: Iterable[str] = ()) -> None:
+    """Refuse a budget that a step exceeds even where nothing but what is always trained is.
+
+    Raises:
+        ConfigError: it does.
+    """
+    rest = Child({}, always=always).resolve({name: place.shape for name, place in costs.places.items()})
+    least = costs.total(budget.kind, rest) / costs.full(budget.kind)
+    if least >= budget.share:
+        raise ConfigError(
+            f"no child fits the budget {budget}: with none at all it is {least:.3f} of full fine-tuning. Raise it."
+        )
+
+
+def child_within(
+    budget: Budget,
+    costs: Costs,
+    scores: Mapping[str, Tensor],
+    share: Share,
+    always: Iterable[str] = (),
+) -> Child:
+    """Choose the child of most score that costs no more than the budget.
+
+    For every depth that the backward pass may go back to, units at that depth and above are taken in order of score
+    for the cost, as far as the budget reaches; the depth that gives the highest sum of scores is chosen.
+
+    Args:
+        budget: a share of the cost of full fine-tuning.
+        costs: of a step of the model.
+        scores: of the eligible parameters, not negative.
+        share: the units.
+        always: patterns over the names that are trained whole besides.
+    Raises:
+        ConfigError: even the least child costs more.
+        ParameterError: the scores name a parameter that the costs do not.
+    """
+    for name, score in scores.items():
+        if name not in costs.places or costs.places[name].shape != tuple(score.shape):
+            raise ParameterError(
+                f"the costs are not of a model with {name!r} of shape {list(score.shape)}. Count anew."
+            )
+    check_budget(budget, costs, always)
+    what, limit = budget.kind, budget.share * costs.full(budget.kind)
+    rest = Child({}, always=always).resolve({name: place.shape for name, place in costs.places.items()})
+    fixed: dict[str, tuple[float, ...]] = {}
+    values, prices, depths = [], [], []
+    for name, score in scores.items():
+        unit = share.units(name)
+        fixed[name], each = costs.of_entries(what, name, unit)
+        sizes = unit.sizes(tuple(score.shape)).double()
+        values.append(unit.sums(score).cpu())
+        prices.append(sizes[None] * torch.tensor(each, dtype=torch.float64)[:, None])
+        depths.append(torch.full((len(sizes),), costs.places[name].depth, dtype=torch.int16))
+    value, price, depth = torch.cat(values), torch.cat(prices, 1), torch.cat(depths)
+    order = torch.sort(value / price[0].clamp(min=1e-300), descending=True, stable=True).indices
+    best: tuple[float, Tensor] | None = None
+    least = math.inf
+    for lowest in sorted({costs.places[name].depth for name in scores}, reverse=True):
+        start = torch.tensor(costs.moments(what, rest, lowest), dtype=torch.float64)
+        for name, once in fixed.items():
+            if costs.places[name].depth >= lowest:
+                start += torch.tensor(once, dtype=torch.float64)
+        least = min(least, float(start.max()))
+        here = order[depth[order] >= lowest]
+        running = price[:, here].cumsum(1) + start[:, None]
+        taken = here[: int((running <= limit).all(0).sum())]
+        held = float(value[taken].sum())
+        if len(taken) and (best is None or held > best[0]):
+            best = held, taken
+    if best is None:
+        raise ConfigError(
+            f"no child of these units fits the budget {budget}: the least is {least / costs.full(what):.3f} of full "
+            "fine-tuning. Raise it, or choose columns: granularity='column'."
+        )
+    chosen = torch.zeros(len(value), dtype=torch.bool)
+    chosen[best[1]] = True
+    parts = {
+        name: Part.from_sorted(tuple(score.shape), taken.nonzero().squeeze(1), share.units(name))
+        for (name, score), taken in zip(scores.items(), chosen.split([len(v) for v in values]), strict=True)
+    }
+    return Child(parts, always=always)

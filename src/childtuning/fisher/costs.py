@@ -1,0 +1,210 @@
+"""What a training step costs, counted on one batch: operations, bytes and random numbers, without a clock.
+
+Two steps are run and every call that reaches a kernel is counted, at the depth where it happens: one that trains
+everything, and one that trains nothing but a vector at the bottom, so that it goes back all the way and forms the
+gradient of no weight. What the first does beyond the second is the cost of the weights' gradients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from childtuning.child.budget import Costs, Place, Rates, Work
+from childtuning.child.eligible import bare_model, is_conv1d, named
+from childtuning.child.layers import Layers, find_layers
+from childtuning.errors import DataError
+from childtuning.fisher.batches import to_device
+from childtuning.fisher.loop import check_finite, differentiable, take_gradients
+from childtuning.fisher.losses import LossFn, model_loss
+from childtuning.fisher.without_trace import without_trace
+
+CPU = Rates(operations=2.0e11, num_bytes=3.9e10, draws=2.3e8)
+"""Of the processor that `benchmarks/results/costs.json` was recorded on; other processors differ less in the ratios."""
+
+
+def training_costs(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, rates: Rates | None = None
+) -> Costs:
+    """Count what a training step of a model costs, and what each parameter adds to it.
+
+    The model is in ``train()`` mode; its weights, gradients, buffers and random streams are as before afterwards.
+
+    Args:
+        model: the network with its head; of a model that torch.compile or DDP wraps, what is inside.
+        batch: as for ``fisher_information``: of the size that is trained with.
+        loss_fn: ``loss_fn(model, batch)``, a scalar or one loss an example; ``None``: the model's own.
+        rates: of the device; ``None``: recorded ones for a CPU, so that the same model gives the same costs every time;
+            measured for other devices.
+    Returns:
+        the counts, by depth and by parameter.
+    Raises:
+        DataError: the loss is not finite, or depends on no parameter.
+    """
+    model = bare_model(model)
+    parameters = {name: p for name, p in named(model).items() if p.is_floating_point()}
+    device = next(iter(parameters.values())).device
+    if rates is None:
+        rates = CPU if device.type == "cpu" else measured_rates(device)
+    layers = find_layers(model)
+    depth = layers.depth()
+    bottom = min(parameters, key=lambda name: (depth[name], parameters[name].numel()))
+    batch = to_device(batch, device)
+    with without_trace(model, training=True):
+        whole = _counted(model, layers, batch, loss_fn, parameters)
+        plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
+    entries, inputs = [0] * len(whole.forward), [0.0] * len(whole.forward)
+    for name, parameter in parameters.items():
+        entries[depth[name]] += parameter.numel()
+        inputs[depth[name]] += whole.input_bytes.get(name, 0)
+    places = {}
+    for name, parameter in parameters.items():
+        at = depth[name]
+        more = whole.backward[at] - plain.backward[at]
+        kept = max(whole.kept[at] - plain.kept[at], 0)
+        places[name] = Place(
+            depth=at,
+            shape=tuple(parameter.shape),
+            itemsize=parameter.element_size(),
+            gradient=more * (parameter.numel() / max(entries[at], 1)),
+            input_bytes=whole.input_bytes.get(name, 0),
+            shared=min(kept / inputs[at], 1.0) if inputs[at] else 0.0,
+        )
+    return Costs(tuple(plain.forward), tuple(plain.backward), tuple(plain.kept), places, rates)
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """Measure the rates of a device with the fastest of a few samples: about a second."""
+    square = torch.randn(4096, 4096, device=device)
+    line = torch.randn(1 << 26, device=device)
+    amounts: list[tuple[Callable[[], Any], float]] = [
+        (lambda: square @ square, 2.0 * 4096**3),
+        (line.neg_, 2.0 * line.nbytes),
+        (lambda: line.bernoulli_(0.1), float(line.numel())),
+    ]
+    return Rates(*(amount / min(_seconds(call, device) for _ in range(5)) for call, amount in amounts))
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    call()
+    sync()
+    return time.perf_counter() - start
+
+
+class _Counter(TorchDispatchMode):
+    """Count the calls that reach a kernel, by the depth where the model is."""
+
+    def __init__(self, num_depths: int) -> None:
+        super().__init__()
+        self.depth, self.is_forward = 0, True
+        self.forward, self.backward = [Work()] * num_depths, [Work()] * num_depths
+        self.kept, self.input_bytes = [0] * num_depths, dict[str, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        counts = self.forward if self.is_forward else self.backward
+        counts[self.depth] += _work(func, args, kwargs, out)
+        return out
+
+
+def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        return Work(operations=flop_registry[packet](*args, **kwargs, out_val=out))
+    if func.is_view or packet in _FREE:
+        return Work()
+    made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    is_random = torch.Tag.nondeterministic_seeded in func.tags
+    draws = sum(tensor.numel() for tensor in made) if is_random else 0
+    return Work(num_bytes=sum(tensor.nbytes for tensor in made + read), draws=draws)
+
+
+_FREE = {torch.ops.aten.detach, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten._unsafe_view}
+
+
+def _counted(
+    model: nn.Module,
+    layers: Layers,
+    batch: Any,
+    loss_fn: LossFn | None,
+    trained: Mapping[str, nn.Parameter],
+) -> _Counter:
+    """Run one step that differentiates some parameters, and count it."""
+    counter = _Counter(len(layers.blocks) + 2)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())  # kept until the backward pass, so that the address is its own
+            counter.kept[counter.depth] += storage.nbytes()
+        return tensor
+
+    with differentiable(trained.values()), _followed(model, layers, counter), counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch).mean()
+        check_finite(loss)
+        counter.is_forward, counter.depth = False, len(layers.blocks) + 1
+        if not loss.requires_grad or not take_gradients(loss, trained, lambda name, gradient: None):
+            raise DataError("the loss depends on no parameter at the bottom of the network. Pass loss_fn.")
+    return counter
+
+
+@contextmanager
+def _followed(model: nn.Module, layers: Layers, counter: _Counter) -> Iterator[None]:
+    """Tell the counter at which depth the model is, forward and backward, and what its weights read."""
+
+    def arrive(depth: int) -> Callable[..., None]:
+        def at(*_: Any) -> None:
+            counter.depth = depth
+
+        return at
+
+    def mark(tensors: Any, depth: int) -> None:
+        """Let the backward pass say that it has come to this depth."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(arrive(depth))
+
+    with ExitStack() as after:
+        for index, block in enumerate(layers.blocks):
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, depth: int = index + 1) -> None:
+                if depth == 1:
+                    mark((args, kwargs), 0)
+                counter.depth = depth
+
+            def leave(module: nn.Module, args: Any, out: Any, depth: int = index + 1) -> None:
+                counter.depth = depth + 1
+                mark(out, depth)
+
+            after.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            after.callback(block.register_forward_hook(leave).remove)
+        names = {id(parameter): name for name, parameter in named(model).items()}
+        for module in model.modules():
+            weight = module._parameters.get("weight")
+            if weight is None or weight.dim() < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                continue
+            if not (is_conv1d(module) or isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))):
+                continue
+
+            def read(module: nn.Module, args: Any, name: str = names[id(weight)]) -> None:
+                counter.input_bytes[name] = counter.input_bytes.get(name, 0) + args[0].nbytes
+
+            after.callback(module.register_forward_pre_hook(read).remove)
+        yield

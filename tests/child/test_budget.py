@@ -1,0 +1,254 @@
+"""A child within a budget: the costs it is counted by, the child of most score, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import childtuning as ct
+from childtuning.child import Budget, Child, random_child, select_child
+from childtuning.child.budget import Costs, Place, Rates, Work
+from childtuning.errors import ConfigError, ParameterError
+from childtuning.fisher.costs import measured_rates
+
+RATES = Rates(1e9, 1e9, 1e9)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Tokens in, one loss out: an embedding, four blocks, a head."""
+
+    def __init__(self, width: int = 16, depth: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(x).mean(1))
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch["tokens"]), batch["labels"], reduction="none")
+
+
+def batch(size: int = 8, length: int = 12):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "tokens": torch.randint(0, 50, (size, length), generator=generator),
+        "labels": torch.randint(0, 3, (size,), generator=generator),
+    }
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def scores(net):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        n: torch.rand(p.shape, generator=generator) ** 4 for n, p in net.named_parameters() if "head" not in n
+    }
+
+
+def linear_work(rows: int, width: int, depth: int) -> float:
+    """The operations of one forward pass of the blocks: 2 · N · W."""
+    return depth * 2 * (2 * rows * width * 2 * width)
+
+
+def test_operations_are_those_of_the_layers(net):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    rows, width = 8 * 12, 16
+    one = linear_work(rows, width, 1)
+    assert [work.operations for work in costs.forward] == [0, one, one, one, one, 2 * 8 * width * 3]
+    assert [work.operations for work in costs.backward[1:5]] == [one] * 4
+    for name in ("up", "down"):
+        place = costs.places[f"blocks.2.{name}.weight"]
+        assert place.depth == 3
+        assert place.gradient.operations == pytest.approx(one / 2, rel=0.1)  # biases have a share of it
+    assert costs.places["blocks.0.up.weight"].input_bytes == rows * width * 4
+    assert costs.places["blocks.0.down.weight"].input_bytes == rows * 2 * width * 4
+    assert costs.places["embedding.weight"].input_bytes == 0
+    assert costs.forward[-1].draws == 8 * 12 * 16
+
+
+def test_counting_leaves_no_trace_and_is_the_same_every_time(net):
+    net.eval()
+    net.blocks[0].up.weight.requires_grad_(False)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    torch.manual_seed(5)
+    first = ct.training_costs(net, batch(), loss_fn)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.rand(1) == drawn
+    assert not net.training and not net.blocks[0].up.weight.requires_grad
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert ct.training_costs(net, batch(), loss_fn) == first
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+def test_shares_of_the_whole_and_of_nothing(net, granularity):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    whole = Child.whole({name: p.shape for name, p in net.named_parameters()})
+    assert costs.shares(whole) == pytest.approx(dict.fromkeys(Budget.KINDS, 1.0))
+    head = costs.shares(Child({}, always=("head.*",)))
+    small = costs.shares(random_child(net, 0.1, granularity=granularity, always=("head.*",)))
+    large = costs.shares(random_child(net, 0.5, granularity=granularity, always=("head.*",)))
+    for kind in Budget.KINDS:
+        assert 0 < head[kind] < small[kind] < large[kind] < 1
+    assert large["state"] == pytest.approx(0.5 * (1.5 if granularity == "element" else 1), rel=0.05)
+
+
+def test_what_columns_keep_is_what_autograd_keeps(net):
+    """Frozen layers below keep nothing; trained ones keep what lies between them, and their columns of the inputs."""
+    costs = ct.training_costs(net, batch(), loss_fn)
+    parts = {"blocks.1.up.weight": 4, "blocks.1.down.weight": 8, "blocks.3.up.weight": 4}
+    shapes = {name: dict(net.named_parameters())[name].shape for name in parts}
+    column = ct.child.Granularity("column")
+    child = Child({n: ct.child.Part(tuple(shapes[n]), torch.arange(k), column) for n, k in parts.items()})
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    optimizer = ct.ChildOptimizer(net.named_parameters(), child, torch.optim.AdamW, lr=1e-3, model=net)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_fn(net.train(), batch()).mean()
+    real = sum(size for address, size in kept.items() if address not in weights)
+    del loss
+    optimizer.remove()
+    resolved = child.resolve({n: p.shape for n, p in net.named_parameters()})
+    before, _ = costs.moments("memory", resolved)
+    states = 8 * child.num_trained
+    predicted = before - states - 4 * sum(p.numel() for p in net.parameters())
+    assert predicted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(step=0.6), Budget(memory=0.7), Budget(state=0.1), Budget(delta=0.05)]
+)
+@pytest.mark.parametrize("granularity", ["column", "row", "element"])
+def test_the_child_fits_and_uses_the_budget(net, scores, budget, granularity):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    options = {"granularity": granularity, "row_axes": ct.unit_axes(net, granularity), "always": ("head.*",)}
+    child = select_child(scores, budget=budget, costs=costs, **options)
+    share = costs.shares(child)[budget.kind]
+    assert 0.85 * budget.share < share <= budget.share * (1 + 1e-9)
+    assert child.fingerprint() == select_child(scores, budget=budget, costs=costs, **options).fingerprint()
+
+
+def test_equal_costs_are_a_density(net, scores):
+    """Of the optimizer's state every entry costs the same, so that the budget is a density."""
+    costs = ct.training_costs(net, batch(), loss_fn)
+    total = sum(p.numel() for p in net.parameters())
+    count = round(0.2 * total)
+    child = select_child(
+        scores, budget=Budget(state=(count + 0.5) / total), costs=costs, granularity="column"
+    )
+    eligible = sum(score.numel() for score in scores.values())
+    by_density = select_child(scores, density=count / eligible, granularity="column")
+    assert child.overlap(by_density) > 0.99
+    assert abs(child.num_trained - by_density.num_trained) < 100
+
+
+def test_the_depth_is_the_one_of_most_score():
+    """By hand: two blocks of one weight; training the lower one costs the backward pass through the upper."""
+    shape = (2, 1)
+    work = lambda n: Work(operations=n * 1e9)  # noqa: E731
+    place = lambda depth: Place(depth, shape, 4, work(0.5))  # noqa: E731
+    costs = Costs(
+        forward=(work(0), work(1), work(1), work(0)),
+        backward=(work(0), work(1), work(1), work(0)),
+        kept=(0, 0, 0, 0),
+        places={"a": place(1), "b": place(2)},
+        rates=RATES,
+    )
+    full = 2 + 2 + 1
+    assert costs.full("step") == pytest.approx(full, rel=1e-6)
+    scores = {"a": torch.tensor([[3.0], [3.0]]), "b": torch.tensor([[2.0], [2.0]])}
+    upper = select_child(scores, budget=Budget(step=3.6 / full), costs=costs, granularity="row")
+    assert upper.names == ("b",) and upper.density == 0.5
+    both = select_child(scores, budget=Budget(step=4.6 / full), costs=costs, granularity="row")
+    assert both.names == ("a",) and both.density == 0.5  # 6 in a for half the price more than 4 in b: 4.5
+    scores["b"] += 5
+    upper = select_child(scores, budget=Budget(step=4.6 / full), costs=costs, granularity="row")
+    assert upper.names == ("b",) and upper.density == 0.5
+
+
+def test_scores_of_a_pass_know_the_costs(net):
+    big, small = batch(8), batch(2)
+    scores = ct.fisher_information(net, [small, big], loss_fn, always=("head.*",))
+    child = select_child(scores, budget=Budget(step=0.6), granularity="column", always=("head.*",))
+    costs = ct.training_costs(net, big, loss_fn)
+    assert costs.shares(child)["step"] <= 0.6
+    assert scores.costs() == costs
+    with pytest.raises(ParameterError, match="costs=training_costs"):
+        select_child(dict(scores), budget=Budget(step=0.6))
+    del net
+    gc.collect()
+
+
+def test_the_model_is_not_kept_alive_by_its_scores():
+    model = Net()
+    scores = ct.fisher_information(model, [batch()], loss_fn)
+    del model
+    gc.collect()
+    assert scores.costs() is None
+    with pytest.raises(ParameterError, match="costs=training_costs"):
+        select_child(scores, budget=Budget(step=0.6))
+
+
+def test_what_is_refused(net, scores):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    for asked in ({}, {"step": 0.5, "memory": 0.5}):
+        with pytest.raises(ConfigError, match="limits one of step, memory, state, delta"):
+            Budget(**asked)
+    for value in (0, 1.2, -1, float("nan"), True, "0.5"):
+        with pytest.raises(ConfigError, match="share in"):
+            Budget(step=value)
+    for text in ("step", "step=", "time=0.5", "step=half", ""):
+        with pytest.raises(ConfigError, match="budget must be step=0.5"):
+            Budget.parse(text)
+    with pytest.raises(ConfigError, match="density must be a number"):
+        select_child(scores)
+    with pytest.raises(ConfigError, match="takes the place of a density"):
+        select_child(scores, 0.1, budget=Budget(step=0.5), costs=costs)
+    with pytest.raises(
+        ConfigError, match=r"no child fits the budget step=0.05: with none at all it is 0\.\d+"
+    ):
+        select_child(scores, budget=Budget(step=0.05), costs=costs)
+    with pytest.raises(ConfigError, match="all parameters"):
+        select_child(scores, budget=Budget(step=0.6), costs=costs, scope="parameter")
+    with pytest.raises(ParameterError, match="from 0 up"):
+        select_child({n: -s for n, s in scores.items()}, budget=Budget(step=0.6), costs=costs)
+    with pytest.raises(ParameterError, match="costs are not of a model"):
+        select_child({"other": torch.ones(3)}, budget=Budget(step=0.6), costs=costs)
+    with pytest.raises(ConfigError, match="takes the place of a density"):
+        ct.ChildConfig(density=0.1, budget="step=0.5")
+    assert ct.ChildConfig(budget=Budget(step=0.5)).budget == "step=0.5"
+
+
+def test_rates_of_a_device_are_measured():
+    rates = measured_rates(torch.device("cpu"))
+    assert rates.operations > 1e9 and rates.num_bytes > 1e8 and rates.draws > 1e6
