@@ -19,6 +19,7 @@ from childtuning.child import random_child
 
 _CELLS = (("element", 0.1), ("row", 0.1), ("row", 0.3), ("column", 0.02), ("column", 0.1), ("column", 0.3))
 _WITHIN = 0.1
+_BUDGET = "budget step=0.5"
 
 
 def run(record: Record, options: argparse.Namespace) -> None:
@@ -31,10 +32,16 @@ def run(record: Record, options: argparse.Namespace) -> None:
         tell(shape)
         cases = {
             f"{shape}: {name}": Case(training_step(name, shape, *size).run, ours=True)
-            for name in (FULL, *cells)
+            for name in (FULL, *cells, _BUDGET)
         }
         alternating(record, cases, options.repeats)
         del cases
+        record.ratio(
+            f"{shape} training step, columns within Budget(step=0.5) ÷ full fine-tuning",
+            f"{shape}: {_BUDGET}",
+            f"{shape}: {FULL}",
+            at_most=0.53,
+        )
         for number in range(min(options.repeats, 3)):
             for name in (FULL, *cells):
                 tell(f"  memory: round {number + 1}: {name}")

@@ -34,10 +34,26 @@ def training_step(method: str, shape: str, batch_size: int, num_tokens: int) -> 
     """Build a model of the shape with random weights and a step of the method."""
     model = classifier(shape).train()
     batch = random_batch(model, batch_size, num_tokens)
+    if method.startswith("budget "):
+        return _within(method.removeprefix("budget "), model, batch)
     if (build := METHODS.get(method)) is None:
         _, density, granularity = re.split(r",? ", method)  # child 0.02, column
         build = _child(granularity, float(density))
     return build(model, batch)
+
+
+def _within(budget: str, model: Any, batch: dict[str, Tensor]) -> TrainingStep:
+    """Train the columns that a budget allows, by random scores."""
+    scores = {n: torch.rand(p.shape) for n, p in model.named_parameters() if not n.startswith("classifier")}
+    child = ct.select_child(
+        scores,
+        budget=ct.Budget.parse(budget),
+        costs=ct.training_costs(model, batch),
+        granularity="column",
+        row_axes=ct.unit_axes(model, "column"),
+        always=HEAD,
+    )
+    return _of_child(model, batch, child)
 
 
 def _full(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
@@ -59,14 +75,24 @@ def _plain(model: nn.Module, batch: dict[str, Tensor]) -> TrainingStep:
 def _child(granularity: str, density: float = 0.1) -> Callable[[Any, dict[str, Tensor]], TrainingStep]:
     def build(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
         child = random_child(model, density, granularity=granularity, always=HEAD)
-        head = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
-        more = {} if granularity == "element" else {"model": model}
-        optimizer = ct.ChildOptimizer(
-            model.named_parameters(), child, torch.optim.AdamW, release_gradients=True, **more, **_ADAMW
-        )
-        return TrainingStep(_step(model, batch, optimizer), child.num_trained + head)
+        return _of_child(model, batch, child, structured=granularity != "element")
 
     return build
+
+
+def _of_child(
+    model: Any, batch: dict[str, Tensor], child: ct.Child, *, structured: bool = True
+) -> TrainingStep:
+    head = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
+    optimizer = ct.ChildOptimizer(
+        model.named_parameters(),
+        child,
+        torch.optim.AdamW,
+        release_gradients=True,
+        model=model if structured else None,
+        **_ADAMW,
+    )
+    return TrainingStep(_step(model, batch, optimizer), child.num_trained + head)
 
 
 def _task_free(granularity: str) -> Callable[[Any, dict[str, Tensor]], TrainingStep]:

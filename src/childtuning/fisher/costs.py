@@ -23,6 +23,7 @@ from childtuning.child.budget import Costs, Place, Rates, Work
 from childtuning.child.eligible import bare_model, is_conv1d, named
 from childtuning.child.layers import Layers, find_layers
 from childtuning.errors import DataError
+from childtuning.fast.structured import install_dropouts
 from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import check_finite, differentiable, take_gradients
 from childtuning.fisher.losses import LossFn, model_loss
@@ -61,7 +62,11 @@ def training_costs(
     batch = to_device(batch, device)
     with without_trace(model, training=True):
         whole = _counted(model, layers, batch, loss_fn, parameters)
-        plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
+        installed = install_dropouts(model)  # as a child of rows or columns is trained
+        try:
+            plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
+        finally:
+            installed.remove()
     entries, inputs = [0] * len(whole.forward), [0.0] * len(whole.forward)
     for name, parameter in parameters.items():
         entries[depth[name]] += parameter.numel()
