@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
+from childtuning.child import select_child
 from childtuning.child.files import decode_gaps, encode_gaps
 from childtuning.child.ranking import top_entries, top_units
 from childtuning.child.task_free import keep_mask, uniform
@@ -142,3 +144,19 @@ def test_top_units_fills_the_budget(units: list[tuple[float, int]], share: float
         fits = spent + int(sizes[index]) <= budget
         assert bool(taken[index]) == fits
         spent += int(sizes[index]) if fits else 0
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "block", "element"])
+def test_a_file_is_near_the_entropy_of_its_units(granularity, tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"up": (3072, 768), "down": (768, 3072), "square": (768, 768), "conv": (64, 128, 3, 3)}
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    child = select_child(scores, 0.1, granularity=granularity)
+    bits = 0.0
+    for name, part in child.parts.items():
+        n, k = part.granularity.num_units(shapes[name]), 0 if part.units is None else len(part.units)
+        bits += (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+    child.save(tmp_path / "child.safetensors")
+    with safe_open(tmp_path / "child.safetensors", framework="numpy") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert bits / 8 <= stored <= 1.1 * bits / 8 + 16 * len(shapes)

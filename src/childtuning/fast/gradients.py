@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+_TOGETHER = 4  # examples whose gradients are formed by one call, where they are small
+_CACHED = 1 << 21  # entries that stay in a cache
+
+
 class ExampleGradients(ABC):
     """What a rule returns for one parameter: G_b, the gradient of example b's own loss, for b = 1…B.
 
@@ -72,10 +76,12 @@ class Outer(ExampleGradients):
         if left.shape[1] == 1:
             score.addmm_(left[:, 0].square().T, right[:, 0].square())
             return
-        buffer = torch.empty_like(score)
-        for left_b, right_b in zip(left, right, strict=True):
-            torch.mm(left_b.T, right_b, out=buffer)
-            score.addcmul_(buffer, buffer)
+        size = max(1, min(_TOGETHER, _CACHED // max(score.numel(), 1)))
+        buffer = score.new_empty(min(size, len(left)), *score.shape)
+        for left_some, right_some in zip(left.split(size), right.split(size), strict=True):
+            some = torch.bmm(left_some.transpose(1, 2), right_some, out=buffer[: len(left_some)])
+            for gradient in some:
+                score.addcmul_(gradient, gradient)
 
 
 def _without_trailing_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +97,7 @@ def _last_used(terms: Tensor) -> int:
     last = terms.shape[1] - 1
     if bool(terms[:, last].any()):  # the usual case, found without a pass over all terms
         return last
-    used = terms.abs().amax((0, 2)).nonzero()
+    used = (terms.amax((0, 2)).ne(0) | terms.amin((0, 2)).ne(0)).nonzero()
     return int(used[-1]) if len(used) else 0
 
 
