@@ -252,3 +252,68 @@ def test_what_is_refused(net, scores):
 def test_rates_of_a_device_are_measured():
     rates = measured_rates(torch.device("cpu"))
     assert rates.operations > 1e9 and rates.num_bytes > 1e8 and rates.draws > 1e6
+
+
+def test_whole_parameters_pay_when_they_are_taken(net, scores):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    child = select_child(scores, budget=Budget(memory=0.6), costs=costs, granularity="parameter")
+    assert all(part.is_whole or part.is_empty for part in child.parts.values())
+    assert 0.3 < costs.shares(child)["memory"] <= 0.6
+
+
+def test_a_parameter_at_the_bottom_that_is_not_used_is_passed_over(net):
+    net.embedding.unused = nn.Parameter(torch.zeros(1))
+    costs = ct.training_costs(net, batch(), loss_fn)
+    assert costs.backward[1].operations > 0 and costs.kept[1] > 0
+
+
+def test_fused_attention_is_counted():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48, bias=False)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(2, 10, 3, 4, 4).permute(2, 0, 3, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v).sum((1, 2, 3))
+
+    model = Attention()
+    costs = ct.training_costs(model, torch.randn(2, 10, 16), lambda model, x: model(x))
+    linear, products = 2 * 2 * 10 * 16 * 48, 2 * (2 * 2 * 4 * 10 * 10 * 4)
+    assert sum(work.operations for work in costs.forward) == linear + products
+
+
+def test_inputs_by_name_and_reused_layers(net):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(input=self.layer(input=x)).sum(1)
+
+    costs = ct.training_costs(Twice(), torch.randn(4, 8), lambda model, x: model(x))
+    assert costs.places["layer.weight"].input_bytes == 2 * 4 * 8 * 4
+
+
+def test_columns_of_a_conv1d_are_its_input_units():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+    tokens = torch.randint(0, 50, (4, 16))
+    costs = ct.training_costs(model, {"input_ids": tokens, "labels": tokens})
+    name = "transformer.h.1.mlp.c_fc.weight"
+    place, axes = costs.places[name], ct.unit_axes(model, "column")
+    assert (place.input_axis, place.input_bytes) == (axes[name], 4 * 16 * 16 * 4) and place.input_axis == 0
+    kept = {}
+    for granularity in ("row", "column"):
+        units = ct.child.Granularity("row", axis=0 if granularity == "column" else 1)
+        part = ct.child.Part(place.shape, torch.arange(4), units)
+        kept[granularity] = costs.moments("memory", {name: part})[0] - 8 * part.num_trained
+    assert kept["row"] - kept["column"] == pytest.approx(place.shared * place.input_bytes - place.input_bytes / 4)
+
+
+def test_short_weights_have_master_values(net):
+    costs = ct.training_costs(net.bfloat16(), batch(), loss_fn)
+    place = costs.places["blocks.0.up.weight"]
+    assert (place.itemsize, place.state) == (2, 12)

@@ -22,7 +22,7 @@ from childtuning.child.units import Granularity, Part
 from childtuning.config import Budget
 from childtuning.errors import ConfigError, ParameterError
 
-_STATE = 8  # bytes of a trained entry's two moments
+_MOMENTS = 8.0  # bytes of a trained entry's two moments
 _UPDATE = 28.0  # bytes that AdamW moves for an entry
 _STRUCTURED = ("row", "block")  # kinds whose layers form the gradient of trained units alone
 
@@ -75,6 +75,7 @@ class Place:
         shape: its shape.
         itemsize: bytes of an entry.
         gradient: the work of its whole gradient.
+        input_axis: of a weight, that of its input units.
         input_bytes: of the input that its gradient is a product with; 0 where there is none.
         shared: the share of these bytes that is kept for its sake where every parameter is trained; below 1 where
             others keep the same input.
@@ -84,6 +85,7 @@ class Place:
     shape: tuple[int, ...]
     itemsize: int
     gradient: Work
+    input_axis: int = 1
     input_bytes: float = 0.0
     shared: float = 1.0
 
@@ -91,6 +93,11 @@ class Place:
     def numel(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    @property
+    def state(self) -> float:
+        """Bytes of the optimizer's state for an entry: two moments, and float32 master values of a shorter dtype."""
+        return _MOMENTS + 4.0 * (self.itemsize < 4)
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,10 @@ class Costs:
         """
         place = self.places[name]
         size = max(place.numel, 1)
-        is_whole = granularity is None
-        is_structured = not is_whole and granularity.kind in _STRUCTURED and len(place.shape) > 1
-        is_columns = not is_whole and is_structured and (granularity.kind, granularity.axis) == ("row", 1)
+        unit = granularity or Granularity("parameter")
+        is_whole = unit.kind == "parameter"
+        is_structured = unit.kind in _STRUCTURED and len(place.shape) > 1
+        is_columns = is_structured and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
         if what == "step":
             formed = self.rates.seconds(place.gradient)
             copied = self.rates.seconds(Work(num_bytes=2 * place.input_bytes)) if is_columns else 0.0
@@ -177,11 +185,11 @@ class Costs:
         if what == "memory":
             read = place.shared * place.input_bytes
             if is_columns:
-                return (0.0, 0.0), (_STATE + place.input_bytes / size, _STATE + place.itemsize)
-            return (read, 0.0), (_STATE, _STATE + place.itemsize)
-        has_index = not is_whole and granularity.kind == "element"
+                return (0.0, 0.0), (place.state + place.input_bytes / size, place.state + place.itemsize)
+            return (read, 0.0), (place.state, place.state + place.itemsize)
+        has_index = unit.kind == "element"
         if what == "state":
-            return (0.0,), (_STATE + 4.0 * has_index,)
+            return (0.0,), (place.state + 4.0 * has_index,)
         return (0.0,), (place.itemsize + 1.0 * has_index,)
 
 
@@ -227,13 +235,16 @@ def child_within(
                 f"the costs are not of a model with {name!r} of shape {list(score.shape)}. Count anew."
             )
     check_budget(budget, costs, always)
-    what, limit = budget.kind, budget.share * costs.full(budget.kind)
+    what, limit = budget.kind, budget.share * costs.full(budget.kind) * (1 + 1e-9)
     rest = Child({}, always=always).resolve({name: place.shape for name, place in costs.places.items()})
     fixed: dict[str, tuple[float, ...]] = {}
     values, prices, depths = [], [], []
     for name, score in scores.items():
         unit = share.units(name)
         fixed[name], each = costs.of_entries(what, name, unit)
+        if unit.kind == "parameter":  # one unit, which pays for all
+            each = tuple(e + f / max(score.numel(), 1) for e, f in zip(each, fixed[name], strict=True))
+            fixed[name] = (0.0,) * len(each)
         sizes = unit.sizes(tuple(score.shape)).double()
         values.append(unit.sums(score).cpu())
         prices.append(sizes[None] * torch.tensor(each, dtype=torch.float64)[:, None])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-
 _TOGETHER = 4  # examples whose gradients are formed by one call, where they are small
 _CACHED = 1 << 21  # entries that stay in a cache
 

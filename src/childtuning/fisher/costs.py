@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from childtuning.child.budget import Costs, Place, Rates, Work
-from childtuning.child.eligible import bare_model, is_conv1d, named
+from childtuning.child.eligible import bare_model, is_conv1d, named, unit_axes
 from childtuning.child.layers import Layers, find_layers
 from childtuning.errors import DataError
 from childtuning.fast.structured import install_dropouts
@@ -56,12 +56,12 @@ def training_costs(
     device = next(iter(parameters.values())).device
     if rates is None:
         rates = CPU if device.type == "cpu" else measured_rates(device)
-    layers = find_layers(model)
+    layers, axes = find_layers(model), unit_axes(model, "column")
     depth = layers.depth()
-    bottom = min(parameters, key=lambda name: (depth[name], parameters[name].numel()))
     batch = to_device(batch, device)
     with without_trace(model, training=True):
         whole = _counted(model, layers, batch, loss_fn, parameters)
+        bottom = min(whole.reached, key=lambda name: (depth[name], parameters[name].numel()))
         installed = install_dropouts(model)  # as a child of rows or columns is trained
         try:
             plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
@@ -81,6 +81,7 @@ def training_costs(
             shape=tuple(parameter.shape),
             itemsize=parameter.element_size(),
             gradient=more * (parameter.numel() / max(entries[at], 1)),
+            input_axis=axes.get(name, 1),
             input_bytes=whole.input_bytes.get(name, 0),
             shared=min(kept / inputs[at], 1.0) if inputs[at] else 0.0,
         )
@@ -116,6 +117,7 @@ class _Counter(TorchDispatchMode):
         self.depth, self.is_forward = 0, True
         self.forward, self.backward = [Work()] * num_depths, [Work()] * num_depths
         self.kept, self.input_bytes = [0] * num_depths, dict[str, int]()
+        self.reached: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,6 +131,10 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     packet = func._overloadpacket
     if packet in flop_registry:
         return Work(operations=flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return Work(operations=sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return Work(operations=sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
     if func.is_view or packet in _FREE:
         return Work()
     made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -165,8 +171,9 @@ def _counted(
             loss = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch).mean()
         check_finite(loss)
         counter.is_forward, counter.depth = False, len(layers.blocks) + 1
-        if not loss.requires_grad or not take_gradients(loss, trained, lambda name, gradient: None):
-            raise DataError("the loss depends on no parameter at the bottom of the network. Pass loss_fn.")
+        reached = counter.reached
+        if not loss.requires_grad or not take_gradients(loss, trained, lambda name, _: reached.append(name)):
+            raise DataError("the loss depends on no parameter. Pass loss_fn.")
     return counter
 
 
@@ -208,8 +215,9 @@ def _followed(model: nn.Module, layers: Layers, counter: _Counter) -> Iterator[N
             if not (is_conv1d(module) or isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))):
                 continue
 
-            def read(module: nn.Module, args: Any, name: str = names[id(weight)]) -> None:
-                counter.input_bytes[name] = counter.input_bytes.get(name, 0) + args[0].nbytes
+            def read(module: nn.Module, args: Any, kwargs: Any, name: str = names[id(weight)]) -> None:
+                given = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+                counter.input_bytes[name] = counter.input_bytes.get(name, 0) + given.nbytes
 
-            after.callback(module.register_forward_pre_hook(read).remove)
+            after.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
         yield
