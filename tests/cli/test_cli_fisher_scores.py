@@ -72,6 +72,7 @@ def test_score_and_train_choose_the_same_child(
     words = ["score", *train_words[1:9], *options, *density, "--output", output, "--json"]
     said = childtuning(*words)
     assert said.code == 0, said.err
+    assert said.json["examples"] == (20 if 20 in options else 96)
     shares = {name: part.num_trained / part.numel for name, part in trained.parts.items()}
     assert {name: entry["share"] for name, entry in said.json["parameters"].items()} == shares
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)

@@ -401,7 +401,8 @@ def score_run(
     found: dict[str, Tensor] = {}
 
     def keep(make_fn: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        found.update(make_fn())
+        nonlocal found
+        found = make_fn()
         return found
 
     inputs = Inputs()
