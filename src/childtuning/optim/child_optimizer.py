@@ -65,8 +65,7 @@ class ChildOptimizer(Optimizer):
         model: for a fixed child of rows, columns or blocks, or a task-free one of rows or columns: the model whose
             layers are to form the gradients of the trained units alone, which is where computation is saved. Its
             ``Linear``, ``Conv``, ``Conv1D``, ``Embedding`` and ``Dropout`` layers change their class to a subclass
-            until ``remove()``; every other use of a weight stays right. Implies ``release_gradients`` for a fixed
-            child.
+            until ``remove()``; other uses of a weight stay right. Implies ``release_gradients`` for a fixed child.
         options: passed to the inner optimizer (lr, weight_decay, betas, …).
     Raises:
         ConfigError: the inner optimizer mixes coordinates, or an option is unknown.
