@@ -211,8 +211,8 @@ class ChildConfig(ChildOptions):
             one of most Fisher information that fits, in place of the share ``density``.
         scope: rank all parameters together (``global``) or each separately (``parameter``).
         estimator: Fisher ``per-example`` (the formula) or ``per-batch`` (the official code's).
-        fisher_examples: estimate from this many examples at most; ``auto``: 64 at a time, in random order, until the
-            child shares 98 % of its entries with the one before; ``None``: all.
+        fisher_examples: estimate from this many examples at most; ``auto``: 64 at a time, in random order, from
+            256 on until the child shares 98 % of its entries with the one before; ``None``: all.
         fisher_device: keep the Fisher scores on the ``model``'s device or on the ``cpu``; this affects memory, and
             results only by rounding.
         fisher_dtype: keep them in ``float32`` (float64 for float64 parameters) or in ``bfloat16``; for its error, see

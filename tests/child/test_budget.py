@@ -11,7 +11,7 @@ from torch import nn
 import childtuning as ct
 from childtuning.child import Budget, Child, random_child, select_child
 from childtuning.child.budget import Costs, Place, Rates, Work
-from childtuning.errors import ConfigError, ParameterError
+from childtuning.errors import ConfigError, DataError, ParameterError
 from childtuning.fisher.costs import measured_rates
 
 RATES = Rates(1e9, 1e9, 1e9)
@@ -310,10 +310,73 @@ def test_columns_of_a_conv1d_are_its_input_units():
         units = ct.child.Granularity("row", axis=0 if granularity == "column" else 1)
         part = ct.child.Part(place.shape, torch.arange(4), units)
         kept[granularity] = costs.moments("memory", {name: part})[0] - 8 * part.num_trained
-    assert kept["row"] - kept["column"] == pytest.approx(place.shared * place.input_bytes - place.input_bytes / 4)
+    assert kept["row"] - kept["column"] == pytest.approx(
+        place.shared * place.input_bytes - place.input_bytes / 4
+    )
 
 
 def test_short_weights_have_master_values(net):
     costs = ct.training_costs(net.bfloat16(), batch(), loss_fn)
     place = costs.places["blocks.0.up.weight"]
     assert (place.itemsize, place.state) == (2, 12)
+
+
+def test_a_parameter_that_is_not_taken_costs_nothing(net, scores):
+    """Single entries pay for the dense gradient of their own parameter, not for those of others."""
+    costs = ct.training_costs(net, batch(), loss_fn)
+    alone = costs.moments("step", {"blocks.3.down.weight": ct.child.Part((16, 32), torch.arange(9))})[0]
+    sparse = {name: torch.zeros_like(score) for name, score in scores.items()}
+    sparse["blocks.3.down.weight"][0, :9] = 1.0
+    child = select_child(sparse, budget=Budget(step=1.001 * alone / costs.full("step")), costs=costs)
+    assert (child.mask("blocks.3.down.weight")[0, :9]).all()
+
+
+def test_a_unit_that_is_too_large_is_passed_over():
+    places = {"big": Place(1, (1000,), 4, Work()), "small": Place(1, (10,), 4, Work())}
+    costs = Costs((Work(),) * 3, (Work(),) * 3, (0,) * 3, places, RATES)
+    scores = {"big": torch.full((1000,), 3.0), "small": torch.full((10,), 1.0)}
+    child = select_child(scores, budget=Budget(state=0.5), costs=costs, granularity="parameter")
+    assert child.names == ("small",)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block", "parameter"])
+@pytest.mark.parametrize("kind", Budget.KINDS)
+def test_the_whole_budget_is_the_whole_network(net, scores, kind, granularity):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    options = {"granularity": granularity, "row_axes": ct.unit_axes(net, granularity), "always": ("head.*",)}
+    child = select_child(scores, budget=Budget(**{kind: 1.0}), costs=costs, **options)
+    assert child.density == 1.0
+
+
+def test_dropouts_cost_the_weights_nothing():
+    plain, dropped = (
+        nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(p)) for _ in range(4)))
+        for p in (0.0, 0.1)
+    )
+    found = [ct.training_costs(m, torch.randn(64, 32), lambda m, x: m(x).sum(1)) for m in (plain, dropped)]
+    for name, place in found[0].places.items():
+        assert place.gradient == found[1].places[name].gradient
+        assert place.gradient.num_bytes >= 0 and (place.gradient.operations > 0) == name.endswith("weight")
+
+
+def test_a_tied_heads_gradient_is_the_embeddings():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+    tokens = torch.randint(0, 500, (4, 16))
+    places = ct.training_costs(model, {"input_ids": tokens, "labels": tokens}).places
+    assert places["transformer.wte.weight"].gradient.operations == 2 * 4 * 16 * 16 * 500
+    assert places["transformer.ln_f.weight"].gradient.operations == 0
+
+
+def test_wrong_arguments_are_one_line(net, scores):
+    costs = ct.training_costs(net, batch(), loss_fn)
+    assert select_child(scores, budget="state=0.1", costs=costs).num_trained
+    with pytest.raises(ConfigError, match="budget must be a Budget"):
+        select_child(scores, budget=0.5, costs=costs)
+    with pytest.raises(ParameterError, match="costs=training_costs"):
+        select_child(scores, budget=Budget(step=0.5), costs={})
+    with pytest.raises(DataError, match="must return a tensor"):
+        ct.training_costs(net, batch(), lambda model, batch: 1.0)
+    with pytest.raises(DataError, match="no floating-point parameters"):
+        ct.training_costs(nn.ReLU(), batch(), loss_fn)

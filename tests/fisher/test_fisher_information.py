@@ -248,3 +248,20 @@ def test_a_pass_that_is_stopped_scores_what_it_has_seen():
     wanted = fisher_information(model, batches[:2])
     torch.testing.assert_close(found["linear.weight"], wanted["linear.weight"], rtol=0, atol=0)
     torch.testing.assert_close(seen[-1][1] / 8, wanted["linear.weight"], rtol=1e-12, atol=0)
+
+
+def test_zero_times_infinity_is_not_cut_away_with_the_padding():
+    linear = nn.Linear(4, 3, bias=False)
+    x = torch.randn(3, 5, 4)
+    x[:, 3:] = 0
+    loss = lambda model, x: model(x).square().sum(-1).sqrt().sum(1)  # noqa: E731  # its gradient at 0 is no number
+    scores = fisher_information(linear, [x], loss)
+    assert scores["weight"].isnan().all()
+
+
+def test_sequences_of_no_tokens():
+    linear = nn.Linear(4, 3)
+    data = [torch.randn(2, 0, 4), torch.randn(2, 3, 4)]
+    found = fisher_information(linear, data, lambda model, x: model(x).sum((1, 2)))
+    one = fisher_information(linear, data[1:], lambda model, x: model(x).sum((1, 2)))
+    torch.testing.assert_close(found["weight"] * 2, one["weight"])

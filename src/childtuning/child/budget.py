@@ -49,6 +49,11 @@ class Work:
     def __sub__(self, other: Work) -> Work:
         return self + other * -1
 
+    @property
+    def above_zero(self) -> Work:
+        """The same without what is negative."""
+        return Work(max(self.operations, 0), max(self.num_bytes, 0), max(self.draws, 0))
+
     def __mul__(self, times: float) -> Work:
         return Work(self.operations * times, self.num_bytes * times, self.draws * times)
 
@@ -237,38 +242,32 @@ def child_within(
     check_budget(budget, costs, always)
     what, limit = budget.kind, budget.share * costs.full(budget.kind) * (1 + 1e-9)
     rest = Child({}, always=always).resolve({name: place.shape for name, place in costs.places.items()})
-    fixed: dict[str, tuple[float, ...]] = {}
-    values, prices, depths = [], [], []
-    for name, score in scores.items():
+    whole = {name: Part(tuple(score.shape)) for name, score in scores.items()}
+    if costs.total(what, rest | whole) <= limit:
+        return Child(whole, always=always)
+    values, prices, firsts, depths, owners = [], [], [], [], []
+    for owner, (name, score) in enumerate(scores.items()):
         unit = share.units(name)
-        fixed[name], each = costs.of_entries(what, name, unit)
-        if unit.kind == "parameter":  # one unit, which pays for all
-            each = tuple(e + f / max(score.numel(), 1) for e, f in zip(each, fixed[name], strict=True))
-            fixed[name] = (0.0,) * len(each)
+        once, each = (torch.tensor(some, dtype=torch.float64) for some in costs.of_entries(what, name, unit))
         sizes = unit.sizes(tuple(score.shape)).double()
         values.append(unit.sums(score).cpu())
-        prices.append(sizes[None] * torch.tensor(each, dtype=torch.float64)[:, None])
+        prices.append(sizes[None] * each[:, None])
+        firsts.append(once)
         depths.append(torch.full((len(sizes),), costs.places[name].depth, dtype=torch.int16))
-    value, price, depth = torch.cat(values), torch.cat(prices, 1), torch.cat(depths)
+        owners.append(torch.full((len(sizes),), owner, dtype=torch.int32))
+    value, price, depth, owner = torch.cat(values), torch.cat(prices, 1), torch.cat(depths), torch.cat(owners)
     order = torch.sort(value / price[0].clamp(min=1e-300), descending=True, stable=True).indices
     best: tuple[float, Tensor] | None = None
-    least = math.inf
     for lowest in sorted({costs.places[name].depth for name in scores}, reverse=True):
-        start = torch.tensor(costs.moments(what, rest, lowest), dtype=torch.float64)
-        for name, once in fixed.items():
-            if costs.places[name].depth >= lowest:
-                start += torch.tensor(once, dtype=torch.float64)
-        least = min(least, float(start.max()))
         here = order[depth[order] >= lowest]
-        running = price[:, here].cumsum(1) + start[:, None]
-        taken = here[: int((running <= limit).all(0).sum())]
+        left = limit - torch.tensor(costs.moments(what, rest, lowest), dtype=torch.float64)
+        taken = _fill(here, price, torch.stack(firsts, 1), owner, left)
         held = float(value[taken].sum())
         if len(taken) and (best is None or held > best[0]):
             best = held, taken
     if best is None:
         raise ConfigError(
-            f"no child of these units fits the budget {budget}: the least is {least / costs.full(what):.3f} of full "
-            "fine-tuning. Raise it, or choose columns: granularity='column'."
+            f"no child of these units fits the budget {budget}. Raise it, or choose smaller units, or columns."
         )
     chosen = torch.zeros(len(value), dtype=torch.bool)
     chosen[best[1]] = True
@@ -277,3 +276,33 @@ def child_within(
         for (name, score), taken in zip(scores.items(), chosen.split([len(v) for v in values]), strict=True)
     }
     return Child(parts, always=always)
+
+
+def _fill(order: Tensor, price: Tensor, first: Tensor, owner: Tensor, left: Tensor) -> Tensor:
+    """Take units in order, each that still fits.
+
+    Args:
+        order: int64 [n], of units.
+        price: float64 [moments, units]; ``first``: [moments, parameters], what a parameter's first unit costs besides.
+        owner: int32 [units], their parameters.
+        left: float64 [moments], the budget.
+    Returns:
+        int64 [m], the units taken.
+    """
+    is_open = torch.zeros(first.shape[1], dtype=torch.bool)
+    taken = []
+    while len(order) and bool((left >= 0).all()):
+        owners = owner[order].long()
+        opening = torch.full((first.shape[1],), len(order))
+        opening.scatter_reduce_(0, owners, torch.arange(len(order)), "amin")
+        opening = opening[(opening < len(order)) & ~is_open]
+        costs = price[:, order]
+        costs[:, opening] += first[:, owners[opening]]
+        count = int((costs.cumsum(1) <= left[:, None]).all(0).sum())
+        taken.append(order[:count])
+        left = left - costs[:, :count].sum(1)
+        is_open[owners[:count]] = True
+        order, owners = order[count:], owners[count:]
+        alone = price[:, order] + first[:, owners] * ~is_open[owners]
+        order = order[(alone <= left[:, None]).all(0)]
+    return torch.cat(taken) if taken else order[:0]

@@ -31,7 +31,7 @@ def select_child(
     scores: Mapping[str, Tensor],
     density: float | Literal["auto"] | None = None,
     *,
-    budget: Budget | None = None,
+    budget: Budget | str | None = None,
     costs: Costs | None = None,
     scope: Scope = "global",
     granularity: str | Granularity = "element",
@@ -83,12 +83,15 @@ def select_child(
     """
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
     if budget is not None:
+        budget = Budget.parse(budget) if isinstance(budget, str) else budget
+        if not isinstance(budget, Budget):
+            raise ConfigError(f"budget must be a Budget, got {budget!r:.60}. Pass Budget(step=0.5).")
         if density is not None:
             raise ConfigError(f"a budget takes the place of a density, got density={density}. Leave it out.")
         if lowest or scope != "global":
             raise ConfigError("a budget goes with the highest scores of all parameters. Pass a density.")
         costs = costs or getattr(scores, "costs", lambda: None)()
-        if costs is None:
+        if not isinstance(costs, Costs):
             raise ParameterError(
                 "a budget needs the costs of a training step. Pass costs=training_costs(model, batch)."
             )

@@ -85,9 +85,11 @@ class Outer(ExampleGradients):
 
 def _without_trailing_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Cut the terms after the last one that counts: padding, and above the pooled token all but that one."""
-    if left.is_cuda or left.shape[1] == 1:  # on a GPU, waiting for the answer costs more than it saves
+    if left.is_cuda or left.shape[1] < 2:  # on a GPU, waiting for the answer costs more than it saves
         return left, right
     length = min(_last_used(left), _last_used(right)) + 1
+    if not bool((left[:, length:].sum() + right[:, length:].sum()).isfinite()):
+        return left, right  # zero times what is not finite is no zero
     return left[:, :length], right[:, :length]
 
 

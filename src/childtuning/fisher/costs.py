@@ -23,7 +23,6 @@ from childtuning.child.budget import Costs, Place, Rates, Work
 from childtuning.child.eligible import bare_model, is_conv1d, named, unit_axes
 from childtuning.child.layers import Layers, find_layers
 from childtuning.errors import DataError
-from childtuning.fast.structured import install_dropouts
 from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import check_finite, differentiable, take_gradients
 from childtuning.fisher.losses import LossFn, model_loss
@@ -53,6 +52,8 @@ def training_costs(
     """
     model = bare_model(model)
     parameters = {name: p for name, p in named(model).items() if p.is_floating_point()}
+    if not parameters:
+        raise DataError("the model has no floating-point parameters. Pass a network that can be trained.")
     device = next(iter(parameters.values())).device
     if rates is None:
         rates = CPU if device.type == "cpu" else measured_rates(device)
@@ -62,30 +63,36 @@ def training_costs(
     with without_trace(model, training=True):
         whole = _counted(model, layers, batch, loss_fn, parameters)
         bottom = min(whole.reached, key=lambda name: (depth[name], parameters[name].numel()))
-        installed = install_dropouts(model)  # as a child of rows or columns is trained
-        try:
-            plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
-        finally:
-            installed.remove()
-    entries, inputs = [0] * len(whole.forward), [0.0] * len(whole.forward)
+        plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
+    more = [(a - b).above_zero for a, b in zip(whole.backward, plain.backward, strict=True)]
+    entries, inputs = [0] * len(more), [0.0] * len(more)
     for name, parameter in parameters.items():
         entries[depth[name]] += parameter.numel()
         inputs[depth[name]] += whole.input_bytes.get(name, 0)
+    # Products are of the weights that are used at a depth, all else of the parameters that lie there.
+    used = [sum(at.values()) for at in whole.used]
     places = {}
     for name, parameter in parameters.items():
         at = depth[name]
-        more = whole.backward[at] - plain.backward[at]
-        kept = max(whole.kept[at] - plain.kept[at], 0)
+        products = sum(
+            more[d].operations * whole.used[d].get(name, 0) / used[d] for d in range(len(more)) if used[d]
+        )
+        if not used[at]:
+            products += more[at].operations * parameter.numel() / max(entries[at], 1)
+        beside = more[at].num_bytes * parameter.numel() / max(entries[at], 1)
+        read = max(whole.kept[at] - plain.kept[at], 0)
         places[name] = Place(
             depth=at,
             shape=tuple(parameter.shape),
             itemsize=parameter.element_size(),
-            gradient=more * (parameter.numel() / max(entries[at], 1)),
+            gradient=Work(products, beside),
             input_axis=axes.get(name, 1),
             input_bytes=whole.input_bytes.get(name, 0),
-            shared=min(kept / inputs[at], 1.0) if inputs[at] else 0.0,
+            shared=min(read / inputs[at], 1.0) if inputs[at] else 0.0,
         )
-    return Costs(tuple(plain.forward), tuple(plain.backward), tuple(plain.kept), places, rates)
+    # Beside structured layers a dropout's mask takes a byte an entry.
+    kept = tuple(held - spared for held, spared in zip(plain.kept, plain.spared, strict=True))
+    return Costs(tuple(plain.forward), tuple(plain.backward), kept, places, rates)
 
 
 def measured_rates(device: torch.device) -> Rates:
@@ -117,6 +124,7 @@ class _Counter(TorchDispatchMode):
         self.depth, self.is_forward = 0, True
         self.forward, self.backward = [Work()] * num_depths, [Work()] * num_depths
         self.kept, self.input_bytes = [0] * num_depths, dict[str, int]()
+        self.spared, self.used = [0] * num_depths, [dict[str, int]() for _ in range(num_depths)]
         self.reached: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,7 +176,10 @@ def _counted(
 
     with differentiable(trained.values()), _followed(model, layers, counter), counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch).mean()
+            loss = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+        if not isinstance(loss, Tensor):
+            raise DataError(f"loss_fn must return a tensor, got {type(loss).__name__}.")
+        loss = loss.mean()
         check_finite(loss)
         counter.is_forward, counter.depth = False, len(layers.blocks) + 1
         reached = counter.reached
@@ -207,6 +218,15 @@ def _followed(model: nn.Module, layers: Layers, counter: _Counter) -> Iterator[N
 
             after.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             after.callback(block.register_forward_hook(leave).remove)
+        if next(model.parameters()).device.type == "cpu":
+
+            def spare(module: nn.Module, args: Any, out: Tensor) -> None:
+                if args and args[0].requires_grad and 0 < module.p < 1:  # type: ignore[operator]
+                    counter.spared[counter.depth] += out.nbytes - out.numel()
+
+            for module in model.modules():
+                if type(module) is nn.Dropout and not module.inplace:
+                    after.callback(module.register_forward_hook(spare).remove)
         names = {id(parameter): name for name, parameter in named(model).items()}
         for module in model.modules():
             weight = module._parameters.get("weight")
@@ -218,6 +238,8 @@ def _followed(model: nn.Module, layers: Layers, counter: _Counter) -> Iterator[N
             def read(module: nn.Module, args: Any, kwargs: Any, name: str = names[id(weight)]) -> None:
                 given = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
                 counter.input_bytes[name] = counter.input_bytes.get(name, 0) + given.nbytes
+                here = counter.used[counter.depth]
+                here[name] = here.get(name, 0) + module._parameters["weight"].numel()  # type: ignore[union-attr]
 
             after.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
         yield

@@ -47,11 +47,13 @@ def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
 def used_in_training(model: nn.Module) -> Iterator[None]:
     """Run the model in ``train()`` mode as an optimizer has set it up; restore modes, buffers and random states."""
     modes = [(module, module.training) for module in model.modules()]
-    with _random_streams_kept(model), _buffers_kept(model):
-        model.train()
-        yield
-    for module, mode in modes:
-        module.training = mode
+    try:
+        with _random_streams_kept(model), _buffers_kept(model):
+            model.train()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

@@ -363,7 +363,8 @@ def _budget(
     line = f"budget {config.budget}: {shares[kind]:.3f} of full fine-tuning's {_COSTS[kind]} predicted"
     if kind == "memory":
         line += f", {costs.full(kind) * shares[kind] / 1e9:.2f} GB"
-    if kind == "step" and num_processes() == 1:
+    is_plain = config.precision == "fp32" and len(config.methods().methods) == 1 and num_processes() == 1
+    if kind == "step" and is_plain:
         found["measured_passes"] = trainer.measure_passes()
         line += f"; forward and backward measured: {found['measured_passes']:.3f}"
     tell(line)

@@ -185,13 +185,15 @@ def choose_child(
 class StopWhenStable:
     """End a Fisher pass once more examples hardly change the child.
 
-    After every ``EXAMPLES`` examples it compares the child of all so far with the one before.
+    After every ``EXAMPLES`` examples, from ``LEAST`` on, it compares the child of all so far with the one before. What
+    is rarer than one example in some hundreds may not have been seen by then.
 
     Args:
         choose: the selection.
     """
 
     EXAMPLES = 64
+    LEAST = 256
     OVERLAP = 0.98
 
     def __init__(self, choose: Callable[[Mapping[str, Tensor]], Child]) -> None:
@@ -204,9 +206,11 @@ class StopWhenStable:
         if done < self._next:
             return False
         self._next = done + self.EXAMPLES
+        if not any(bool(total.any()) for total in sums.values()):
+            return False
         last, child = self._last, self.choose(sums)
         self._last = child
-        if last is None:
+        if last is None or done < self.LEAST:
             return False
         sizes = sorted((last.num_trained, child.num_trained))
         return child.overlap(last) * sizes[0] / max(sizes[1], 1) >= self.OVERLAP
@@ -265,17 +269,22 @@ def in_model_order(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Ten
 
 
 def fisher_sample(
-    num_examples: int, limit: int | Literal["auto"] | None, seed: int, lengths: Sequence[int] | None = None
+    num_examples: int,
+    limit: int | Literal["auto"] | None,
+    seed: int,
+    lengths: Sequence[int] | None = None,
+    batch_size: int = 1,
 ) -> list[int]:
     """Return the indices of the examples for Fisher information, in the order of the pass.
 
     All, or a random ``limit`` of them, sorted by length where that is known; for ``auto`` all in random order, sorted
-    within each group that the child is looked at after.
+    within each group that the child is looked at after, of whole batches.
     """
     order = list(range(num_examples))
     if limit == "auto" or (limit is not None and limit < num_examples):
         order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed)).tolist()
-    group = num_examples if limit is None else StopWhenStable.EXAMPLES if limit == "auto" else limit
+    whole_batches = -(-StopWhenStable.EXAMPLES // batch_size) * batch_size
+    group = num_examples if limit is None else whole_batches if limit == "auto" else limit
     order = order if limit == "auto" else sorted(order[:limit])
     found = []
     for start in range(0, len(order), max(group, 1)):

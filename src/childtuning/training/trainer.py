@@ -273,10 +273,11 @@ class ChildTrainer(CheckpointFiles, Trainer):
         columns, collate = self._model_inputs("Fisher information")
         lengths = getattr(dataset, "lengths", None)
         limit, seed = self.child_config.fisher_examples, self.child_config.seed
-        order = fisher_sample(len(dataset), limit, seed, lengths)  # type: ignore[arg-type]
+        size = self.args.per_device_train_batch_size
+        order = fisher_sample(len(dataset), limit, seed, lengths, size)  # type: ignore[arg-type]
         return DataLoader(
             Subset(columns, order),
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=size,
             shuffle=False,
             collate_fn=collate,
         )
