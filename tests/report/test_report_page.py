@@ -271,7 +271,13 @@ def _every_option() -> list[dict]:
         "fisher_labels": "sampled",
     }
     special |= {"precision": "bf16", "preset": None, "fisher_device": "cpu", "fisher_dtype": "bfloat16"}
-    special |= {"report_to": "tensorboard", "mass": 0.5, "warmup_ratio": 0.25, "held_out": 0.125}
+    special |= {
+        "budget": "step=0.5",
+        "report_to": "tensorboard",
+        "mass": 0.5,
+        "warmup_ratio": 0.25,
+        "held_out": 0.125,
+    }
     for field in fields(RunConfig):
         if field.name in {*one, *other, "text", "text_pair", "label"}:
             continue
@@ -282,6 +288,7 @@ def _every_option() -> list[dict]:
     other |= dict.fromkeys(("text", "text_pair", "label"), "a column")
     other |= {"rescale": False, "release_gradients": False, "seed": 8}
     folded = {"train": "a.csv", "folds": one.pop("folds"), "fold": one.pop("fold"), "seed": 9}
+    folded["budget"] = one.pop("budget")
     assert {*one, *other, *folded} == {field.name for field in fields(RunConfig)}
     return [one, other, folded]
 

@@ -105,7 +105,7 @@ class CheckpointFiles:
                 f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another folder."
             )
         choice = folder / CHOICE_FILE
-        if choice.is_file() and json.loads(choice.read_text(encoding="utf-8")) != self._choice():
+        if choice.is_file() and _completed(json.loads(choice.read_text(encoding="utf-8"))) != self._choice():
             raise ConfigError(
                 f"{folder} was trained with a child other than this trainer's. Resume with the same one."
             )
@@ -134,3 +134,8 @@ class CheckpointFiles:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._random_file(checkpoint).is_file():
             set_random_state(load_state(self._random_file(checkpoint)))
+
+
+def _completed(choice: dict[str, Any]) -> dict[str, Any]:
+    """Give a choice that an earlier version wrote the options that came since."""
+    return choice if "child" in choice else ChildConfig().to_dict() | choice
