@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import childtuning as ct
+from childtuning import fast
 from childtuning.child import Budget, Child, random_child, select_child
 from childtuning.child.budget import Costs, Place, Rates, Work
 from childtuning.errors import ConfigError, DataError, ParameterError
@@ -118,6 +119,7 @@ def test_shares_of_the_whole_and_of_nothing(net, granularity):
     assert large["state"] == pytest.approx(0.5 * (1.5 if granularity == "element" else 1), rel=0.05)
 
 
+@pytest.mark.skipif(not fast.enabled(), reason="is about layers of the fast room")
 def test_what_columns_keep_is_what_autograd_keeps(net):
     """Frozen layers below keep nothing; trained ones keep what lies between them, and their columns of the inputs."""
     costs = ct.training_costs(net, batch(), loss_fn)
