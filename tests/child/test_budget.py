@@ -252,7 +252,9 @@ def test_what_is_refused(net, scores):
 
 
 def test_rates_of_a_device_are_measured():
+    before = torch.get_rng_state()
     rates = measured_rates(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
     assert rates.operations > 1e9 and rates.num_bytes > 1e8 and rates.draws > 1e6
 
 
