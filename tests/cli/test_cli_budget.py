@@ -35,6 +35,14 @@ def test_a_run_within_a_budget_says_what_it_costs_and_is_repeated_from_its_confi
     assert other.json["budget"] is None
 
 
+def test_a_prediction_that_does_not_hold_is_named(childtuning, train_words, tmp_path) -> None:
+    words = [*BUDGET[:-1], "memory=0.7"]
+    for name, more, is_told in (("kept", ["--keep-gradients"], True), ("released", [], False)):
+        done = childtuning(*train_words, *words, *more, "--output", tmp_path / name)
+        assert done.code == 0, done.err
+        assert ("here they form whole ones" in done.err) == is_told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -55,6 +55,7 @@ from childtuning.training import (
     LoadedModel,
     choose_child,
     in_model_order,
+    saves_computation,
 )
 
 Tell = Callable[[str], None]
@@ -368,6 +369,13 @@ def _budget(
         found["measured_passes"] = trainer.measure_passes()
         line += f"; forward and backward measured: {found['measured_passes']:.3f}"
     tell(line)
+    if kind in ("step", "memory") and saves_computation(child):
+        trainer.create_optimizer()
+        if not trainer.child_optimizer.structured:
+            tell(
+                "the prediction is for layers that form the child's gradients alone; here they form whole ones "
+                "(several processes, --keep-gradients, or a method that reads them), which costs more"
+            )
     return found
 
 

@@ -7,6 +7,7 @@ from childtuning.training.child_choice import (
     fisher_sample,
     fisher_scores,
     in_model_order,
+    saves_computation,
     task_head,
 )
 from childtuning.training.further_pass import IGNORED, predicted_labels
@@ -58,4 +59,5 @@ __all__ = [
     "suggested_epochs",
     "suggested_rate",
     "task_head",
+    "saves_computation",
 ]
