@@ -56,8 +56,8 @@ __all__ = [
     "num_positions",
     "packaged_model",
     "predicted_labels",
+    "saves_computation",
     "suggested_epochs",
     "suggested_rate",
     "task_head",
-    "saves_computation",
 ]
