@@ -19,7 +19,7 @@ from childtuning.child import Budget, Child
 from childtuning.child.eligible import matches
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError
-from childtuning.optim.processes import is_main_process, num_processes, wait_for_all
+from childtuning.ranks import is_main_process, num_processes, wait_for_all
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (

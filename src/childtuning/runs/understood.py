@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from childtuning.errors import counted
-from childtuning.optim.processes import num_processes
+from childtuning.ranks import num_processes
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import RunTests
 from childtuning.runs.log import duration

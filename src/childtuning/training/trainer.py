@@ -25,7 +25,7 @@ from childtuning.fisher.loop import differentiable, take_gradients
 from childtuning.fisher.losses import model_loss, shifts_labels
 from childtuning.fisher.without_trace import used_in_training, without_trace
 from childtuning.optim import ChildOptimizer
-from childtuning.optim.processes import of_main_process
+from childtuning.ranks import of_main_process
 from childtuning.training.checkpoint_files import CheckpointFiles
 from childtuning.training.child_choice import (
     Progress,

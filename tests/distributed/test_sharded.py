@@ -1,0 +1,295 @@
+"""A model sharded by FSDP2 trains, is scored, selected, saved and resumed as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.ranks import WORLD, on_ranks
+from torch import Tensor, nn
+
+import childtuning as ct
+import childtuning.child
+from childtuning.child.pieces import local_of
+from childtuning.distributed import load, save
+from childtuning.errors import ConfigError, CorruptFileError, DataError, ParameterError
+
+STEPS = 6
+
+
+class Net(nn.Module):
+    """Uneven on two ranks: 7 tokens, 5 features out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)) for _ in range(2)
+        )
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def data(number: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randint(7, (4, 3), generator=generator), torch.randint(5, (4,), generator=generator))
+        for _ in range(number)
+    ]
+
+
+def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def sharded(model: Net) -> Net:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def child_of(kind: str) -> ct.Child | ct.TaskFree:
+    variant, granularity = kind.split()
+    if variant == "F":
+        return ct.TaskFree(0.4, seed=3, granularity=granularity, always=("head.*",))
+    generator = torch.Generator().manual_seed(5)
+    scores = {name: torch.rand(p.shape, generator=generator) for name, p in net().named_parameters()}
+    return ct.select_child(
+        scores,
+        0.3,
+        granularity=ct.child.Granularity("block", block_shape=(4, 2))
+        if granularity == "block"
+        else granularity,
+        always=("head.*",),
+        row_axes=ct.unit_axes(net(), granularity),
+    )
+
+
+def optimizer(net_: Net, kind: str, inner=torch.optim.AdamW, **options) -> ct.ChildOptimizer:
+    return ct.ChildOptimizer(
+        net_.named_parameters(), child_of(kind), inner, lr=1e-2, weight_decay=0.01, **options
+    )
+
+
+def train(model: nn.Module, opt: ct.ChildOptimizer, batches, share=slice(None)) -> None:
+    for ids, labels in batches:
+        losses(model, (ids[share], labels[share])).mean().backward()
+        opt.clip_grad_norm_(0.5)
+        opt.step()
+        opt.zero_grad()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for n, p in model.named_parameters()
+    }
+
+
+def alone(kind: str, dtype: torch.dtype = torch.float64, inner=torch.optim.AdamW) -> dict[str, Tensor]:
+    model = net(dtype)
+    train(model, optimizer(model, kind, inner), data(STEPS))
+    return whole(model)
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance)
+
+
+KINDS = [
+    "D element",
+    "D row",
+    "D column",
+    "D block",
+    "D parameter",
+    "F element",
+    "F row",
+    "F column",
+    "F block",
+]
+
+
+def _train(rank: int, folder: Path) -> None:
+    mine = slice(rank, None, WORLD)
+    for kind in KINDS:
+        model = sharded(net())
+        before = whole(model)
+        train(model, optimizer(model, kind), data(STEPS), mine)
+        after = whole(model)
+        assert_close(after, alone(kind))
+        child = child_of(kind)
+        if isinstance(child, ct.Child):
+            for name, part in child.resolve({n: p.shape for n, p in before.items()}).items():
+                assert torch.equal(after[name][~part.mask()], before[name][~part.mask()]), (kind, name)
+    for kind in ("D element", "D row", "F element", "F row"):  # the kernels are for float32
+        model = sharded(net(torch.float32))
+        train(model, optimizer(model, kind), data(STEPS), mine)
+        assert_close(whole(model), alone(kind, torch.float32), 2e-5)
+    model = sharded(net())
+    train(model, optimizer(model, "D row", torch.optim.RMSprop), data(STEPS), mine)
+    assert_close(whole(model), alone("D row", inner=torch.optim.RMSprop))
+
+
+def _layers(rank: int, folder: Path) -> None:
+    mine = slice(rank, None, WORLD)
+    for kind in ("D row", "D column", "D block", "D element"):
+        for make in (sharded, lambda model: model):
+            model = make(net())
+            opt = optimizer(model, kind, model=model)
+            assert bool(opt.structured) == (kind != "D element"), (kind, make, opt.structured)
+            train(model, opt, data(STEPS), mine)
+            assert_close(whole(model), alone(kind))
+            opt.remove()
+    model = net()
+    opt = optimizer(model, "D element", release_gradients=True)
+    train(model, opt, data(STEPS), mine)
+    assert_close(whole(model), alone("D element"))
+    with pytest.raises(ParameterError, match="Leave the model unwrapped"):
+        train(nn.parallel.DistributedDataParallel(model), opt, data(STEPS), mine)
+
+
+def _score(rank: int, folder: Path) -> None:
+    for number in (5, 1):
+        wanted = ct.fisher_information(net(), data(number), losses)
+        model = sharded(net())
+        for _ in range(2):
+            found = ct.fisher_information(model, data(number), losses)
+            full = {name: score.full_tensor() for name, score in found.items()}  # type: ignore[attr-defined]
+            assert_close(full, wanted, 1e-12)
+            assert found.num_examples == wanted.num_examples
+            assert all(hasattr(p, "placements") for p in model.parameters())
+            train(model, optimizer(model, "D row"), data(1), slice(rank, None, WORLD))
+            model = sharded(net())
+        wrapped = nn.parallel.DistributedDataParallel(net())
+        assert_close(ct.fisher_information(wrapped, data(number), losses), wanted, 1e-12)
+    for estimator, labels in (("per-batch", "data"),):
+        wanted = ct.fisher_information(net(), data(5), losses, estimator=estimator, labels=labels)
+        found = ct.fisher_information(sharded(net()), data(5), losses, estimator=estimator, labels=labels)
+        assert_close({n: s.full_tensor() for n, s in found.items()}, wanted, 1e-12)  # type: ignore[attr-defined]
+    low = ct.fisher_information(sharded(net(torch.float32)), data(5), losses, scores_dtype=torch.bfloat16)
+    assert all(local_of(score).dtype == torch.bfloat16 for score in low.values())
+    with pytest.raises(ConfigError, match="several share this pass"):
+        ct.fisher_information(sharded(net()), data(2), losses, stop_fn=lambda sums, done: True)
+
+    def bad(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return losses(model, batch) * (float("nan") if rank else 1.0)
+
+    with pytest.raises(DataError, match="the loss is nan"):
+        ct.fisher_information(sharded(net()), data(2), bad)
+
+
+def _select(rank: int, folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    generator = torch.Generator().manual_seed(7)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        scores = {  # many ties, both zeros, negative ones
+            name: (torch.randn(p.shape, generator=generator) * 4).round().to(dtype)
+            for name, p in net().named_parameters()
+        }
+        laid = {n: distribute_tensor(s, mesh, [Shard(0)]) for n, s in scores.items()}
+        for granularity in ("element", "row", "column", "block", "parameter"):
+            for scope in ("global", "parameter")[: 2 - (granularity == "parameter")]:
+                for lowest in (False, True):
+                    how = {
+                        "granularity": granularity,
+                        "scope": scope,
+                        "lowest": lowest,
+                        "always": ("head.*",),
+                    }
+                    wanted = ct.select_child(scores, 0.3, **how)
+                    assert ct.select_child(laid, 0.3, **how).fingerprint() == wanted.fingerprint(), how
+    scores["norm.weight"] = torch.full((6,), float("nan"), dtype=torch.bfloat16)
+    laid["norm.weight"] = distribute_tensor(scores["norm.weight"], mesh, [Shard(0)])
+    for granularity in ("element", "row"):
+        with pytest.raises(ParameterError, match="'norm.weight' hold NaN"):
+            ct.select_child(laid, 0.3, granularity=granularity)
+    assert ct.random_child(sharded(net()), 0.2).fingerprint() == ct.random_child(net(), 0.2).fingerprint()
+
+
+def _save(rank: int, folder: Path) -> None:
+    mine = slice(rank, None, WORLD)
+    for kind in ("D element", "D row", "F row", "D column"):
+        for dtype in (torch.float64, torch.bfloat16):
+            model = sharded(net(dtype))
+            opt = optimizer(model, kind)
+            train(model, opt, data(STEPS)[:3], mine)
+            save(folder / f"{kind} {dtype}", model, opt)
+            again = sharded(net(dtype))
+            resumed = optimizer(again, kind)
+            load(folder / f"{kind} {dtype}", again, resumed)
+            train(again, resumed, data(STEPS)[3:], mine)
+            train(model, opt, data(STEPS)[3:], mine)
+            for name, value in whole(model).items():
+                assert torch.equal(whole(again)[name], value), (kind, dtype, name)
+            with pytest.raises(ParameterError, match="childtuning.distributed.save"):
+                opt.state_dict()
+            end = whole(model)
+            if rank == 0:
+                save_file(end, folder / f"{kind} {dtype}.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "work", [_train, _layers, _score, _select], ids=lambda work: work.__name__.strip("_")
+)
+def test_two_ranks_do_as_one(work, tmp_path: Path) -> None:
+    on_ranks(work, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_goes_on_at_two_bitwise_and_at_one(tmp_path: Path) -> None:
+    on_ranks(_save, tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files if path.parent != tmp_path} == {".safetensors", ".json"}
+    for kind in ("D element", "D row", "F row", "D column"):
+        folder = tmp_path / f"{kind} {torch.float64}"
+        model = net()
+        opt = optimizer(model, kind)
+        load(folder, model, opt)
+        train(model, opt, data(STEPS)[3:])
+        assert_close(whole(model), load_file(f"{folder}.safetensors"))
+    other = optimizer(model, "D block")
+    with pytest.raises(ParameterError, match="another child"):
+        load(folder, model, other)
+    (folder / "checkpoint.json").unlink()
+    with pytest.raises(CorruptFileError, match="no whole checkpoint"):
+        load(folder, model, opt)
+
+
+def test_one_process_saves_and_resumes_bitwise(tmp_path: Path) -> None:
+    ends = []
+    for stop in (False, True):
+        model = net(torch.float32)
+        opt = optimizer(model, "D element")
+        train(model, opt, data(STEPS)[:3])
+        if stop:
+            save(tmp_path, model, opt)
+            model = net(torch.float32)
+            opt = optimizer(model, "D element")
+            load(tmp_path, model, opt)
+        train(model, opt, data(STEPS)[3:])
+        ends.append(whole(model))
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value)
