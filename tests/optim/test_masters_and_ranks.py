@@ -292,7 +292,6 @@ def _refusals(rank: int, folder: Path) -> None:
     loss(sharded).backward()
     refused("no trained parameter has a gradient", before.step)
     named = list(sharded.named_parameters())
-    refused("is sharded", lambda: Delta.capture(sharded, child))
     refused("is sharded", lambda: density_for_mass(dict(named), 0.9))
     refused("neither preset", lambda: ChildOptimizer(named, child, preset="official"))
     refused("without model", lambda: ChildOptimizer(named, child, release_gradients=True))
@@ -305,7 +304,9 @@ def _refusals(rank: int, folder: Path) -> None:
     refused("over a mesh", lambda: ChildOptimizer([("w", odd)], TaskFree(0.5)))
     taken = ChildOptimizer(named, child)
     refused("do not shard", lambda: taken.reselect(child))
-    refused("childtuning.distributed", taken.state_dict)
+    pieces = taken.state_dict()
+    pieces["child"]["pieces"] = [1 - rank, WORLD]
+    refused("childtuning.distributed", lambda: taken.load_state_dict(pieces))
     loss(sharded).backward()
     taken.found_inf = taken.grad_scale = torch.zeros(1)  # as a GradScaler sets them
     refused("GradScaler", taken.step)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,11 @@ def local_of(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # type: ignore[attr-defined]
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; every process that holds a piece of it must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def piece_of(name: str, tensor: Tensor) -> Piece:
     """Return what this process holds of a parameter.
 
@@ -124,6 +130,17 @@ def piece_of(name: str, tensor: Tensor) -> Piece:
     return piece
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2's modules hold their pieces again: a forward pass without a backward pass leaves some of them whole."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that ``fully_shard`` was called on, by their method: nothing is imported for a plain model."""
+    return [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Let a model's modules hold whole parameters, and run without the hooks of FSDP2, which gather and shard them.
@@ -131,9 +148,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     Raises:
         ParameterError: a parameter is sharded by something else.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = _sharded_modules(model)
     hooks = [
         (held, dict(held))
         for module in model.modules()

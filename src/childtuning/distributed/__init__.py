@@ -1,5 +1,5 @@
 """Save and resume a training that several processes share."""
 
-from childtuning.distributed.checkpoint import load, save
+from childtuning.optim.checkpoint import load, save
 
 __all__ = ["load", "save"]

@@ -63,6 +63,7 @@ def fisher_information(
     scores_device: torch.device | str | None = None,
     scores_dtype: torch.dtype | None = None,
     stop_fn: StopFn | None = None,
+    share: bool = False,
 ) -> Scores:
     """Estimate the diagonal empirical Fisher information of each parameter entry.
 
@@ -79,7 +80,8 @@ def fisher_information(
 
     The processes of a model that ``fully_shard`` (FSDP2) or DistributedDataParallel has wrapped share the pass: each is
     given the same batches, takes every n-th, and has the scores of all, laid out as its parameters are (DTensors of a
-    sharded model, whose weights are gathered for the pass). A bare model is scored by each process on its own.
+    sharded model, whose weights are gathered for the pass). A bare model is scored by each process on its own, unless
+    they ``share``.
 
     The pass leaves no trace: modes, gradients, flags, buffers, weights and random streams are as before. Squares are
     taken in float32, so that half-precision gradients do not underflow.
@@ -109,6 +111,7 @@ def fisher_information(
         scores_dtype: ``torch.float32`` or ``torch.bfloat16``; ``None``: float32 (float64 for float64 parameters).
         stop_fn: called after each batch as ``stop_fn(sums, done)``, with the sums so far by parameter name and the
             number of examples in them; the pass ends when it returns True.
+        share: let all processes share the pass of a model that nothing wraps; all of them call this.
     Returns:
         by parameter name, in the model's order, a tensor of its shape, on the device and in the dtype asked for;
         zero where no gradient reaches.
@@ -149,7 +152,7 @@ def fisher_information(
     loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
     done = num_terms = 0
     largest: Any = None
-    with SharedPass.of(given) as shared:
+    with SharedPass.of(given, share=share) as shared:
         with shared.agreed():
             if stop_fn is not None and shared.ranks.size > 1:
                 raise ConfigError(

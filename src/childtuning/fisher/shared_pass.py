@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.child.eligible import bare_model, named
-from childtuning.child.pieces import Piece, gathered, is_sharded, piece_of
+from childtuning.child.pieces import Piece, gathered, is_sharded, piece_of, reshard
 from childtuning.errors import ChildTuningError, ParameterError
 from childtuning.ranks import Ranks
 
@@ -35,20 +35,20 @@ class SharedPass:
 
     @classmethod
     @contextmanager
-    def of(cls, model: nn.Module) -> Iterator[SharedPass]:
+    def of(cls, model: nn.Module, *, share: bool = False) -> Iterator[SharedPass]:
         """Gather the weights of a sharded model; shard them again afterwards.
 
         Args:
             model: as the user has it. In a model that DistributedDataParallel has wrapped all processes share the pass;
-                a bare one is this process's own.
+                a bare one is this process's own, unless they are to ``share`` it.
         Raises:
             ParameterError: it is sharded otherwise than by ``fully_shard``.
         """
+        reshard(model)
         parameters = named(model, sharded=True)
         laid_out = {name: (p, piece_of(name, p)) for name, p in parameters.items() if is_sharded(p)}
         if not laid_out:
-            is_wrapped = bare_model(model) is not model and _has_ddp(model)
-            yield cls(Ranks.everyone() if is_wrapped else Ranks())
+            yield cls(Ranks.everyone() if share or _has_ddp(model) else Ranks())
             return
         groups = {piece.ranks for _, piece in laid_out.values()}
         if len(groups) > 1:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from childtuning.child.child import Child
 from childtuning.child.eligible import match_names
+from childtuning.child.pieces import is_sharded
 from childtuning.child.task_free import TaskFree
 from childtuning.child.units import Part
 from childtuning.errors import ConfigError, ParameterError
@@ -42,7 +43,7 @@ from childtuning.optim.state import (
     carry_over,
     from_version_1,
     load_by_name,
-    refuse_pieces,
+    pieces_held,
     scaled_moments,
     state_by_name,
 )
@@ -132,9 +133,10 @@ class ChildOptimizer(Optimizer):
         self._changed: Release | DrawnRows | WholeGradients = WholeGradients()
         self._frozen: Frozen | None = None
         self._trained = self._lay_out(child)
-        self._is_sharded = any(not t.piece.is_all for t in chain.from_iterable(self._trained))
+        self._is_sharded = any(is_sharded(p) for group in self._named for p in group.named.values())
         if self._is_sharded:
-            check_sharded(preset, is_released=release_gradients and model is None)
+            parameters = {n: p for group in self._named for n, p in group.named.items()}
+            check_sharded(parameters, preset, is_released=release_gradients and model is None)
             self._step_supports_amp_scaling = True  # as for drawn rows, below
         check_same_child(self.child.fingerprint())
         self._check_inner(inner)
@@ -433,6 +435,10 @@ class ChildOptimizer(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def local_shapes(self) -> dict[str, torch.Size]:
+        """Return by name the shape of what this process holds of a parameter's state and master values."""
+        return {t.name: t.value.shape for t in chain.from_iterable(self._trained)}
+
     def __getstate__(self) -> dict[str, Any]:
         """Copy all fields and gradients, but not a ``step`` wrapped by a scheduler; torch copies three fields only."""
         if not isinstance(self._changed, WholeGradients):
@@ -454,12 +460,10 @@ class ChildOptimizer(Optimizer):
                 t.value.grad = compact
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return what a bitwise resume needs, keyed by parameter name: inner state, options, masters, step, child."""
-        refuse_pieces(self._trained)
-        return self.local_state()
+        """Return what a bitwise resume needs, keyed by parameter name: inner state, options, masters, step, child.
 
-    def local_state(self) -> dict[str, Any]:
-        """Return as ``state_dict`` what this process holds: of a sharded model, its pieces."""
+        Of a sharded model it holds this process's pieces; ``childtuning.distributed.save`` writes them all.
+        """
         self._share_options()
         about: dict[str, Any] = {
             "version": _STATE_VERSION,
@@ -468,6 +472,8 @@ class ChildOptimizer(Optimizer):
         }
         if self._frozen is not None:
             about["frozen"] = self._frozen.checksums()
+        if (pieces := pieces_held(self._trained)) is not None:
+            about["pieces"] = pieces
         return {**state_by_name(self._trained, self.inner), "child": about}
 
     @torch.no_grad()
@@ -477,17 +483,7 @@ class ChildOptimizer(Optimizer):
         Raises:
             ParameterError: it is that of another child, or of other parameters.
         """
-        refuse_pieces(self._trained)
-        self.load_local_state(state_dict)
-
-    def local_shapes(self) -> dict[str, torch.Size]:
-        """Return by name the shape of what this process holds of a parameter's state and master values."""
-        return {t.name: t.value.shape for t in chain.from_iterable(self._trained)}
-
-    @torch.no_grad()
-    def load_local_state(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a ``local_state``, as ``load_state_dict`` does."""
-        about = about_child(state_dict, self.child.fingerprint(), _STATE_VERSION)
+        about = about_child(state_dict, self.child.fingerprint(), _STATE_VERSION, self._trained)
         is_old = "version" not in about
         saved = from_version_1(state_dict, self._trained, is_fixed=self._is_fixed) if is_old else state_dict
         load_by_name(saved, self._trained, self.inner)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from childtuning.child.pieces import gathered, local_of
+from childtuning.child.pieces import gathered, is_sharded, local_of
 from childtuning.child.task_free import TaskFree
 from childtuning.errors import ConfigError, ParameterError
 from childtuning.fast.layers import Leaf
@@ -147,7 +147,8 @@ class Release:
                     continue
                 if not t.piece.is_all:
                     start = t.piece.before(t.whole)
-                    t.formed, t.value.grad = None, entry[start : start + len(t.value)].clone()
+                    own = entry[start : start + t.value.numel()].view_as(t.value).clone()
+                    t.formed, t.value.grad = None, own
                 elif gradient is not None:
                     gradient.copy_(entry.view_as(gradient))
                 elif t.released:
@@ -319,8 +320,14 @@ def check_released(is_fixed: bool, release_gradients: bool, model: nn.Module | N
         )
 
 
-def check_sharded(preset: str | None, *, is_released: bool) -> None:
+def check_sharded(parameters: Mapping[str, Tensor], preset: str | None, *, is_released: bool) -> None:
     """Refuse what is not defined, or not built, where this process holds pieces of the parameters."""
+    for name, parameter in parameters.items():
+        if not is_sharded(parameter):
+            raise ParameterError(
+                f"{name!r} is whole, and others are sharded. A forward pass without a backward pass leaves parameters "
+                "gathered: call reshard() on each module that fully_shard was called on, then build the optimizer."
+            )
     if preset is not None or is_released:
         raise ConfigError(
             "on a sharded model neither preset nor release_gradients without model is supported. Leave them out."

@@ -95,11 +95,11 @@ def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> 
             t.value.copy_(saved["masters"][name])
 
 
-def about_child(saved: Mapping[str, Any], identity: str, version: int) -> dict[str, Any]:
+def about_child(saved: Mapping[str, Any], identity: str, version: int, groups: Groups) -> dict[str, Any]:
     """Return what a saved state says of its child and its format.
 
     Raises:
-        ParameterError: it is that of another child, or of a newer format.
+        ParameterError: it is that of another child, of a newer format, or of other pieces than this process holds.
     """
     about = saved.get("child")
     if about is None or about["identity"] != identity:
@@ -109,6 +109,11 @@ def about_child(saved: Mapping[str, Any], identity: str, version: int) -> dict[s
     if about.get("version", 1) > version:
         raise ParameterError(
             f"the optimizer state is of version {about['version']}, this library reads {version}. Update it."
+        )
+    if about.get("pieces") != pieces_held(groups):
+        raise ParameterError(
+            "the optimizer state holds the pieces of another process, or of another number of processes. Use "
+            "childtuning.distributed.save and load."
         )
     return about
 
@@ -149,12 +154,10 @@ def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) 
     return {"state": state, "param_groups": param_groups, "masters": masters}
 
 
-def refuse_pieces(groups: Groups) -> None:
-    """Raise a ParameterError where this process holds pieces of the state."""
-    if any(not t.piece.is_all for t in _all(groups)):
-        raise ParameterError(
-            "the optimizer of a sharded model holds pieces of its state. Use childtuning.distributed.save and load."
-        )
+def pieces_held(groups: Groups) -> list[int] | None:
+    """Return this process's number and that of all, where it holds pieces of the state; else ``None``."""
+    sharded = [t.piece.ranks for t in _all(groups) if not t.piece.is_all]
+    return [sharded[0].rank, sharded[0].size] if sharded else None
 
 
 def scaled_moments(

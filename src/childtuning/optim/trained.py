@@ -189,7 +189,7 @@ class Trained:
     def forget(self) -> None:
         """Drop gradients stored outside the parameter."""
         self.formed = None
-        if not self.is_direct:
+        if not self.is_direct or self.released:
             self.value.grad = None
         if self.leaf is not None:
             self.leaf.tensor.grad = None

@@ -147,7 +147,10 @@ class Train:
         argument="num_train_epochs",
     )
     batch_size: int = option(
-        16, "Examples per batch.", within="(0, 2147483648)", argument="per_device_train_batch_size"
+        16,
+        "Examples per batch, of all processes together.",
+        within="(0, 2147483648)",
+        argument="per_device_train_batch_size",
     )
     gradient_accumulation: int = option(
         1, "Batches per optimizer step.", within="(0, 2147483648)", argument="gradient_accumulation_steps"
@@ -175,6 +178,11 @@ class Train:
         "Run the model through torch.compile while training.",
         flags=("--compile/--no-compile",),
         argument="torch_compile",
+    )
+    shard: bool = option(
+        False,
+        "Shard the model over the processes of torchrun (FSDP2).",
+        flags=("--shard/--no-shard",),
     )
     seed: int = option(
         0, "Seed of the head, the data order, dropout and masks.", within="[0, 4294967296)", argument="seed"

@@ -260,10 +260,12 @@ def train_run(
         "budget": budget,
         **(tests.measure(trainer.model, folds) if diverged_at is None else tests.nothing()),
     }
+    delta = trainer.delta()  # of a sharded model every process gathers it
     if is_main:
+        delta.save(folder)
         _save(config, task.rules, loaded, labels, trainer, folder)
     wait_for_all()  # the delta is saved, and no process writes checkpoints any more
-    result = _result(config, task, trainer, folder, facts)
+    result = _result(config, task, trainer, delta, folder, facts)
     if is_main:
         write_json(folder / METRICS, result.to_dict())
         for name in (CHECKPOINTS, FOLDS):
@@ -287,9 +289,8 @@ def _save(
     trainer: ChildTrainer,
     folder: Path,
 ) -> None:
-    """Save everything needed to restore the trained model."""
+    """Save what is needed beside the delta to restore the trained model."""
     child = trainer.select()
-    trainer.delta().save(folder)
     if isinstance(child, Child):
         child.save(folder / "child.safetensors")
     loaded.processor.save_pretrained(folder / kind.processor_folder)
@@ -301,10 +302,11 @@ def _result(
     config: RunConfig,
     task: Task,
     trainer: ChildTrainer,
+    delta: Delta,
     folder: Path,
     facts: dict[str, Any],
 ) -> RunResult:
-    child, delta = trainer.select(), trainer.delta()
+    child = trainer.select()
     if isinstance(child, Child):
         child_parameters, eligible_parameters = child.num_trained, child.num_eligible
     else:

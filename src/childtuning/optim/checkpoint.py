@@ -19,32 +19,35 @@ from torch import Tensor, nn
 
 from childtuning.child.eligible import bare_model, canonical_name, named
 from childtuning.child.files import write_atomically
-from childtuning.child.pieces import is_sharded, local_of, piece_of
+from childtuning.child.pieces import is_sharded, local_of, piece_of, reshard
 from childtuning.errors import CorruptFileError, ParameterError
-from childtuning.optim import ChildOptimizer
+from childtuning.optim.child_optimizer import ChildOptimizer
 from childtuning.ranks import Ranks, wait_for_all
 
 _INDEX, _VERSION = "checkpoint.json", 1
 _WEIGHTS, _STATE, _MASTERS = "weights", "state", "masters"
 
 
-def save(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer) -> None:
+def save(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer, *, weights: bool = True) -> None:
     """Write the weights, buffers and optimizer state; every process calls it.
 
     Args:
         folder: made where it is missing; an earlier checkpoint there is whole until this one is, and then removed.
         model: sharded by ``fully_shard``, or whole.
         optimizer: of its parameters.
+        weights: ``False`` leaves weights and buffers out: a delta may hold them.
     """
     folder = Path(folder)
+    reshard(model)
     ranks = _ranks(model)
     folder.mkdir(parents=True, exist_ok=True)
-    state = optimizer.local_state()
+    state = optimizer.state_dict()
     files = [
         f"step-{state['child']['num_steps']}-rank-{rank}-of-{ranks.size}.safetensors"
         for rank in range(ranks.size)
     ]
     pieces, wholes = _tensors(model, optimizer, state, ranks.rank)
+    pieces = {key: piece for key, piece in pieces.items() if weights or not key.startswith(_WEIGHTS)}
     counts = ranks.gather({key: piece.numel() for key, piece in pieces.items()})
     mine = {key: piece.reshape(-1) for key, piece in pieces.items()} | wholes
     on_cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in mine.items()}
@@ -54,7 +57,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer) -> Non
         index = {
             "version": _VERSION,
             "files": files,
-            "optimizer": {"param_groups": state["param_groups"], "child": _without_sums(state["child"])},
+            "optimizer": {"param_groups": state["param_groups"], "child": _of_any_layout(state["child"])},
             "pieces": {key: [count[key] for count in counts] for key in pieces},
             "wholes": sorted(wholes),
         }
@@ -83,15 +86,16 @@ def load(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer) -> Non
         raise ParameterError(
             "the checkpoint is that of another child. Build the optimizer with the child saved with it."
         )
+    reshard(model)
     ranks = _ranks(model)
     parameters, buffers = named(model, sharded=True), _buffers(model)
     found = {key.removeprefix(f"{_WEIGHTS}/") for key in saved.keys if key.startswith(f"{_WEIGHTS}/")}
-    if differing := found ^ (parameters.keys() | buffers.keys()):
+    if found and (differing := found ^ (parameters.keys() | buffers.keys())):
         raise ParameterError(
             f"the checkpoint and the model differ in {min(differing)!r} ({len(differing)} such). "
             "Build the model that it was saved from."
         )
-    for name, tensor in (parameters | buffers).items():
+    for name, tensor in (parameters | buffers).items() if found else ():
         local = local_of(tensor)
         start = piece_of(name, tensor).offset
         local.copy_(saved.read(f"{_WEIGHTS}/{name}", start, local.numel()).view_as(local))
@@ -112,7 +116,9 @@ def load(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer) -> Non
             state.setdefault(name, {})[field] = value
         else:
             masters[name] = value
-    optimizer.load_local_state({"state": state, "masters": masters, **saved.optimizer})
+    about = {**saved.optimizer["child"], "pieces": optimizer.state_dict()["child"].get("pieces")}
+    groups = saved.optimizer["param_groups"]
+    optimizer.load_state_dict({"state": state, "masters": masters, "param_groups": groups, "child": about})
 
 
 def _tensors(
@@ -152,9 +158,9 @@ def _ranks(model: nn.Module) -> Ranks:
     return sharded[0].ranks if sharded else Ranks.everyone()
 
 
-def _without_sums(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the checksums of frozen entries: they are of this layout."""
-    return {key: value for key, value in about.items() if key != "frozen"}
+def _of_any_layout(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is of this layout."""
+    return {key: value for key, value in about.items() if key not in ("frozen", "pieces")}
 
 
 class _Saved:
