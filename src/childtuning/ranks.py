@@ -100,3 +100,11 @@ def check_same_child(identity: str) -> None:
         raise ParameterError(
             "the processes have chosen different children. Choose on rank 0 and broadcast, or load one file."
         )
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Tell whether an error says that another process of the group has ended."""
+    said = str(error)
+    return isinstance(error, torch.distributed.DistError) or (
+        num_processes() > 1 and ("Connection closed by peer" in said or "Connection reset by peer" in said)
+    )

@@ -18,8 +18,8 @@ from torch import Tensor
 from childtuning.child import Budget, Child
 from childtuning.child.eligible import matches
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError
-from childtuning.ranks import is_main_process, num_processes, wait_for_all
+from childtuning.errors import ConfigError, LostProcessError
+from childtuning.ranks import Ranks, is_lost_process, is_main_process, num_processes, wait_for_all
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
@@ -203,6 +203,8 @@ def train_run(
     found = _understood(begun, tests, trainer)
     for line in () if resume else found.lines():
         tell(line)
+    if config.shard and num_processes() == 1:
+        tell("one process holds the whole model: --shard is for several, started by torchrun")
     if not progress:
         trainer.add_callback(ProgressLines(tell))
     checkpoint = last_checkpoint(folder) if resume else None
@@ -239,7 +241,16 @@ def train_run(
         tell(f"continuing from {checkpoint.name}")
     start = time.perf_counter()
     transformers.set_seed(config.seed)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as fault:
+        if not is_lost_process(fault):
+            raise
+        whole = last_checkpoint(folder)
+        remedy = f"Go on from {whole} with --resume." if whole else "There is no checkpoint yet. Start again."
+        raise LostProcessError(
+            f"rank {Ranks.everyone().rank}: another process has ended. {remedy}"
+        ) from fault
     train_seconds = time.perf_counter() - start
     diverged_at = _diverged_at(trainer)
     temperature = None

@@ -193,14 +193,14 @@ def resumable(arguments: Any) -> Iterator[None]:
 def shard(model: Any) -> None:
     """Shard a transformers model over all processes, by FSDP2, as ``DistributedConfig(fsdp_size=N)`` does it.
 
+    One process keeps it whole.
+
     Raises:
-        ConfigError: there is one process, or the model has no plan for it.
+        ConfigError: it is no transformers model.
     """
     ranks = Ranks.everyone()
     if ranks.size == 1:
-        raise ConfigError(
-            "one process has nobody to share a model with. Start it by torchrun, or leave out shard."
-        )
+        return
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"only a transformers model can be sharded, got {type(model).__name__}. Leave out shard, or the method "
