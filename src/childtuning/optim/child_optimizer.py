@@ -89,6 +89,7 @@ class ChildOptimizer(Optimizer):
             layers are to form the gradients of the trained units alone, which is where computation is saved. Its
             ``Linear``, ``Conv``, ``Conv1D``, ``Embedding`` and ``Dropout`` layers change their class to a subclass
             until ``remove()``; other uses of a weight stay right. Implies ``release_gradients`` for a fixed child.
+        max_grad_norm: clip to this norm in every step, where a trainer's own clipping counts frozen entries.
         options: passed to the inner optimizer (lr, weight_decay, betas, …).
     Raises:
         ConfigError: the inner optimizer mixes coordinates, or an option is unknown.
@@ -118,9 +119,11 @@ class ChildOptimizer(Optimizer):
         preset: Literal["official"] | None = None,
         release_gradients: bool = False,
         model: nn.Module | None = None,
+        max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
-        check_arguments(child, inner, preset)
+        check_arguments(child, inner, preset, max_grad_norm)
+        self.max_grad_norm = max_grad_norm
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
         self.child, self.preset = child, preset
         self._is_fixed = isinstance(child, Child) and preset is None
@@ -330,6 +333,8 @@ class ChildOptimizer(Optimizer):
         loss = evaluated(closure)
         self._share_options()
         trained = self._check()
+        if self.max_grad_norm is not None:
+            self.clip_grad_norm_(self.max_grad_norm)
         free = self.child if isinstance(self.child, TaskFree) else None
         done, rest = [], trained
         if free is not None or self._is_fixed:

@@ -111,7 +111,7 @@ def _shapes(groups: list[Group], names: Mapping[str, str]) -> dict[str, torch.Si
     return {names[name]: p.shape for group in groups for name, p in group.named.items()}
 
 
-def check_arguments(child: object, inner: object, preset: object) -> None:
+def check_arguments(child: object, inner: object, preset: object, max_grad_norm: object) -> None:
     """Raise a ConfigError for arguments of a wrong kind."""
     if preset not in (None, "official"):
         raise ConfigError(f"preset must be None or 'official', got {preset!r}. Leave it out.")
@@ -123,6 +123,8 @@ def check_arguments(child: object, inner: object, preset: object) -> None:
         raise ConfigError(
             f"inner must be an optimizer's class, got {type(inner).__name__}. Pass torch.optim.AdamW."
         )
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+        raise ConfigError(f"max_grad_norm must be a positive number, got {max_grad_norm!r}. Leave it out.")
 
 
 def check_elementwise(

@@ -10,6 +10,7 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
+from childtuning.training.factory import ChildOptimizerFactory
 from childtuning.training.further_pass import IGNORED, predicted_labels
 from childtuning.training.method import (
     PARTS,
@@ -32,6 +33,7 @@ from childtuning.training.rates import layer_width, suggested_epochs, suggested_
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
+    "ChildOptimizerFactory",
     "ChildTrainer",
     "ChildTraining",
     "IGNORED",

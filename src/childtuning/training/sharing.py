@@ -112,8 +112,10 @@ def weigh(samples: list[dict[str, Any]], model: Any, *, divides_by_items: bool) 
         sample[SHARE] = 1.0 if divides_by_items else Ranks.everyone().size * own / max(total, 1)
 
 
-def leave_out_uncounted(sample: dict[str, Any]) -> dict[str, Any]:
+def leave_out_uncounted(sample: Any) -> Any:
     """Return a sample in which what another process counts has no label."""
+    if not isinstance(sample, Mapping):  # a trainer that makes its batches itself
+        return sample
     counts, labels = sample.get(_COUNTS), sample.get("labels")
     if counts is None or bool(counts.all()) or not isinstance(labels, Tensor):
         return sample
@@ -212,3 +214,17 @@ def shard(model: Any) -> None:
     wanted = DistributedConfig(fsdp_size=ranks.size, fsdp_plan=layers)
     config, _, mesh = model.prepare_distribute_model(wanted, device_map=None)
     model.maybe_distribute_model(model, config, mesh)
+
+
+def share_of_mean(
+    trainer: Any, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+) -> float:
+    """Return the weight of a batch's mean in the accumulated gradient if the model itself divides by items; else 1."""
+    labels = inputs.get("labels")
+    counts_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    if not counts_items or num_items_in_batch is None or labels is None:
+        return 1.0
+    predicted = predicted_labels(unwrapped(model), labels, labels.shape[-1])
+    share = int((predicted != IGNORED).sum()) / float(num_items_in_batch)
+    # Items counted over all processes: the gradients of the processes are averaged once more.
+    return share * trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else share

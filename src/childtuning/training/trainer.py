@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +38,6 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
-from childtuning.training.further_pass import IGNORED, predicted_labels, unwrapped
 from childtuning.training.method import LossStep, Method
 from childtuning.training.sharing import (
     SHARE,
@@ -46,6 +45,7 @@ from childtuning.training.sharing import (
     divides_by_items,
     leave_out_uncounted,
     resumable,
+    share_of_mean,
     shared_loader,
     weigh,
 )
@@ -255,14 +255,23 @@ class ChildTrainer(CheckpointFiles, Trainer):
         assert self.child_config is not None
         if self.child_config.labels == "sampled":
             return None
-        if type(self).compute_loss is not ChildTrainer.compute_loss:
-            return lambda model, batch: self.compute_loss(model, dict(batch))
+        if self._has_other_loss:
+            rows, collate = self._model_inputs("Fisher information")
+            return lambda model, batch: self.compute_loss(
+                model, self._prepare_inputs(collate([rows[int(i)] for i in batch["rows"]]))
+            )
         if self.compute_loss_func is not None:
             return losses_by_slices(partial(self.compute_loss_func, num_items_in_batch=None))
         if self.label_smoother is not None:
             shift = shifts_labels(self.bare_model)
             return losses_by_slices(partial(self.label_smoother, shift_labels=shift))
         return None
+
+    @property
+    def _has_other_loss(self) -> bool:
+        """Whether a subclass, or another trainer beside this one (TRL's), computes the loss."""
+        owners = [cls for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
+        return any(cls not in (ChildTrainer, Trainer) for cls in owners)
 
     def _fisher_batches(self) -> Iterable[Any]:
         """One pass over the training set in batches of similar length, in a deterministic order."""
@@ -277,6 +286,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
         limit, seed = self.child_config.fisher_examples, self.child_config.seed
         size = self.args.per_device_train_batch_size
         order = fisher_sample(len(dataset), limit, seed, lengths, size)  # type: ignore[arg-type]
+        if self._has_other_loss:  # which may make several rows of an example
+            return [{"rows": torch.tensor(order[i : i + size])} for i in range(0, len(order), size)]
         return DataLoader(
             Subset(columns, order),
             batch_size=size,
@@ -388,10 +399,12 @@ class ChildTrainer(CheckpointFiles, Trainer):
     ) -> Tensor:
         """Run the forward and backward pass of one batch, as often as the methods require."""
 
-        self._share = inputs.pop(SHARE, 1.0)
+        self._share = inputs.pop(SHARE, 1.0) if isinstance(inputs, dict) else 1.0
+        train: Any = super().training_step
 
-        def step() -> Tensor:
-            return Trainer.training_step(self, model, dict(inputs), num_items_in_batch)  # type: ignore[arg-type]
+        def step() -> Tensor:  # GRPO's inputs are a list
+            given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+            return train(model, given, num_items_in_batch)
 
         for method in self.methods:
             step = partial(method.training_step, self, step)
@@ -426,32 +439,21 @@ class ChildTrainer(CheckpointFiles, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the loss; in training, with the terms of the methods."""
+        task: Any = super().compute_loss
+        if not (model.training and self.methods):  # some trainers give no outputs
+            found = task(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            if not model.training or self._share == 1:
+                return found
+            return (found[0] * self._share, found[1]) if return_outputs else found * self._share
         given = dict(inputs)
-        task_fn: Any = partial(
-            super().compute_loss, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        task_fn: Any = partial(task, return_outputs=True, num_items_in_batch=num_items_in_batch)
         loss, outputs = task_fn(model, inputs)
-        if model.training and self.methods:
-            weight = self._weight(model, given, num_items_in_batch)
-            step = LossStep(model, given, outputs, loss, task_fn, weight)
-            for method in self.methods:
-                loss = method.loss(loss, step)
-        if model.training and self._share != 1:
-            loss = loss * self._share
+        weight = share_of_mean(self, model, given, num_items_in_batch)
+        step = LossStep(model, given, outputs, loss, task_fn, weight)
+        for method in self.methods:
+            loss = method.loss(loss, step)
+        loss = loss * self._share if self._share != 1 else loss
         return (loss, outputs) if return_outputs else loss
-
-    def _weight(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> float:
-        """The weight of a batch's mean in the accumulated gradient if the model itself divides by items; else 1."""
-        labels = inputs.get("labels")
-        counts_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if not counts_items or num_items_in_batch is None or labels is None:
-            return 1.0
-        predicted = predicted_labels(unwrapped(model), labels, labels.shape[-1])
-        share = int((predicted != IGNORED).sum()) / float(num_items_in_batch)
-        # Items counted over all processes: the gradients of the processes are averaged once more.
-        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     @property
     def child_optimizer(self) -> ChildOptimizer:
