@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import childtuning as ct
-from childtuning.training import ChildOptimizerFactory, ChildTrainer
+from childtuning.training import ChildOptimizerFactory, ChildTrainer, ReferenceModel
 
 pytestmark = [
     pytest.mark.slow,
@@ -142,3 +142,19 @@ def test_mixed_with_child_trainer(kind: str, packing: bool, tokenizer, tmp_path:
     if kind != "grpo":
         frozen_and_moved(net, before, trainer.child)
     assert trainer.delta().num_trained == trainer.child.num_trained
+
+
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_dpo_with_one_copy_is_dpo_with_two(granularity: str, tokenizer, tmp_path: Path) -> None:
+    losses = []
+    for shares in (False, True):
+        net = model(tmp_path)
+        child = ct.random_child(net, 0.3, granularity=granularity, always=("lm_head.*",))
+        reference = ReferenceModel(net, child) if shares else None
+        arguments, data = dpo(tmp_path / "out", max_steps=8, max_grad_norm=0.0)
+        trainer = DPOTrainer(net, reference, args=arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.optimizer_cls_and_kwargs = (ChildOptimizerFactory, {"child": child, "lr": 1e-2})
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0][0] != losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)

@@ -30,6 +30,7 @@ from childtuning.training.models import (
     packaged_model,
 )
 from childtuning.training.rates import layer_width, suggested_epochs, suggested_rate
+from childtuning.training.reference import ReferenceModel
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "MethodCallback",
     "PARTS",
     "Prepared",
+    "ReferenceModel",
     "ScoreFn",
     "choose_child",
     "find_layers",
