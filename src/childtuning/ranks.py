@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from childtuning import errors
 from childtuning.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -54,6 +57,28 @@ class Ranks:
         if self.size > 1:
             torch.distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise on every process what one of them raises inside, so that none waits for it.
+
+        Raises:
+            ChildTuningError: another process raised it.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as fault:
+            error = fault
+        if self.size > 1:
+            told = None if error is None else (type(error).__name__, str(error))
+            others = [one for one in self.gather(told) if one is not None]
+            if error is None and others:
+                name, text = others[0]
+                kind = getattr(errors, name, None)
+                raise RuntimeError(f"{name}: {text}") if kind is None else kind(text)
+        if error is not None:
+            raise error
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Take the largest of each entry over all of them, in place."""

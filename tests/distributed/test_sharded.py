@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.ranks import WORLD, on_ranks
 from torch import Tensor, nn
+from torch.distributed import barrier
 
 import childtuning as ct
 import childtuning.child
@@ -181,6 +183,46 @@ def _layers(rank: int, folder: Path) -> None:
         train(nn.parallel.DistributedDataParallel(model), opt, data(STEPS), mine)
 
 
+class Twice(nn.Module):
+    """A weight that its layer uses, and another call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.line(x), self.line.weight)
+
+
+def _norms(rank: int, folder: Path) -> None:
+    """Looking at the norm between backward passes changes nothing, for shards as for replicas."""
+    from torch.distributed.fsdp import fully_shard
+
+    children = {
+        "rows": ct.Child(
+            {"line.weight": ct.child.Part((4, 4), torch.tensor([0, 2]), ct.child.Granularity("row"))}
+        ),
+        "whole": ct.Child({"line.weight": ct.child.Part((4, 4))}),
+    }
+    for child in children.values():
+        found = []
+        for shards in (False, True):
+            for looks in (False, True):
+                model = Twice()
+                if shards:
+                    fully_shard(model)
+                opt = ct.ChildOptimizer(model.named_parameters(), child, torch.optim.SGD, lr=0.1, model=model)
+                for factor in (1.0, 2.0):
+                    (model(torch.full((1, 4), factor + rank, dtype=torch.float64)).square().sum()).backward()
+                    if looks:
+                        opt.clip_grad_norm_(float("inf"))
+                found.append(float(opt.clip_grad_norm_(float("inf"))))
+                opt.step()
+                found.append(float(whole(model)["line.weight"].sum()))
+        assert found[:2] * 4 == pytest.approx(found, rel=1e-12)
+
+
 def _score(rank: int, folder: Path) -> None:
     for number in (5, 1):
         wanted = ct.fisher_information(net(), data(number), losses)
@@ -211,6 +253,15 @@ def _score(rank: int, folder: Path) -> None:
 
     with pytest.raises(DataError, match="the loss is nan"):
         ct.fisher_information(sharded(net()), data(2), bad)
+
+    class LocalError(Exception):
+        """One that does not travel."""
+
+    def worse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        raise LocalError("mine") if rank else RuntimeError("another")
+
+    with pytest.raises((LocalError, RuntimeError), match="mine|another"):
+        ct.fisher_information(sharded(net()), data(2), worse)
 
 
 def _delta(rank: int, folder: Path) -> None:
@@ -286,7 +337,7 @@ def _save(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "work", [_train, _layers, _score, _delta, _select], ids=lambda work: work.__name__.strip("_")
+    "work", [_train, _layers, _norms, _score, _delta, _select], ids=lambda work: work.__name__.strip("_")
 )
 def test_two_ranks_do_as_one(work, tmp_path: Path) -> None:
     on_ranks(work, tmp_path)
@@ -310,6 +361,80 @@ def test_a_checkpoint_of_two_goes_on_at_two_bitwise_and_at_one(tmp_path: Path) -
     (folder / "checkpoint.json").unlink()
     with pytest.raises(CorruptFileError, match="no whole checkpoint"):
         load(folder, model, opt)
+
+
+def _save_early(rank: int, folder: Path) -> None:
+    """Before the first step, in bf16, with a child that one rank holds; twice, the second time cut short."""
+    import childtuning.optim.checkpoint as module
+
+    child = ct.Child({"norm.weight": ct.child.Part((6,), torch.tensor([5]))})
+    model = sharded(net(torch.bfloat16))
+    opt = ct.ChildOptimizer(model.named_parameters(), child)
+    save(folder / "early", model, opt)
+    start = whole(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local_of(parameter).add_(1.0)
+    opt.accept_weights()
+    write = module.write_atomically
+
+    def full(path: Path, write_fn) -> None:
+        if path.suffix == ".json":
+            raise OSError("no space left")
+        write(path, write_fn)
+
+    module.write_atomically = full
+    with pytest.raises((OSError, RuntimeError), match="no space left"):
+        save(folder / "early", model, opt)
+    module.write_atomically = write
+    load(folder / "early", model, opt)
+    for name, value in whole(model).items():
+        assert torch.equal(value, start[name]), name
+    other = sharded(net())
+    others = ct.ChildOptimizer(other.named_parameters(), child)
+    with pytest.raises(ParameterError, match=r"torch.float64 .* in the checkpoint"):
+        load(folder / "early", other, others)
+    file = folder / "early" / json.loads((folder / "early" / "checkpoint.json").read_text())["files"][1]
+    barrier()
+    if rank:
+        file.write_bytes(file.read_bytes()[:100])
+    barrier()
+    with pytest.raises(CorruptFileError, match="cannot be read"):  # on both
+        load(folder / "early", model, opt)
+
+
+@pytest.mark.slow
+def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
+    on_ranks(_save_early, tmp_path)
+
+
+def test_damaged_indices_are_told(tmp_path: Path) -> None:
+    model = net(torch.float32)
+    opt = optimizer(model, "D element")
+    train(model, opt, data(2))
+    save(tmp_path, model, opt)
+    index = json.loads((tmp_path / "checkpoint.json").read_text())
+    child, pieces = index["optimizer"]["child"], index["pieces"]
+    damaged = [
+        {"version": "x"},
+        {"pieces": []},
+        {"pieces": {**pieces, "state/zzz/exp_avg": [3]}},
+        {"pieces": {key: [*counts, 1] for key, counts in pieces.items()}},
+        {"pieces": {key: [10**12] for key in pieces}},
+        {"files": ["../../elsewhere.safetensors"]},
+        {"optimizer": {"child": child}},
+        {"optimizer": {"child": {}, "param_groups": []}},
+        {"weights": None},
+    ]
+    start = whole(model)
+    for change in damaged:
+        (tmp_path / "checkpoint.json").write_text(json.dumps(index | change))
+        with pytest.raises((CorruptFileError, ParameterError)):
+            load(tmp_path, model, opt)
+        assert all(torch.equal(value, start[name]) for name, value in whole(model).items()), change
+    (tmp_path / "checkpoint.json").write_text("[]")
+    with pytest.raises(CorruptFileError):
+        load(tmp_path, model, opt)
 
 
 def test_one_process_saves_and_resumes_bitwise(tmp_path: Path) -> None:

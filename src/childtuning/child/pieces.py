@@ -149,6 +149,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         ParameterError: a parameter is sharded by something else.
     """
     sharded = _sharded_modules(model)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     hooks = [
         (held, dict(held))
         for module in model.modules()
@@ -162,6 +163,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
             if is_sharded(parameter):
                 raise ParameterError(
                     f"{name!r} is sharded, and not by fully_shard. Shard with torch.distributed.fsdp.fully_shard."
+                )
+            if parameter.dtype != dtypes[name]:
+                raise ParameterError(
+                    f"{name!r} is {dtypes[name]} and gathered as {parameter.dtype}: mixed precision of FSDP2 is not "
+                    "supported here. Load the model in that precision: the child has float32 master values."
                 )
         for held, before in hooks:
             held.clear()

@@ -7,6 +7,7 @@ then the lower index, as in one process. The indices that are taken go to every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -71,7 +72,9 @@ def top_entries(
         free = max(0, num_ties - int(before[position, ranks.rank]))
         chosen[np.flatnonzero(key == threshold)[:free]] = True
         mine = np.flatnonzero(chosen) + piece.offset
-        whole = np.concatenate(ranks.gather(mine.astype(np.int32 if piece.offset < 2**31 else np.int64)))
+        whole = np.concatenate(
+            ranks.gather(mine.astype(np.int32 if math.prod(piece.shape) < 2**31 else np.int64))
+        )
         taken.append(torch.from_numpy(whole.astype(np.int64)))
     return taken
 

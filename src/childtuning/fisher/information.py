@@ -153,7 +153,7 @@ def fisher_information(
     done = num_terms = 0
     largest: Any = None
     with SharedPass.of(given, share=share) as shared:
-        with shared.agreed():
+        with shared.ranks.agreed():
             if stop_fn is not None and shared.ranks.size > 1:
                 raise ConfigError(
                     "stop_fn would see the sums of one process, and several share this pass. Leave it out."

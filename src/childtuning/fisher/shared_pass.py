@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from childtuning.child.eligible import bare_model, named
 from childtuning.child.pieces import Piece, gathered, is_sharded, piece_of, reshard
-from childtuning.errors import ChildTuningError, ParameterError
+from childtuning.errors import ParameterError
 from childtuning.ranks import Ranks
 
 
@@ -59,27 +59,6 @@ class SharedPass:
     def is_mine(self, number: int) -> bool:
         """Tell whether this process takes a batch, by its number."""
         return number % self.ranks.size == self.ranks.rank
-
-    @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Raise on every process what one of them raises inside, so that none waits for it.
-
-        Raises:
-            ChildTuningError: another process raised it.
-        """
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as fault:
-            error = fault
-        if self.ranks.size > 1:
-            told = None if error is None else (type(error), str(error))
-            others = [one for one in self.ranks.gather(told) if one is not None]
-            if error is None and others:
-                kind, text = others[0]
-                raise kind(text) if issubclass(kind, ChildTuningError) else RuntimeError(text)
-        if error is not None:
-            raise error
 
     def total(self, count: int) -> int:
         """Add up a count over all processes."""

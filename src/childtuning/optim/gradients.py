@@ -86,6 +86,9 @@ class Release:
                 by_name[name].leaf = leaves[name]
                 taker = _Taker(self, by_name[name], compact=True)
                 self._handles.append(leaves[name].tensor.register_post_accumulate_grad_hook(taker))
+        whole = [t for t in self._everything if not t.released] if Ranks.everyone().size > 1 else []
+        for t in whole:  # their gradients stay, and are to be averaged again when more has come
+            self._handles.append(t.holder.register_post_accumulate_grad_hook(_Arrival(self)))
         for t in self._trained:
             taker = _Taker(self, t, compact=False)
             self._handles.append(t.holder.register_post_accumulate_grad_hook(taker))
@@ -148,7 +151,7 @@ class Release:
                 if not t.piece.is_all:
                     start = t.piece.before(t.whole)
                     own = entry[start : start + t.value.numel()].view_as(t.value).clone()
-                    t.formed, t.value.grad = None, own
+                    t.formed, t.value.grad = None, own if t.value.grad is None else t.value.grad + own
                 elif gradient is not None:
                     gradient.copy_(entry.view_as(gradient))
                 elif t.released:
@@ -256,6 +259,18 @@ class _Taker:
             release.forget()
 
 
+class _Arrival:
+    """A hook that notes that a gradient has come; it holds only a weak reference."""
+
+    def __init__(self, release: Release) -> None:
+        self._release = ref(release)
+
+    def __call__(self, tensor: Tensor) -> None:
+        release = self._release()
+        if release is not None:
+            release.forget()
+
+
 def _forget_takers(parameter: nn.Parameter) -> None:
     """Unhook a deleted optimizer; refuse a live one, since only one can take a gradient."""
     hooks = parameter._post_accumulate_grad_hooks or {}
@@ -325,8 +340,9 @@ def check_sharded(parameters: Mapping[str, Tensor], preset: str | None, *, is_re
     for name, parameter in parameters.items():
         if not is_sharded(parameter):
             raise ParameterError(
-                f"{name!r} is whole, and others are sharded. A forward pass without a backward pass leaves parameters "
-                "gathered: call reshard() on each module that fully_shard was called on, then build the optimizer."
+                f"{name!r} is whole, and others are sharded. Shard the model as well: fully_shard(model). If it is, a "
+                "forward pass without a backward pass has left it gathered: call reshard() on each module, then build "
+                "the optimizer."
             )
     if preset is not None or is_released:
         raise ConfigError(

@@ -66,8 +66,8 @@ class Trained:
 
     @property
     def is_filled(self) -> bool:
-        """Whether ``value`` holds values, and not one number expanded."""
-        return self.value.untyped_storage().nbytes() >= self.value.nbytes
+        """Whether ``value`` holds values, and not one number expanded, or none."""
+        return self.value.numel() > 0 and self.value.untyped_storage().nbytes() >= self.value.nbytes
 
     def check(self) -> None:
         """Raise a ParameterError if the parameter was moved, cast or resized since the optimizer was built."""

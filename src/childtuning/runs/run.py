@@ -12,11 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from childtuning.child import Budget, Child
 from childtuning.child.eligible import matches
+from childtuning.child.pieces import local_of
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, LostProcessError
 from childtuning.ranks import Ranks, is_lost_process, is_main_process, num_processes, wait_for_all
@@ -144,8 +146,9 @@ def _diverged_at(trainer: ChildTrainer) -> int | None:
     for line in trainer.state.log_history:
         if not math.isfinite(line.get("loss", 0.0)):
             return line["step"]
-    trained = (p for p in trainer.bare_model.parameters() if p.is_floating_point())
-    return None if all(bool(p.isfinite().all()) for p in trained) else trainer.state.global_step
+    trained = (local_of(p) for p in trainer.bare_model.parameters() if p.is_floating_point())
+    is_lost = torch.tensor(int(not all(bool(p.isfinite().all()) for p in trained)))
+    return trainer.state.global_step if bool(Ranks.everyone().max_(is_lost)) else None
 
 
 def train_run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from childtuning.child import ChildConfig
 from childtuning.child.eligible import named
 from childtuning.child.pieces import piece_of
 from childtuning.errors import ConfigError
@@ -27,6 +28,7 @@ from childtuning.fisher.batches import is_token_level, num_examples
 from childtuning.fisher.without_trace import without_trace
 from childtuning.ranks import Ranks
 from childtuning.training.further_pass import IGNORED, predicted_labels, unwrapped
+from childtuning.training.method import Method
 
 _FREED = "free_full_weight"  # transformers' word for: gather for each pass, and free
 _COUNTS, SHARE = "_counts", "_share"
@@ -177,6 +179,17 @@ def divides_by_items(trainer: Any, inputs: dict[str, Any]) -> bool:
         )
     losses = [float(output["loss"] if isinstance(output, dict) else output[0]) for output in (one, two)]
     return math.isclose(losses[0], 2 * losses[1], rel_tol=1e-2)
+
+
+def check_sharded_run(config: ChildConfig | None, methods: Sequence[Method]) -> None:
+    """Raise a ConfigError for what does not go with a sharded model."""
+    for method in methods:
+        if not method.shards:
+            raise ConfigError(f"method {method.name!r} does not train a sharded model. Load the model whole.")
+    if config is not None and (config.budget is not None or config.fisher_examples == "auto"):
+        raise ConfigError(
+            "a sharded model has neither a budget nor fisher_examples='auto'. Pass a density, and a number of examples."
+        )
 
 
 @contextmanager

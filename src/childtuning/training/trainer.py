@@ -42,6 +42,7 @@ from childtuning.training.method import LossStep, Method
 from childtuning.training.sharing import (
     SHARE,
     check_processes,
+    check_sharded_run,
     divides_by_items,
     leave_out_uncounted,
     resumable,
@@ -150,6 +151,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
         _check_methods(self.child_config, self.methods, self.args)
+        if self.is_sharded:
+            check_sharded_run(self.child_config, self.methods)
         self._method_callbacks = [
             callback for m in self.methods if (callback := m.callback(self)) is not None
         ]
