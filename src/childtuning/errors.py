@@ -51,6 +51,10 @@ class BaseMismatchError(DeltaError):
     """A delta was made for another base model."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process of a distributed training has ended: no fault of the input."""
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return the remedy half of an "unknown …" message: the nearest known name, then all of them.
 

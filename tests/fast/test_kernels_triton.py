@@ -71,7 +71,8 @@ def test_under_the_interpreter() -> None:
 CAPABILITIES = [80, 90]
 KERNELS = {
     "keep_kernel": {},
-    "masked_kernel": {"W": "float32", "G": "float32", "M": "float32", "ALIGNED": True},
+    "masked_kernel": {"W": "float32", "G": "float32", "M": "float32", "ALIGNED": True, "SHARD": False},
+    "masked_kernel, shard": {"W": "float32", "G": "float32", "M": "float32", "ALIGNED": True, "SHARD": True},
     "rows_kernel": {"W": "bfloat16", "G": "bfloat16", "M": "bfloat16", "ALIGNED": False},
     "child_kernel": {"W": "float16", "G": "float32", "MASTER": True},
     "child_kernel, bf16": {"W": "bfloat16", "G": "bfloat16", "MASTER": False},
@@ -103,7 +104,9 @@ def test_compiles_for_a_gpu(
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=gpu.COMPILED)
     ptx = compiled.asm["ptx"]
-    assert ("ld.global.v4" in ptx) == bool(KERNELS[kernel].get("ALIGNED"))
+    assert ("ld.global.v4" in ptx) == (
+        KERNELS[kernel].get("ALIGNED", False) and not KERNELS[kernel].get("SHARD")
+    )
     assert ("cvt.rn.bf16" in ptx) == (KERNELS[kernel].get("W") == "bfloat16")  # to nearest
     assert compiled.asm["cubin"]
 
@@ -199,6 +202,19 @@ class TestTaskFree:
                 t = Member(t.weight, g[keep].to(device), t.first, t.second, step)
             members.append((t, place.to(torch.int32).to("cpu" if travels else device)))
         gpu.rows_(members)
+        for (after, _), wanted in zip(members, expected, strict=True):
+            assert_updated(after, wanted)
+
+    @pytest.mark.parametrize("start", [0, 1, 31, 1024, 1500, 2**33 + 7])
+    def test_the_masks_of_shards_start_within(self, start: int, device: str) -> None:
+        step, draw = STEPS["adamw"], mask_draw(0.3, "shard")
+        assert draw is not None
+        members, expected = [], []
+        for size in (1, 700, 2048, 3000):
+            t = whole(size, step=step, seed=size, device=device, dtypes=MIXED[0])
+            expected.append(twin(*on_cpu(t), step, keep_mask(0.3, "shard", numel=size, start=start)))
+            members.append((t, draw._replace(start=start)))
+        gpu.masked_(members)
         for (after, _), wanted in zip(members, expected, strict=True):
             assert_updated(after, wanted)
 

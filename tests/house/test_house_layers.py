@@ -18,6 +18,7 @@ LAYERS = {
     "fisher": 1,
     "optim": 1,
     "delta": 1,
+    "distributed": 2,
     "tasks": 2,
     "training": 2,
     "methods": 3,

@@ -49,8 +49,19 @@ def test_no_other_is_used() -> None:
     private = {name for name in vars(Trainer) if re.match("_[a-z]", name)}
     found = set()
     for path in FOLDER.glob("*.py"):
-        found |= set(re.findall(r"(?:self\.|def )(_[a-z_]+)\(", path.read_text()))
+        found |= set(re.findall(r"(?:self\.|trainer\.|def )(_[a-z_]+)\(", path.read_text()))
     assert found & private == OVERRIDDEN | CALLED
+
+
+def test_a_model_can_be_sharded_after_it_is_loaded() -> None:
+    for name in (
+        "prepare_distribute_model",
+        "maybe_distribute_model",
+        "is_distributed_loading_by_transformers",
+    ):
+        assert hasattr(BertModel, name), (
+            f"transformers {transformers.__version__} has no PreTrainedModel.{name}, which training/sharing.py needs"
+        )
 
 
 def test_a_loaded_parameter_is_marked(tmp_path: Path) -> None:

@@ -70,26 +70,29 @@ def bare_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def named(model: nn.Module) -> dict[str, nn.Parameter]:
+def named(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parameter]:
     """Return a model's parameters by canonical name, in the model's order, each once.
 
     The name of a parameter depends on the model alone, not on what wraps it or what else is trained.
 
+    Args:
+        model: the model.
+        sharded: whether the caller knows what to do with a DTensor, of which this process holds a piece.
     Raises:
         ParameterError: a parameter is sharded.
     """
     found = {canonical_name(name): parameter for name, parameter in bare_model(model).named_parameters()}
-    for name, parameter in found.items():
+    for name, parameter in () if sharded else found.items():
         refuse_sharded(name, parameter)
     return found
 
 
 def refuse_sharded(name: str, tensor: Tensor) -> None:
     """Raise a ParameterError for a DTensor: its local values are not the parameter's."""
-    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor"):
+    if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
         raise ParameterError(
-            f"{name!r} is sharded (a DTensor), which is not supported yet. "
-            "Load and train the model unsharded: one process, or DistributedDataParallel."
+            f"{name!r} is sharded (a DTensor), which is not supported here. "
+            "Load the model unsharded: one process, or DistributedDataParallel."
         )
 
 
@@ -106,7 +109,7 @@ def eligible(
     Raises:
         ParameterError: a pattern matches nothing, or nothing is eligible.
     """
-    parameters = named(model)
+    parameters = named(model, sharded=True)
     left_out = match_names(as_patterns(always or ()), parameters)
     if patterns is None:
         chosen = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -172,7 +175,11 @@ def unit_axes(model: nn.Module, granularity: str) -> dict[str, int]:
         elif is_conv1d(module) or (is_column and isinstance(module, _TRANSPOSED)):
             found.setdefault(id(weight), 1 - is_column)
     usual = int(is_column)
-    return {name: axis for name, p in named(model).items() if (axis := found.get(id(p), usual)) != usual}
+    return {
+        name: axis
+        for name, p in named(model, sharded=True).items()
+        if (axis := found.get(id(p), usual)) != usual
+    }
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from childtuning.child import sharded_ranking
+from childtuning.child.pieces import local_of
 from childtuning.child.task_free import uniform
 from childtuning.child.units import Granularity, Part
 from childtuning.config import SCOPES, check_density
@@ -110,7 +112,7 @@ def top_parts(scores: Mapping[str, Tensor], share: Share, *, lowest: bool = Fals
             parts |= _take_entries(chosen, budget, share, lowest)
             continue
         shapes = {name: tuple(score.shape) for name, score in chosen.items()}
-        sums = [share.units(name).sums(score).cpu() for name, score in chosen.items()]
+        sums = [sharded_ranking.unit_sums(name, score, share.units(name)) for name, score in chosen.items()]
         sizes = [share.units(name).sizes(shape) for name, shape in shapes.items()]
         means = [total / size.clamp(min=1) for total, size in zip(sums, sizes, strict=True)]
         for name, mean in zip(chosen, means, strict=True):
@@ -155,8 +157,12 @@ def _groups(names: list[str], sizes: Sequence[int], share: Share) -> Iterator[tu
 
 
 def _take_entries(scores: Mapping[str, Tensor], budget: int, share: Share, lowest: bool) -> dict[str, Part]:
+    ranks = sharded_ranking.holders(scores)
     try:
-        taken = top_entries(list(scores.values()), budget, lowest=lowest)
+        if ranks.size > 1:
+            taken = sharded_ranking.top_entries(scores, budget, ranks, lowest=lowest)
+        else:
+            taken = top_entries([local_of(score) for score in scores.values()], budget, lowest=lowest)
     except NotNumbersError as fault:
         raise not_numbers(list(scores)[fault.tensor]) from None
     return {

@@ -21,6 +21,7 @@ from childtuning.child.eligible import (
     unit_axes,
 )
 from childtuning.child.eligible import eligible as eligible_parameters
+from childtuning.child.pieces import is_sharded
 from childtuning.child.ranking import Scope, Share, not_numbers, random_parts, top_parts
 from childtuning.child.units import Granularity
 from childtuning.config import Budget, check_density, mass_fault
@@ -53,7 +54,8 @@ def select_child(
     The official code thresholds at a percentile with ``>=``, so that ties exceed the budget: ``official_child``.
 
     Args:
-        scores: importance of each entry by parameter name, in the model's order, floating point, any device.
+        scores: importance of each entry by parameter name, in the model's order, floating point, any device. Those of
+            a sharded model (DTensors) are ranked where they lie, and every process chooses the same child.
         density: the share p, in (0, 1]; ``"auto"``: that of the smallest child which holds the share ``mass`` of the
             scores' total. ``None``: as much as the budget allows.
         budget: what training may cost, in place of a density; with ``scope="global"`` and scores from 0 up.
@@ -120,6 +122,8 @@ def check_scores(scores: Mapping[str, Tensor], *, ranks_entries: bool = False) -
         ParameterError: some are not numbers.
     """
     for name, score in scores.items():
+        if is_sharded(score):  # its ranking looks for NaN itself, on all processes
+            continue
         if not ranks_entries and score.numel() and bool(score.min().isnan()):
             raise not_numbers(name)
     dtypes = {score.dtype for score in scores.values()}
@@ -233,6 +237,7 @@ def _from_zero(scores: dict[str, Tensor]) -> dict[str, Tensor]:
         ParameterError: one is negative or no number.
     """
     for name, score in scores.items():
+        refuse_sharded(name, score)
         if score.numel() and not bool(score.min() >= 0):
             raise ParameterError(
                 f"the scores of {name!r} are not all numbers from 0 up. Pass a density instead."
@@ -253,6 +258,8 @@ def official_child(scores: Mapping[str, Tensor], density: float, *, always: Iter
     density = check_density(density)
     always = as_patterns(always)
     checked = check_scores(_eligible_scores(scores, None, always))
+    for name, score in checked.items():
+        refuse_sharded(name, score)
     # numpy has no bf16, and a percentile may lie between two numbers of it
     ranked = {
         name: score.to(torch.promote_types(score.dtype, torch.float32)) for name, score in checked.items()
@@ -270,14 +277,13 @@ def _eligible_scores(
     """The scores that take part in a selection.
 
     Raises:
-        ParameterError: a pattern fits no scored name, none is left, or a score is sharded.
+        ParameterError: a pattern fits no scored name, or none is left.
     """
     chosen = set(scores) if eligible is None else match_names(as_patterns(eligible), scores)
     found = {n: s.detach() for n, s in scores.items() if n in chosen and not matches(n, always)}
     if not any(score.numel() for score in found.values()):
         raise ParameterError("there are no scores to select from. Check the eligible and always patterns.")
     for name, score in found.items():
-        refuse_sharded(name, score)
         if not score.is_floating_point():
             raise ParameterError(f"the scores of {name!r} are {score.dtype}. Pass floating-point scores.")
     return found

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from childtuning.child.eligible import as_patterns
+from childtuning.child.pieces import Piece
 from childtuning.child.units import Granularity
 from childtuning.config import check_density
 from childtuning.errors import ConfigError
@@ -104,26 +105,35 @@ class TaskFree:
         Granularity(self.granularity)
         object.__setattr__(self, "row_axes", dict(self.row_axes))
 
-    def mask(self, name: str, shape: Sequence[int], step: int) -> Tensor:
+    def mask(self, name: str, shape: Sequence[int], step: int, piece: Piece | None = None) -> Tensor:
         """Draw the bool mask of one parameter at one step, of the given shape, on the CPU.
 
         Args:
             name: the parameter's name before any wrapper.
             shape: the parameter's shape.
             step: the optimizer step, counted from 0.
+            piece: of the parameter, whose mask alone is wanted; ``None``: all of it.
         """
         granularity = self.units(name)
-        return granularity.spread(self.kept_units(name, shape, step), shape)
+        if piece is None or piece.is_all or granularity.is_run(shape):
+            kept = self.kept_units(name, shape, step, piece)
+            return granularity.spread(kept, shape if piece is None else piece.local_shape)
+        return piece.slice(granularity.spread(self.kept_units(name, shape, step), shape))
 
     def units(self, name: str) -> Granularity:
         """Return how a parameter is cut into units."""
         axis = self.row_axes.get(name)
         return Granularity(self.granularity) if axis is None else Granularity(self.granularity, axis)
 
-    def kept_units(self, name: str, shape: Sequence[int], step: int) -> Tensor:
-        """Draw which units of a parameter are trained at a step: bool [num_units], on the CPU."""
-        num_units = self.units(name).num_units(shape)
-        return keep_mask(self.density, *self._coordinates(name, step), numel=num_units)
+    def kept_units(self, name: str, shape: Sequence[int], step: int, piece: Piece | None = None) -> Tensor:
+        """Draw which units of a parameter are trained at a step: bool [num_units], on the CPU.
+
+        Args:
+            name, shape, step: as in ``mask``.
+            piece: whose units alone are wanted, where each lies in one piece (``Granularity.is_run``).
+        """
+        start, num_units = (piece or Piece(tuple(shape))).runs(self.units(name))
+        return keep_mask(self.density, *self._coordinates(name, step), numel=num_units, start=start)
 
     def draw(self, name: str, step: int) -> MaskDraw | None:
         """Return a parameter's mask at a step as the kernels take it; ``None`` if it keeps everything."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from childtuning.cli import (
     score,
     train,
 )
-from childtuning.errors import ChildTuningError
+from childtuning.errors import ChildTuningError, LostProcessError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
 
@@ -82,10 +83,14 @@ def main() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if "RANK" in os.environ:  # torchrun ends the others by SIGTERM when one has died
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False, prog_name="childtuning")
     except ChildTuningError as error:
         _fail(str(error), 2)
+    except LostProcessError as error:
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail(_STOPPED, 1)
     except BrokenPipeError:

@@ -75,7 +75,7 @@ def run(
         print_json(result.to_dict())
     else:
         _print(result)
-    from childtuning.optim.processes import is_main_process
+    from childtuning.ranks import is_main_process
 
     for remark in result.remarks if is_main_process() else ():
         tell(f"warning: {remark}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from childtuning.child import Child, Part, TaskFree
 from childtuning.child.eligible import bare_model, canonical_name, named, refuse_rewritten
 from childtuning.child.files import RECIPES, read_parts, write_parts
+from childtuning.child.pieces import local_of, piece_of, reshard, whole_of
 from childtuning.delta.files import INDEX_SUFFIX, frozen_hash, read_folder, stream_tensor, write_folder
 from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError, ParameterError
 
@@ -50,13 +51,15 @@ class Delta:
         """Copy the child's values out of a trained model.
 
         Args:
-            model: the model that the child was trained in.
+            model: the model that the child was trained in. Of a sharded one every process calls this, and has all
+                values; weights are gathered one at a time.
             child: which entries to take; a task-free child trains all that require a gradient.
             base: the base model's name, or JSON-ready facts about it.
         Raises:
             ParameterError: the child does not fit the model.
         """
-        parameters = named(model)
+        reshard(model)
+        parameters = named(model, sharded=True)
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         recipe: dict[str, Any] | None = None
         from_recipe: frozenset[str] = frozenset()
@@ -71,7 +74,14 @@ class Delta:
             refuse_rewritten(model, [n for n, part in parts.items() if not part.is_whole])
             if child.recipe is not None and child.recipe.get("source") in RECIPES:
                 recipe, from_recipe = child.recipe, frozenset(child.parts)
-        values = {name: _read(parameters[name], part) for name, part in parts.items() if not part.is_empty}
+        values: dict[str, Tensor] = {}
+        hashes: dict[str, str] = {}
+        for name, part in parts.items():
+            parameter = whole_of(parameters[name])
+            if not part.is_empty:
+                values[name] = _read(parameter, part)
+            if not part.is_whole:
+                hashes[name] = _hash(parameter, part)
         return cls(
             parts=parts,
             values=values,
@@ -79,7 +89,7 @@ class Delta:
                 name: buffer.detach().to("cpu", copy=True)
                 for name, buffer in _persistent_buffers(model).items()
             },
-            hashes={name: _hash(parameters[name], part) for name, part in parts.items() if not part.is_whole},
+            hashes=hashes,
             base={"name": base} if isinstance(base, str) else dict(base or {}),
             recipe=recipe,
             from_recipe=from_recipe,
@@ -107,7 +117,7 @@ class Delta:
         Raises:
             BaseMismatchError: a name, shape, dtype or frozen value differs; nothing was changed.
         """
-        parameters = named(model)
+        parameters = named(model, sharded=True)
         base = f" ({self.base['name']})" if self.base.get("name") else ""
         remedy = f"Load the base model that it was made from{base}."
         if list(parameters) != list(self.parts):
@@ -125,7 +135,7 @@ class Delta:
                     f"{name!r} is {_short(parameter.dtype)}, the delta is for {_short(value.dtype)}. "
                     f"Load the base model in {_short(value.dtype)}."
                 )
-            if name in self.hashes and _hash(parameter, part) != self.hashes[name]:
+            if name in self.hashes and _hash(whole_of(parameter), part) != self.hashes[name]:
                 raise BaseMismatchError(
                     f"the delta was made for another base model: {name!r} differs. {remedy}"
                 )
@@ -140,28 +150,33 @@ class Delta:
         """Write the trained values into a model, in place.
 
         Args:
-            model: the base model, or one with another delta of the same child applied.
+            model: the base model, or one with another delta of the same child applied. Of a sharded one every process
+                calls this.
             check: verify first that the base is the right one (it reads every weight once).
         Returns:
             the delta that restores what was there: ``displaced.apply_(model)`` is bitwise the way back.
         Raises:
             BaseMismatchError: it is another base model; nothing was changed.
         """
+        reshard(model)
         if check:
             self.check_base(model)
-        parameters, buffers = named(model), _persistent_buffers(model)
+        parameters, buffers = named(model, sharded=True), _persistent_buffers(model)
         for name, tensor in (*parameters.items(), *buffers.items()):
-            if (name in self.values or name in self.buffers) and 0 in tensor.stride() and tensor.numel() > 1:
+            is_written = name in self.values or name in self.buffers
+            if is_written and 0 in local_of(tensor).stride() and local_of(tensor).numel() > 1:
                 raise ParameterError(
                     f"{name!r} is an expanded view, which cannot be written to. Make it contiguous."
                 )
         displaced = replace(
             self,
-            values={name: _read(parameters[name], self.parts[name]) for name in self.values},
+            values={name: _read(whole_of(parameters[name]), self.parts[name]) for name in self.values},
             buffers={name: buffers[name].detach().to("cpu", copy=True) for name in self.buffers},
         )
         for name, value in self.values.items():
-            _write(parameters[name], self.parts[name], value)
+            piece, part = piece_of(name, parameters[name]), self.parts[name]
+            mine = value.reshape(-1).narrow(0, piece.before(part), (local := piece.part(part)).num_trained)
+            _write(local_of(parameters[name]), local, mine)
         for name, value in self.buffers.items():
             buffers[name].copy_(value)
         return displaced
@@ -280,7 +295,7 @@ def _read(tensor: Tensor, part: Part) -> Tensor:
 
 def _write(tensor: Tensor, part: Part, value: Tensor) -> None:
     if part.is_whole:
-        tensor.detach().copy_(value)
+        tensor.detach().copy_(value.view_as(tensor))
     else:
         part.runs().to(tensor.device).scatter_(tensor.detach(), value.to(tensor.device))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from childtuning.child.eligible import named
 from childtuning.child.files import write_atomically
+from childtuning.child.pieces import whole_of
 from childtuning.errors import CorruptFileError
 
 ABOUT, VALUES = "delta.json", "delta.safetensors"
@@ -130,8 +131,8 @@ def model_hash(model: nn.Module, *, without: Collection[str] = ()) -> str:
         without: names of parameters to leave out, such as a new head that is random.
     """
     digest = hashlib.sha256()
-    for name, parameter in named(model).items():
+    for name, parameter in named(model, sharded=True).items():
         if name not in without:
             digest.update(name.encode())
-            _absorb(digest, parameter)
+            _absorb(digest, whole_of(parameter))
     return digest.hexdigest()

@@ -131,8 +131,8 @@ def _masked_cpu_(members: Sequence[tuple[Member, MaskDraw]]) -> None:
     numbers = [member.step.numbers() for member, _ in members]
     draws = [draw.native() for _, draw in members]
     rows = [
-        (*_row(member)[:4], start, size, ctypes.addressof(draw), number.ctypes.data)
-        for (member, _), draw, number in zip(members, draws, numbers, strict=True)
+        (*_row(member)[:4], start, size, mask.start, ctypes.addressof(draw), number.ctypes.data)
+        for (member, mask), draw, number in zip(members, draws, numbers, strict=True)
         for start, size in _cut(member.weight.numel(), _ENTRIES_A_TASK)
     ]
     run_tasks("ct_adamw_masked", np.array(rows, MASKED))

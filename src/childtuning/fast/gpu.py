@@ -49,8 +49,8 @@ def keep_mask(draw: MaskDraw, numel: int, start: int, device: torch.device | str
     """Draw the mask's entries start … start+numel on a GPU: bool [numel], bitwise what the CPU draws."""
     keep = torch.empty(numel, dtype=torch.bool, device=device)
     record = np.zeros(1, RECORD)
-    fill_draw(record[0], draw)
-    record["weight"], record["count"], record["start"] = keep.data_ptr(), numel, start
+    fill_draw(record[0], draw._replace(start=start))
+    record["weight"], record["count"] = keep.data_ptr(), numel
     launch("keep_kernel", record, [start % ENTRIES + numel], keep.device)
     return keep
 
@@ -85,7 +85,7 @@ def masked_(members: Sequence[tuple[Member, MaskDraw]]) -> None:
         records = _records(some)
         for record, (_, draw) in zip(records, alike, strict=True):
             fill_draw(record, draw)
-        _launch_whole("masked_kernel", records, some)
+        _launch_whole("masked_kernel", records, some, SHARD=bool(records["start"].any()))
 
 
 def rows_(members: Sequence[tuple[Member, Tensor]]) -> None:
@@ -100,8 +100,9 @@ def rows_(members: Sequence[tuple[Member, Tensor]]) -> None:
 
 
 def fill_draw(record: Any, draw: MaskDraw) -> None:
-    """Write a draw's key and threshold into its columns."""
+    """Write a draw's key, threshold and start into its columns."""
     record["key0"], record["key1"], record["threshold"] = *draw.key, draw.threshold
+    record["start"] = draw.start
 
 
 def launch(
@@ -118,17 +119,18 @@ def launch(
         function[(len(owners),)](_to(table, device), owners, ENTRIES=ENTRIES, **given, **COMPILED)
 
 
-def _launch_whole(kernel: str, records: NDArray, members: Sequence[Member]) -> None:
+def _launch_whole(kernel: str, records: NDArray, members: Sequence[Member], **constants: Any) -> None:
     one = members[0]
     launch(
         kernel,
         records,
-        records["count"].tolist(),
+        (records["start"] % ENTRIES + records["count"]).tolist(),
         one.weight.device,
         W=one.weight.dtype,
         G=one.gradient.dtype,
         M=one.first.dtype,
         ALIGNED=all(not (records[name] % _ALIGNMENT).any() for name in POINTERS[:4]),
+        **constants,
     )
 
 

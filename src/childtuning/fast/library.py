@@ -41,10 +41,12 @@ class MaskDraw(NamedTuple):
     Args:
         key: the two words that name its stream of bits.
         threshold: p·2^64, below 2^64.
+        start: which of the mask's entries is the first of the tensor that it lies on: not 0 for a shard.
     """
 
     key: tuple[int, int]
     threshold: int
+    start: int = 0
 
     def native(self) -> Draw:
         """Return it as the compiled kernels take it."""
@@ -87,7 +89,7 @@ NUMBERS = np.dtype(
 STRETCH = _record(
     "weight gradient first second index", "count width repeats period compact_gradient"
 )  # ct_stretch
-MASKED = _record("weight gradient first second", "start count", "draw numbers")  # ct_masked
+MASKED = _record("weight gradient first second", "start count mask_start", "draw numbers")  # ct_masked
 ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
 POINTERS = ["weight", "gradient", "first", "second", "master", "places"]
 # Every column is 8 bytes wide, so that kernels find them by number; ``program`` is the record's first one.

@@ -143,20 +143,24 @@ def masked_kernel(
     G: tl.constexpr,
     M: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARD: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Update whole parameters under masks that are drawn on the way."""
+    """Update whole parameters, or shards of them, under masks that are drawn on the way."""
     record = record_of(table, owners)
     start = first_entry(record, ENTRIES)
+    mask_start = tl.load(record + START) if SHARD else 0
+    if SHARD:  # programs begin at multiples of ENTRIES in the mask
+        start -= mask_start % ENTRIES
     count = tl.load(record + COUNT)
     at = start + tl.arange(0, ENTRIES)
-    keep = keep_entries(record, start, ENTRIES)
+    keep = keep_entries(record, mask_start + start, ENTRIES)
     gradient = pointer(record, GRADIENT, G, ALIGNED) + at
-    if start + ENTRIES <= count:  # without a mask loads are wide
+    if (start >= 0) & (start + ENTRIES <= count):  # without a mask loads are wide
         g = tl.where(keep, tl.load(gradient).to(tl.float32), 0.0)
         _step(record, at, g, None, W, M, ALIGNED)
     else:
-        inside = at < count
+        inside = (at >= 0) & (at < count)
         g = tl.where(keep, tl.load(gradient, mask=inside, other=0.0).to(tl.float32), 0.0)
         _step(record, at, g, inside, W, M, ALIGNED)
 

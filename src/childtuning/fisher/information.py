@@ -19,6 +19,7 @@ from childtuning.fisher.batches import num_entries, num_examples, to_device
 from childtuning.fisher.costs import training_costs
 from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
 from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
+from childtuning.fisher.shared_pass import SharedPass
 from childtuning.fisher.sums import ScoreSums
 from childtuning.fisher.without_trace import without_trace
 
@@ -62,6 +63,7 @@ def fisher_information(
     scores_device: torch.device | str | None = None,
     scores_dtype: torch.dtype | None = None,
     stop_fn: StopFn | None = None,
+    share: bool = False,
 ) -> Scores:
     """Estimate the diagonal empirical Fisher information of each parameter entry.
 
@@ -76,6 +78,11 @@ def fisher_information(
     labels by a formula, which is checked on every batch. Elsewhere, and for parameters that no faster way serves,
     examples are run one at a time, which is exact and slow, and a UserWarning says why.
 
+    The processes of a model that ``fully_shard`` (FSDP2) or DistributedDataParallel has wrapped share the pass: each is
+    given the same batches, takes every n-th, and has the scores of all, laid out as its parameters are (DTensors of a
+    sharded model, whose weights are gathered for the pass). A bare model is scored by each process on its own, unless
+    they ``share``.
+
     The pass leaves no trace: modes, gradients, flags, buffers, weights and random streams are as before. Squares are
     taken in float32, so that half-precision gradients do not underflow.
 
@@ -86,7 +93,7 @@ def fisher_information(
     entry is at most 2^-8·√n of its value, and at most 2^-4 (6 %) for any n. The mean is rounded once more, by 2^-9.
 
     Args:
-        model: the pretrained network with its head; of a model that torch.compile or DDP wraps, what is inside.
+        model: the pretrained network with its head, as it is or wrapped by torch.compile, DDP or ``fully_shard``.
         batches: dicts for the model's own loss, with ``labels`` (Hugging Face), or whatever ``loss_fn`` takes. The
             first axis of every tensor counts examples, but for tensors of length 1. Moved to the model's device.
         loss_fn: ``loss_fn(model, batch)``, the negative log-likelihood: one an example [B], or a scalar.
@@ -104,6 +111,7 @@ def fisher_information(
         scores_dtype: ``torch.float32`` or ``torch.bfloat16``; ``None``: float32 (float64 for float64 parameters).
         stop_fn: called after each batch as ``stop_fn(sums, done)``, with the sums so far by parameter name and the
             number of examples in them; the pass ends when it returns True.
+        share: let all processes share the pass of a model that nothing wraps; all of them call this.
     Returns:
         by parameter name, in the model's order, a tensor of its shape, on the device and in the dtype asked for;
         zero where no gradient reaches.
@@ -139,47 +147,59 @@ def fisher_information(
         )
     if reduction is not None and loss_fn is None:
         raise ConfigError(f"reduction is for a loss_fn, got {reduction!r} without one. Leave it out.")
-    model = bare_model(model)
-    parameters = eligible_parameters(model, eligible, always)
-    sums = ScoreSums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
-    report = _reporter(progress, batches)
-    device = next(iter(parameters.values())).device
-    prepare = SampledLabels(model, seed) if labels == "sampled" else lambda batch: batch
+    given, model = model, bare_model(model)
+    prepare = SampledLabels(model, seed) if labels == "sampled" else None
     loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
-    scored = {id(parameter) for parameter in parameters.values()}
-    trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
     done = num_terms = 0
     largest: Any = None
-    with without_trace(model, training=training):
-        add_: PerExample | PerBatch = (
-            PerExample(model, loss, sums, trainable, training=training)
-            if estimator == "per-example"
-            else PerBatch(model, loss, sums, trainable)
-        )
-        torch.manual_seed(seed)
-        for batch in batches:
-            batch = to_device(batch, device)
-            size = num_examples(batch)
-            largest = max(largest, batch, key=num_entries) if largest is not None else batch
-            num_terms += add_(prepare(batch))
-            done += size
-            report(done)
-            if stop_fn is not None and stop_fn(sums.tensors, done):
-                break
-    if progress is True:
-        print(file=sys.stderr)
-    if num_terms == 0:
-        raise DataError("there are no batches to estimate Fisher information from. Pass training examples.")
-    if not add_.is_reached:
-        raise not_reached()
-    scores = Scores(sums.means_(num_terms))
+    with SharedPass.of(given, share=share) as shared:
+        with shared.ranks.agreed():
+            if stop_fn is not None and shared.ranks.size > 1:
+                raise ConfigError(
+                    "stop_fn would see the sums of one process, and several share this pass. Leave it out."
+                )
+            parameters = eligible_parameters(model, eligible, always)
+            sums = ScoreSums(parameters, device=scores_device, dtype=scores_dtype, seed=seed)
+            report = _reporter(progress, batches)
+            device = next(iter(parameters.values())).device
+            scored = {id(parameter) for parameter in parameters.values()}
+            trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
+            with without_trace(model, training=training):
+                add_: PerExample | PerBatch = (
+                    PerExample(model, loss, sums, trainable, training=training)
+                    if estimator == "per-example"
+                    else PerBatch(model, loss, sums, trainable)
+                )
+                torch.manual_seed(seed)
+                for number, batch in enumerate(batches):
+                    batch = to_device(batch, device)
+                    done += num_examples(batch)
+                    largest = max(largest, batch, key=num_entries) if largest is not None else batch
+                    if prepare is not None:  # of every batch: the draws are one stream
+                        batch = prepare(batch)
+                    if shared.is_mine(number):
+                        num_terms += add_(batch)
+                    report(done)
+                    if stop_fn is not None and stop_fn(sums.tensors, done):
+                        break
+            if progress is True:
+                print(file=sys.stderr)
+            if done == 0:
+                raise DataError(
+                    "there are no batches to estimate Fisher information from. Pass training examples."
+                )
+            if num_terms and not add_.is_reached:
+                raise not_reached()
+        shared.add_up_(sums.tensors)
+        means = sums.means_(shared.total(num_terms))
+        if not any(bool(mean.any()) for mean in means.values()):
+            raise DataError(
+                "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not "
+                "depend on eligible parameters. Pass a loss_fn that has a gradient for each example."
+            )
+        scores = Scores(shared.as_laid_out(means))
     scores.paths, scores.num_examples = add_.paths, done
     scores.costs = partial(_costs_of, weakref.ref(model), largest, loss_fn)
-    if not any(bool(score.any()) for score in scores.values()):
-        raise DataError(
-            "every score is exactly 0: no example alone has a gradient. The loss mixes examples, or does not depend on "
-            "eligible parameters. Pass a loss_fn that has a gradient for each example."
-        )
     return scores
 
 

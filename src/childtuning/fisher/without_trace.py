@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from childtuning.child.pieces import reshard
 from childtuning.errors import ParameterError
 from childtuning.fast.structured import set_aside
 
@@ -35,6 +36,9 @@ def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
         stack.enter_context(_buffers_kept(model))
         stack.enter_context(_weights_kept(model))
         stack.enter_context(_flags_kept(model))
+        stack.callback(
+            reshard, model
+        )  # what a forward pass has gathered would keep the flags of this context
         model.train(training)
         if any("_orig_mod" in module._modules for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))

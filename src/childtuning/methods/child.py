@@ -22,6 +22,7 @@ class ChildD(Method):
     memory = "3n with AdamW: state and positions"
     part = "child"
     density = 0.3
+    shards = True
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
@@ -40,6 +41,7 @@ class ChildF(Method):
     memory = "2n state"
     part = "child"
     density = 0.3
+    shards = True
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
@@ -58,6 +60,7 @@ class ChildLowest(Method):
     memory = "3n with AdamW: state and positions"
     part = "child"
     density = 0.3
+    shards = True
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""
@@ -76,6 +79,7 @@ class ChildRandom(Method):
     memory = "3n with AdamW: state and positions"
     part = "child"
     density = 0.3
+    shards = True
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the child's configuration."""

@@ -43,6 +43,7 @@ class L2SP(Method):
         "mixout": "both pull the weights towards the pretrained ones",
     }
     acts_on_pretrained = True
+    shards = True
 
     weight: float = 10.0
 

@@ -21,6 +21,7 @@ class WholeParameters(Method):
 
     memory = "2n state"
     part = "child"
+    shards = True
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the configuration of a child of whole parameters.

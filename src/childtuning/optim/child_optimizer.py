@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from childtuning.child.child import Child
-from childtuning.child.eligible import canonical_name, match_names
+from childtuning.child.eligible import match_names
+from childtuning.child.pieces import is_sharded
 from childtuning.child.task_free import TaskFree
 from childtuning.child.units import Part
 from childtuning.errors import ConfigError, ParameterError
@@ -19,13 +20,35 @@ from childtuning.fast.runs import Runs
 from childtuning.optim.d_step import d_step, hidden
 from childtuning.optim.f_step import f_step
 from childtuning.optim.frozen import Frozen
-from childtuning.optim.gradients import DrawnRows, Release, check_released
-from childtuning.optim.groups import canonical_names_of, check_elementwise, named_groups, refuse_closures
+from childtuning.optim.gradients import (
+    DrawnRows,
+    Release,
+    WholeGradients,
+    check_released,
+    check_sharded,
+    no_scaler,
+    total_norm,
+)
+from childtuning.optim.groups import (
+    canonical_names_of,
+    check_arguments,
+    check_elementwise,
+    named_groups,
+    refuse_closures,
+)
 from childtuning.optim.inner import OfficialAdamW, evaluated
 from childtuning.optim.one_pass import OnePass
-from childtuning.optim.processes import check_same_child
-from childtuning.optim.state import carry_over, from_version_1, load_by_name, state_by_name
+from childtuning.optim.state import (
+    about_child,
+    carry_over,
+    from_version_1,
+    load_by_name,
+    pieces_held,
+    scaled_moments,
+    state_by_name,
+)
 from childtuning.optim.trained import Trained
+from childtuning.ranks import check_same_child
 
 _STATE_VERSION = 2
 
@@ -66,6 +89,7 @@ class ChildOptimizer(Optimizer):
             layers are to form the gradients of the trained units alone, which is where computation is saved. Its
             ``Linear``, ``Conv``, ``Conv1D``, ``Embedding`` and ``Dropout`` layers change their class to a subclass
             until ``remove()``; other uses of a weight stay right. Implies ``release_gradients`` for a fixed child.
+        max_grad_norm: clip to this norm in every step, where a trainer's own clipping counts frozen entries.
         options: passed to the inner optimizer (lr, weight_decay, betas, …).
     Raises:
         ConfigError: the inner optimizer mixes coordinates, or an option is unknown.
@@ -95,18 +119,11 @@ class ChildOptimizer(Optimizer):
         preset: Literal["official"] | None = None,
         release_gradients: bool = False,
         model: nn.Module | None = None,
+        max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
-        if preset not in (None, "official"):
-            raise ConfigError(f"preset must be None or 'official', got {preset!r}. Leave it out.")
-        if not isinstance(child, (Child, TaskFree)):
-            raise ConfigError(
-                f"child must be a Child or a TaskFree, got {type(child).__name__}. Choose one first."
-            )
-        if inner is not None and not isinstance(inner, type):
-            raise ConfigError(
-                f"inner must be an optimizer's class, got {type(inner).__name__}. Pass torch.optim.AdamW."
-            )
+        check_arguments(child, inner, preset, max_grad_norm)
+        self.max_grad_norm = max_grad_norm
         inner = inner or (OfficialAdamW if preset else torch.optim.AdamW)
         self.child, self.preset = child, preset
         self._is_fixed = isinstance(child, Child) and preset is None
@@ -114,11 +131,16 @@ class ChildOptimizer(Optimizer):
         self._rescales = (preset is None or isinstance(child, TaskFree)) if rescale is None else rescale
         self._named = named_groups(params)
         self._names = canonical_names_of(self._named, child, is_fixed=self._is_fixed)
-        self._options, self._num_steps, self._built = options, 0, False
+        self._options, self._num_steps, self._built, self._is_removed = options, 0, False, False
         self._released = self._is_fixed and (release_gradients or model is not None)
-        self._changed: Release | DrawnRows | None = None
+        self._changed: Release | DrawnRows | WholeGradients = WholeGradients()
         self._frozen: Frozen | None = None
         self._trained = self._lay_out(child)
+        self._is_sharded = any(is_sharded(p) for group in self._named for p in group.named.values())
+        if self._is_sharded:
+            parameters = {n: p for group in self._named for n, p in group.named.items()}
+            check_sharded(parameters, preset, is_released=release_gradients and model is None)
+            self._step_supports_amp_scaling = True  # as for drawn rows, below
         check_same_child(self.child.fingerprint())
         self._check_inner(inner)
         try:
@@ -135,8 +157,7 @@ class ChildOptimizer(Optimizer):
         )
         self.state = self.inner.state
         if self._released:
-            partial = [t for t in chain.from_iterable(self._trained) if t.released]
-            self._changed = Release(partial, model)
+            self._changed = Release(list(chain.from_iterable(self._trained)), model)
         elif isinstance(child, TaskFree) and model is not None and preset is None:
             self._changed = DrawnRows(child, list(chain.from_iterable(self._trained)), model)
             self._changed.draw(0)
@@ -148,7 +169,7 @@ class ChildOptimizer(Optimizer):
     def _check_inner(self, inner: type[Optimizer]) -> None:
         if not self._is_fixed:
             refuse_closures(inner)
-        elif any(t.runs for t in chain.from_iterable(self._trained)):
+        if self._is_sharded or (self._is_fixed and any(t.runs for t in chain.from_iterable(self._trained))):
             for group in self._named:
                 check_elementwise(inner, self._options, group.options)
 
@@ -200,7 +221,7 @@ class ChildOptimizer(Optimizer):
         if self._is_fixed:
             runs = {t.name: t.runs for t in chain.from_iterable(trained)}
             self._frozen = Frozen(((n, parameters[n], part) for n, part in parts.items()), runs)
-        if not any(self._is_fixed or t.parameter.requires_grad for t in chain.from_iterable(trained)):
+        if not any(self._is_fixed or t.holder.requires_grad for t in chain.from_iterable(trained)):
             raise ParameterError(
                 "the child trains no entry of these parameters. Raise the density, or pass always."
             )
@@ -208,21 +229,19 @@ class ChildOptimizer(Optimizer):
 
     def _inner_groups(self, options: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the parameter groups of the inner optimizer."""
-        return [
-            {**own, "params": [t.value for t in group]}
-            for own, group in zip(options, self._trained, strict=True)
-        ]
+        pairs = zip(options, self._trained, strict=True)
+        return [{**own, "params": [t.value for t in group]} for own, group in pairs]
 
     def _shown(self, trained: list[Trained]) -> dict[str, Any]:
         """Return a group's visible tensors by name: those whose ``.grad`` holds the gradients."""
-        shown = [(t.name, t.value if t.released else t.parameter) for t in trained]
+        shown = [(t.name, t.value if t.released else t.holder) for t in trained]
         return {"params": shown} if shown else {"params": [], "param_names": []}
 
     def _mask(self, t: Trained, step: int) -> Tensor | None:
         if not t.draws:
             return None
         if isinstance(self.child, TaskFree):
-            return self.child.mask(t.name, t.parameter.shape, step)
+            return self.child.mask(t.name, t.piece.shape, step, t.piece)
         return self._masks[t.name]
 
     @torch.no_grad()
@@ -239,20 +258,14 @@ class ChildOptimizer(Optimizer):
             ConfigError: the optimizer trains no fixed child, or does not see whole gradients.
             ParameterError: the child does not fit, or trains nothing.
         """
-        if not self._is_fixed or self._released or not isinstance(child, Child):
+        if not self._is_fixed or self._released or self._is_sharded or not isinstance(child, Child):
             raise ConfigError(
-                "another fixed child can be trained only by a fixed child's optimizer that sees whole gradients. "
-                "Pass a Child, and leave out release_gradients, model and preset."
+                "another fixed child can be trained only by a fixed child's optimizer that sees whole gradients. Pass "
+                "a Child, leave out release_gradients, model and preset, and do not shard the model."
             )
         scale = 1.0 / child.density if self._rescales and child.density > 0 else 1.0
-        moments = {canonical_name(name): value * scale**2 for name, value in (second_moments or {}).items()}
         shapes = {self._names[n]: p.shape for group in self._named for n, p in group.named.items()}
-        for name, value in moments.items():
-            if shapes.get(name) != value.shape:
-                raise ParameterError(
-                    f"second_moments has {name!r} of shape {list(value.shape)}, which no parameter has. "
-                    "Pass tensors of the parameters' names and shapes."
-                )
+        moments = scaled_moments(second_moments or {}, shapes, scale**2)
         self._share_options()
         old, old_inner, frozen = self._trained, self.inner, self._frozen
         if frozen is not None:
@@ -271,7 +284,7 @@ class ChildOptimizer(Optimizer):
         self.child, self.state = child, self.inner.state
         self._one_pass = OnePass(self._trained, self.inner)
         for group, trained in zip(self.param_groups, self._trained, strict=True):
-            group["params"], group["param_names"] = [t.parameter for t in trained], [t.name for t in trained]
+            group["params"], group["param_names"] = [t.holder for t in trained], [t.name for t in trained]
         assert self._frozen is not None
         self._frozen.freeze()
 
@@ -290,22 +303,19 @@ class ChildOptimizer(Optimizer):
 
         Call it before another optimizer takes over. Trained values stay; ``attach()`` resumes.
         """
-        if self._changed is not None:
-            self._changed.remove()
+        self._changed.remove()
         if self._frozen is not None:
             self._frozen.release()
         self._is_removed = True
 
     def attach(self) -> None:
         """Undo ``remove()``."""
-        if self._changed is not None and not self._changed.attached:
+        if not self._changed.attached:
             self._changed.attach()
             self._changed.draw(self._num_steps)
         if self._frozen is not None and self._is_removed:
             self._frozen.freeze()
         self._is_removed = False
-
-    _is_removed = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -317,17 +327,16 @@ class ChildOptimizer(Optimizer):
         """
         if self._is_removed:
             raise ParameterError("the optimizer was removed from its model. Call attach() before going on.")
-        if isinstance(self._changed, DrawnRows) and "found_inf" in vars(self):
+        if "found_inf" in vars(self):
             del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
-            raise ConfigError(
-                "a GradScaler does not see the gradients of a task-free child's rows alone. "
-                "Leave out model, or the scaler."
-            )
+            raise no_scaler()
         loss = evaluated(closure)
         self._share_options()
-        self._check()
+        trained = self._check()
+        if self.max_grad_norm is not None:
+            self.clip_grad_norm_(self.max_grad_norm)
         free = self.child if isinstance(self.child, TaskFree) else None
-        done, rest = [], list(chain.from_iterable(self._trained))
+        done, rest = [], trained
         if free is not None or self._is_fixed:
             done, rest = self._one_pass.run(self._trained, self.inner, free, self._num_steps)
         with hidden(done):
@@ -337,24 +346,31 @@ class ChildOptimizer(Optimizer):
                 f_step(rest, self.inner, self._mask, self._num_steps)
         if self._frozen is not None:
             self._frozen.note()
-        for t in chain.from_iterable(self._trained):
+        for t in trained:
             t.forget()
         self._num_steps += 1
-        if self._changed is not None:
-            self._changed.draw(self._num_steps)
+        self._changed.draw(self._num_steps)
         return loss
 
-    def _check(self) -> None:
-        """Raise if the step would train anything but the child, or nothing."""
-        for t in chain.from_iterable(self._trained):
-            t.check()
+    def _check(self) -> list[Trained]:
+        """Return what is trained; raise if the step would train anything but the child, or nothing."""
+        trained = self._collect()
         if self._frozen is not None:
             self._frozen.check()
-        if self._num_steps == 0 and all(t.gradient() is None for t in chain.from_iterable(self._trained)):
+        if self._num_steps == 0 and all(t.gradient() is None for t in trained):
             raise ParameterError(
                 "no trained parameter has a gradient at the first step. Call backward() before step(); and build the "
                 "optimizer after the model was copied, sharded or moved into another framework."
             )
+        return trained
+
+    def _collect(self) -> list[Trained]:
+        """Bring together this step's gradients, from layers and other processes; return what is trained."""
+        trained = list(chain.from_iterable(self._trained))
+        for t in trained:
+            t.check()
+        self._changed.average()
+        return trained
 
     def _share_options(self) -> None:
         """Pass on what schedulers wrote into the outer groups."""
@@ -376,22 +392,9 @@ class ChildOptimizer(Optimizer):
         Returns:
             the norm before clipping, a scalar tensor.
         """
-        gradients, counted, sampled = [], [], []
-        for t in chain.from_iterable(self._trained):
-            t.check()
-            gradient = t.gradient()
-            if gradient is None:
-                continue
-            gradients.append(gradient)
-            if t.rows is not None:
-                sampled.append(gradient)
-            else:
-                counted.append(gradient if t.released else t.of(gradient))
-        norm = nn.utils.get_total_norm(counted, norm_type)
-        if sampled:
-            drawn = [gradient for gradient in sampled if gradient.numel()]  # no row may have been drawn
-            part = nn.utils.get_total_norm(drawn, norm_type) * self.child.density ** (-1 / norm_type)
-            norm = torch.linalg.vector_norm(torch.stack([norm.to(part.device), part]), norm_type)
+        trained = self._collect()
+        gradients = [gradient for t in trained if (gradient := t.gradient()) is not None]
+        norm = total_norm(trained, norm_type, self.child.density)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if max_norm != float("inf") and (norm.device.type != "cpu" or float(factor) < 1):
             for gradient in gradients:
@@ -404,7 +407,8 @@ class ChildOptimizer(Optimizer):
         for t in chain.from_iterable(self._trained):
             t.forget()
             if t.released:  # a gradient older than this optimizer, which param_groups does not show
-                t.parameter.grad = None
+                t.holder.grad = None
+        self._changed.forget()
 
     def trained(self) -> list[tuple[nn.Parameter, Runs | None]]:
         """Return what is trained: each parameter with the runs of its entries in it, or ``None`` for all of it."""
@@ -422,11 +426,7 @@ class ChildOptimizer(Optimizer):
     def num_state_bytes(self) -> int:
         """Bytes held beside the model and its gradients: the inner state, values, indices and compact gradients."""
         held = [v for state in self.inner.state.values() for v in state.values() if isinstance(v, Tensor)]
-        for t in chain.from_iterable(self._trained):
-            held += [] if t.runs is None else [t.runs.starts]
-            held += [] if t.is_direct or t.value.grad is None else [t.value.grad]
-            held += [t.value] if t.is_filled and not t.is_direct else []
-        return sum(tensor.nbytes for tensor in held)
+        return sum(v.nbytes for v in chain(held, *(t.held() for t in chain.from_iterable(self._trained))))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse groups after construction.
@@ -440,28 +440,35 @@ class ChildOptimizer(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def local_shapes(self) -> dict[str, torch.Size]:
+        """Return by name the shape of what this process holds of a parameter's state and master values."""
+        return {t.name: t.value.shape for t in chain.from_iterable(self._trained)}
+
     def __getstate__(self) -> dict[str, Any]:
         """Copy all fields and gradients, but not a ``step`` wrapped by a scheduler; torch copies three fields only."""
-        if self._changed is not None:
+        if not isinstance(self._changed, WholeGradients):
             raise ParameterError(
                 "an optimizer that takes gradients from its model's layers cannot be copied. "
                 "Build another and load this one's state_dict()."
             )
         kept = {key: value for key, value in self.__dict__.items() if key != "step"}
         trained = list(chain.from_iterable(self._trained))
-        return {**kept, "_gradients": [(t.parameter.grad, t.value.grad) for t in trained]}
+        return {**kept, "_gradients": [(t.holder.grad, t.value.grad) for t in trained]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy with its gradients, which copied parameters lose."""
         gradients = state.pop("_gradients")
         super().__setstate__(state)
         for t, (dense, compact) in zip(chain.from_iterable(self._trained), gradients, strict=True):
-            t.parameter.grad = dense if t.parameter.grad is None else t.parameter.grad
+            t.holder.grad = dense if t.holder.grad is None else t.holder.grad
             if not t.is_direct:
                 t.value.grad = compact
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return what a bitwise resume needs, keyed by parameter name: inner state, options, masters, step, child."""
+        """Return what a bitwise resume needs, keyed by parameter name: inner state, options, masters, step, child.
+
+        Of a sharded model it holds this process's pieces; ``childtuning.distributed.save`` writes them all.
+        """
         self._share_options()
         about: dict[str, Any] = {
             "version": _STATE_VERSION,
@@ -470,6 +477,8 @@ class ChildOptimizer(Optimizer):
         }
         if self._frozen is not None:
             about["frozen"] = self._frozen.checksums()
+        if (pieces := pieces_held(self._trained)) is not None:
+            about["pieces"] = pieces
         return {**state_by_name(self._trained, self.inner), "child": about}
 
     @torch.no_grad()
@@ -479,15 +488,7 @@ class ChildOptimizer(Optimizer):
         Raises:
             ParameterError: it is that of another child, or of other parameters.
         """
-        about = state_dict.get("child")
-        if about is None or about["identity"] != self.child.fingerprint():
-            raise ParameterError(
-                "the optimizer state belongs to another child. Build the optimizer with the child saved beside it."
-            )
-        if about.get("version", 1) > _STATE_VERSION:
-            raise ParameterError(
-                f"the optimizer state is of version {about['version']}, this library reads {_STATE_VERSION}. Update it."
-            )
+        about = about_child(state_dict, self.child.fingerprint(), _STATE_VERSION, self._trained)
         is_old = "version" not in about
         saved = from_version_1(state_dict, self._trained, is_fixed=self._is_fixed) if is_old else state_dict
         load_by_name(saved, self._trained, self.inner)
@@ -496,5 +497,4 @@ class ChildOptimizer(Optimizer):
         self._num_steps = about["num_steps"]
         if self._frozen is not None:
             self._frozen.expect_weights(about.get("frozen"))
-        if self._changed is not None:
-            self._changed.draw(self._num_steps)
+        self._changed.draw(self._num_steps)

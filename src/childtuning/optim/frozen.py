@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from childtuning.child.pieces import local_of
 from childtuning.child.units import Part
 from childtuning.errors import ParameterError
 from childtuning.fast.runs import Runs
@@ -40,7 +41,7 @@ class Frozen:
 
     Args:
         parts: (name, parameter, part) of every parameter that the optimizer was given.
-        runs: by name, where the trained entries of the partly trained ones lie.
+        runs: by name, where the local entries lie that are trained, ``None`` for all of them; without a name, none is.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class Frozen:
         self._flags: list[tuple[nn.Parameter, bool, bool]] = []
         for name, parameter, part in parts:
             self._flags.append((parameter, not part.is_empty, parameter.requires_grad))
-            if not part.is_whole:
-                inside = runs.get(name)
-                bits = _bits(parameter, inside)
-                self._watched.append(_Watched(name, parameter, inside, parameter._version, bits))
+            inside = runs.get(name)
+            if inside is not None or name not in runs:
+                local = local_of(parameter)
+                self._watched.append(_Watched(name, parameter, inside, local._version, _bits(local, inside)))
 
     def freeze(self) -> None:
         """Let a parameter require a gradient exactly if it has trained entries."""
@@ -91,8 +92,8 @@ class Frozen:
     def check(self) -> None:
         """Raise a ParameterError if a frozen parameter was unfrozen, or a frozen entry changed."""
         for watched in self._watched:
-            parameter = watched.parameter
-            if watched.runs is None and parameter.requires_grad and not self._observed:
+            parameter = local_of(watched.parameter)
+            if watched.runs is None and watched.parameter.requires_grad and not self._observed:
                 raise ParameterError(
                     f"{watched.name!r} is outside the child and requires a gradient now, which nothing would train. "
                     "Choose a child that holds it, or leave it frozen."
@@ -111,7 +112,7 @@ class Frozen:
     def note(self) -> None:
         """Record the optimizer's own writes as known."""
         for watched in self._watched:
-            watched.version = watched.parameter._version
+            watched.version = local_of(watched.parameter)._version
 
 
 def _bits(parameter: Tensor, runs: Runs | None) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from childtuning.child import Child, TaskFree
-from childtuning.child.eligible import canonical_name, refuse_sharded
+from childtuning.child.eligible import canonical_name
 from childtuning.errors import ConfigError, ParameterError
-from childtuning.optim.processes import num_processes
+from childtuning.ranks import num_processes
 
 _REMEDY = "Use an element-wise one (AdamW, SGD, RAdam, NAdam, Adagrad, RMSprop, …), or a task-free child."
 _STEPS = 3
@@ -70,7 +70,6 @@ def _named(pairs: Any) -> dict[str, nn.Parameter]:
             )
         if pair[0] in named:
             raise ParameterError(f"two parameters are named {pair[0]!r}. Names must differ.")
-        refuse_sharded(*pair)
         named[pair[0]] = pair[1]
     return named
 
@@ -110,6 +109,22 @@ def canonical_names_of(groups: list[Group], child: Child | TaskFree, *, is_fixed
 
 def _shapes(groups: list[Group], names: Mapping[str, str]) -> dict[str, torch.Size]:
     return {names[name]: p.shape for group in groups for name, p in group.named.items()}
+
+
+def check_arguments(child: object, inner: object, preset: object, max_grad_norm: object) -> None:
+    """Raise a ConfigError for arguments of a wrong kind."""
+    if preset not in (None, "official"):
+        raise ConfigError(f"preset must be None or 'official', got {preset!r}. Leave it out.")
+    if not isinstance(child, (Child, TaskFree)):
+        raise ConfigError(
+            f"child must be a Child or a TaskFree, got {type(child).__name__}. Choose one first."
+        )
+    if inner is not None and not isinstance(inner, type):
+        raise ConfigError(
+            f"inner must be an optimizer's class, got {type(inner).__name__}. Pass torch.optim.AdamW."
+        )
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0):
+        raise ConfigError(f"max_grad_norm must be a positive number, got {max_grad_norm!r}. Leave it out.")
 
 
 def check_elementwise(

@@ -112,9 +112,9 @@ class OnePass:
                 elif t.units.kind == "element" or t.parameter.dim() < 2:
                     draw = free.draw(t.name, step)
                     assert draw is not None  # a density below 1 does not keep everything
-                    by_entry.append((member, draw))
+                    by_entry.append((member, draw._replace(start=t.piece.offset)))
                 else:
-                    rows = free.kept_units(t.name, t.parameter.shape, step).nonzero().squeeze(1)
+                    rows = free.kept_units(t.name, t.piece.shape, step, t.piece).nonzero().squeeze(1)
                     by_row.append((member, _places(t, rows, of_all=True)))
         if counted:
             self._steps[counted] += 1.0

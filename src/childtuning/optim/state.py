@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from childtuning.child.eligible import canonical_name
 from childtuning.errors import ParameterError
 from childtuning.optim.trained import Trained
 
@@ -94,6 +95,29 @@ def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> 
             t.value.copy_(saved["masters"][name])
 
 
+def about_child(saved: Mapping[str, Any], identity: str, version: int, groups: Groups) -> dict[str, Any]:
+    """Return what a saved state says of its child and its format.
+
+    Raises:
+        ParameterError: it is that of another child, of a newer format, or of other pieces than this process holds.
+    """
+    about = saved.get("child")
+    if about is None or about["identity"] != identity:
+        raise ParameterError(
+            "the optimizer state belongs to another child. Build the optimizer with the child saved beside it."
+        )
+    if about.get("version", 1) > version:
+        raise ParameterError(
+            f"the optimizer state is of version {about['version']}, this library reads {version}. Update it."
+        )
+    if about.get("pieces") != pieces_held(groups):
+        raise ParameterError(
+            "the optimizer state holds the pieces of another process, or of another number of processes. Use "
+            "childtuning.distributed.save and load."
+        )
+    return about
+
+
 def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) -> dict[str, Any]:
     """Read a state of format 1, which lay by position: a fixed child's partial parameters in one flat tensor.
 
@@ -128,6 +152,30 @@ def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) 
                 masters |= {t.name: piece for t, piece in zip(members, pieces, strict=True)}
         param_groups.append({**options, "params": _names(group)})
     return {"state": state, "param_groups": param_groups, "masters": masters}
+
+
+def pieces_held(groups: Groups) -> list[int] | None:
+    """Return this process's number and that of all, where it holds pieces of the state; else ``None``."""
+    sharded = [t.piece.ranks for t in _all(groups) if not t.piece.is_all]
+    return [sharded[0].rank, sharded[0].size] if sharded else None
+
+
+def scaled_moments(
+    moments: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], factor: float
+) -> dict[str, Tensor]:
+    """Return estimates of squared gradients by canonical name, times a factor.
+
+    Raises:
+        ParameterError: no parameter has the name and shape of one.
+    """
+    found = {canonical_name(name): value for name, value in moments.items()}
+    for name, value in found.items():
+        if shapes.get(name) != value.shape:
+            raise ParameterError(
+                f"second_moments has {name!r} of shape {list(value.shape)}, which no parameter has. "
+                "Pass tensors of the parameters' names and shapes."
+            )
+    return {name: value * factor for name, value in found.items()}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from childtuning.child.pieces import is_sharded, local_of, piece_of
 from childtuning.child.units import Granularity, Part
 from childtuning.errors import ParameterError
 from childtuning.fast.layers import Leaf
@@ -12,7 +13,10 @@ from childtuning.fast.runs import Runs
 
 
 class Trained:
-    """One trained parameter.
+    """One trained parameter, or what this process holds of it.
+
+    ``parameter`` is the local tensor of a sharded one, and ``part`` the local entries; all else works on those. Where
+    nothing is sharded, it is the model's own (``holder``).
 
     The inner optimizer knows it by ``value``. That is the parameter itself where all of it is trained in at least
     float32; else a tensor of the trained entries [n], or of the whole shape, in at least float32: bf16 and fp16 weights
@@ -20,8 +24,8 @@ class Trained:
 
     Args:
         name: the parameter's canonical name.
-        parameter: the model's tensor.
-        part: which entries are trained.
+        holder: the model's tensor.
+        part: which entries of the whole parameter are trained.
         scale: what their gradient is multiplied with: 1/p, or 1.
         draws: whether a task-free child's masks lie on it.
         released: whether its gradient is taken during the backward pass, into ``value.grad``.
@@ -30,15 +34,21 @@ class Trained:
     def __init__(
         self,
         name: str,
-        parameter: nn.Parameter,
+        holder: nn.Parameter,
         part: Part,
         scale: float = 1.0,
         *,
         draws: bool = False,
         released: bool = False,
     ) -> None:
-        self.name, self.parameter, self.part, self.scale, self.draws = name, parameter, part, scale, draws
+        self.name, self.holder, self.scale, self.draws = name, holder, scale, draws
         self.released = released and not part.is_whole
+        self.piece, self.whole = piece_of(name, holder), part
+        self.part = part = self.piece.part(part)
+        self.formed: Tensor | None = (
+            None  # the gradient of a sharded part's entries on all processes, not yet averaged
+        )
+        self.parameter = parameter = nn.Parameter(local_of(holder)) if is_sharded(holder) else holder
         self.runs: Runs | None = None if part.is_whole else part.runs().to(parameter.device)
         self.leaf: Leaf | None = None  # forms the gradient of the trained or drawn entries alone
         self.rows: Tensor | None = None  # those drawn for this step, where a leaf forms them
@@ -47,7 +57,7 @@ class Trained:
         if self.runs is not None or self.dtype != parameter.dtype:
             self.value = nn.Parameter(torch.empty(0, dtype=self.dtype, device=parameter.device))
             self.empty()
-        self._built_as = (parameter.shape, parameter.device, parameter.dtype)
+        self._built_as = (holder.shape, holder.device, holder.dtype)
 
     @property
     def is_direct(self) -> bool:
@@ -56,13 +66,15 @@ class Trained:
 
     @property
     def is_filled(self) -> bool:
-        """Whether ``value`` holds values, and not one number expanded."""
-        return self.value.untyped_storage().nbytes() >= self.value.nbytes
+        """Whether ``value`` holds values, and not one number expanded, or none."""
+        return self.value.numel() > 0 and self.value.untyped_storage().nbytes() >= self.value.nbytes
 
     def check(self) -> None:
         """Raise a ParameterError if the parameter was moved, cast or resized since the optimizer was built."""
-        now = self.parameter
+        now = self.holder
         if (now.shape, now.device, now.dtype) == self._built_as:
+            if not self.piece.is_all and local_of(now).data_ptr() != self.parameter.data_ptr():
+                self.parameter.data = local_of(now)  # FSDP2 lays its shards out anew
             return
         shape, device, dtype = self._built_as
         if now.shape != shape:
@@ -119,7 +131,14 @@ class Trained:
 
     @torch.no_grad()
     def accept(self, gradient: Tensor, *, compact: bool = False) -> None:
-        """Add a dense or compact gradient from the backward pass to this step's gradient."""
+        """Add a dense or compact gradient from the backward pass to this step's gradient.
+
+        A compact one of a sharded parameter is of its entries on all processes.
+        """
+        if compact and not self.piece.is_all:
+            taken = gradient.to(self.dtype)
+            self.formed = taken if self.formed is None else self.formed + taken
+            return
         taken = (gradient if compact else self.of(gradient)).to(self.dtype)
         if self.value.grad is None:
             self.value.grad = taken
@@ -131,11 +150,11 @@ class Trained:
 
         It is compact where it was formed or released so (``value.grad``, or the drawn rows'), else the parameter's.
         """
-        dense = self.parameter.grad
+        dense = None if self.holder.grad is None else local_of(self.holder.grad)
         if self.released:
             if dense is not None:  # put there by hand, or before the backward pass was watched
                 self.accept(dense)
-                self.parameter.grad = None
+                self.holder.grad = None
             return self.value.grad
         if self.rows is None or self.leaf is None:
             return dense
@@ -169,7 +188,14 @@ class Trained:
 
     def forget(self) -> None:
         """Drop gradients stored outside the parameter."""
-        if not self.is_direct:
+        self.formed = None
+        if not self.is_direct or self.released:
             self.value.grad = None
         if self.leaf is not None:
             self.leaf.tensor.grad = None
+
+    def held(self) -> list[Tensor]:
+        """Return the tensors held beside the model, its gradients and the inner optimizer's state."""
+        held = [] if self.runs is None else [self.runs.starts]
+        held += [] if self.is_direct or self.value.grad is None else [self.value.grad]
+        return held + ([self.value] if self.is_filled and not self.is_direct else [])

@@ -147,7 +147,10 @@ class Train:
         argument="num_train_epochs",
     )
     batch_size: int = option(
-        16, "Examples per batch.", within="(0, 2147483648)", argument="per_device_train_batch_size"
+        16,
+        "Examples per batch, of all processes together.",
+        within="(0, 2147483648)",
+        argument="per_device_train_batch_size",
     )
     gradient_accumulation: int = option(
         1, "Batches per optimizer step.", within="(0, 2147483648)", argument="gradient_accumulation_steps"
@@ -175,6 +178,11 @@ class Train:
         "Run the model through torch.compile while training.",
         flags=("--compile/--no-compile",),
         argument="torch_compile",
+    )
+    shard: bool = option(
+        False,
+        "Shard the model over the processes of torchrun (FSDP2).",
+        flags=("--shard/--no-shard",),
     )
     seed: int = option(
         0, "Seed of the head, the data order, dropout and masks.", within="[0, 4294967296)", argument="seed"
@@ -237,6 +245,7 @@ class RunConfig(Train, Child, Model, Data):
             faults.append(
                 "class_weights weighs the data's labels, got fisher_labels='sampled'. Pass one of them."
             )
+        faults += self._faults_of_shards() if self.shard else []
         if self.encoding is not None and not _is_encoding(self.encoding):
             faults.append(f"there is no encoding {self.encoding!r}. Pass cp1251, gb18030, shift_jis, …")
         if self.sheet is not None and not any(
@@ -255,6 +264,18 @@ class RunConfig(Train, Child, Model, Data):
             self.child()
         if faults:
             raise ConfigError(" ".join(faults))
+
+    def _faults_of_shards(self) -> list[str]:
+        """Say what does not go with a sharded model."""
+        options = {
+            "--temperature-scaling": self.temperature_scaling,
+            "--budget": self.budget is not None,
+            "--fisher-examples auto": self.fisher_examples == "auto",
+            "--preset": self.preset is not None,
+        }
+        names = [name for name, is_given in options.items() if is_given]
+        names += [f"method {one.name}" for one in self.methods().methods if not one.shards]
+        return [f"--shard does not go with {', '.join(names)}. Leave one of them out."] if names else []
 
     def child(self) -> ChildConfig:
         """Return the configuration of the child that the method trains with these options.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from childtuning.errors import DataError, ModelError
-from childtuning.optim.processes import wait_for_all
+from childtuning.ranks import wait_for_all
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Fold
 from childtuning.runs.folder import RunResult

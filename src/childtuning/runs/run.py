@@ -12,14 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from childtuning.child import Budget, Child
 from childtuning.child.eligible import matches
+from childtuning.child.pieces import local_of
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError
-from childtuning.optim.processes import is_main_process, num_processes, wait_for_all
+from childtuning.errors import ConfigError, LostProcessError
+from childtuning.ranks import Ranks, is_lost_process, is_main_process, num_processes, wait_for_all
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
@@ -144,8 +146,9 @@ def _diverged_at(trainer: ChildTrainer) -> int | None:
     for line in trainer.state.log_history:
         if not math.isfinite(line.get("loss", 0.0)):
             return line["step"]
-    trained = (p for p in trainer.bare_model.parameters() if p.is_floating_point())
-    return None if all(bool(p.isfinite().all()) for p in trained) else trainer.state.global_step
+    trained = (local_of(p) for p in trainer.bare_model.parameters() if p.is_floating_point())
+    is_lost = torch.tensor(int(not all(bool(p.isfinite().all()) for p in trained)))
+    return trainer.state.global_step if bool(Ranks.everyone().max_(is_lost)) else None
 
 
 def train_run(
@@ -203,6 +206,8 @@ def train_run(
     found = _understood(begun, tests, trainer)
     for line in () if resume else found.lines():
         tell(line)
+    if config.shard and num_processes() == 1:
+        tell("one process holds the whole model: --shard is for several, started by torchrun")
     if not progress:
         trainer.add_callback(ProgressLines(tell))
     checkpoint = last_checkpoint(folder) if resume else None
@@ -239,7 +244,16 @@ def train_run(
         tell(f"continuing from {checkpoint.name}")
     start = time.perf_counter()
     transformers.set_seed(config.seed)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as fault:
+        if not is_lost_process(fault):
+            raise
+        whole = last_checkpoint(folder)
+        remedy = f"Go on from {whole} with --resume." if whole else "There is no checkpoint yet. Start again."
+        raise LostProcessError(
+            f"rank {Ranks.everyone().rank}: another process has ended. {remedy}"
+        ) from fault
     train_seconds = time.perf_counter() - start
     diverged_at = _diverged_at(trainer)
     temperature = None
@@ -260,10 +274,12 @@ def train_run(
         "budget": budget,
         **(tests.measure(trainer.model, folds) if diverged_at is None else tests.nothing()),
     }
+    delta = trainer.delta()  # of a sharded model every process gathers it
     if is_main:
+        delta.save(folder)
         _save(config, task.rules, loaded, labels, trainer, folder)
     wait_for_all()  # the delta is saved, and no process writes checkpoints any more
-    result = _result(config, task, trainer, folder, facts)
+    result = _result(config, task, trainer, delta, folder, facts)
     if is_main:
         write_json(folder / METRICS, result.to_dict())
         for name in (CHECKPOINTS, FOLDS):
@@ -287,9 +303,8 @@ def _save(
     trainer: ChildTrainer,
     folder: Path,
 ) -> None:
-    """Save everything needed to restore the trained model."""
+    """Save what is needed beside the delta to restore the trained model."""
     child = trainer.select()
-    trainer.delta().save(folder)
     if isinstance(child, Child):
         child.save(folder / "child.safetensors")
     loaded.processor.save_pretrained(folder / kind.processor_folder)
@@ -301,10 +316,11 @@ def _result(
     config: RunConfig,
     task: Task,
     trainer: ChildTrainer,
+    delta: Delta,
     folder: Path,
     facts: dict[str, Any],
 ) -> RunResult:
-    child, delta = trainer.select(), trainer.delta()
+    child = trainer.select()
     if isinstance(child, Child):
         child_parameters, eligible_parameters = child.num_trained, child.num_eligible
     else:

@@ -21,6 +21,7 @@ from childtuning.tasks import LengthBucketBatches, Task
 from childtuning.tasks.class_weights import BalancedLoss
 from childtuning.tasks.metrics import lower_is_better
 from childtuning.training import ChildTrainer, LoadedModel, ScoreFn
+from childtuning.training.sharing import shard
 
 
 class _RunTrainer(ChildTrainer):
@@ -115,6 +116,8 @@ def build_trainer(
         callbacks.append(EarlyStopping(config.early_stopping))
     methods = config.methods()
     prepared = prepare_run_model(config, methods, loaded)
+    if config.shard:
+        shard(prepared.model)
     child = replace(config.child(), always=None)  # prepared.always includes it
     if prepared.eligible is not None:
         child = replace(child, eligible=prepared.eligible)

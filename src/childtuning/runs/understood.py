@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from childtuning.errors import counted
-from childtuning.optim.processes import num_processes
+from childtuning.ranks import num_processes
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import RunTests
 from childtuning.runs.log import duration
@@ -124,7 +124,7 @@ def choose_training(
         chosen["learning_rate"] = suggested_rate(loaded.model, config.methods().rate)
         reasons["learning_rate"] = f"auto: layers of width {layer_width(loaded.model)}"
     if config.epochs == "auto":
-        batch = config.batch_size * config.gradient_accumulation * _processes()
+        batch = config.batch_size * config.gradient_accumulation
         chosen["epochs"] = float(suggested_epochs(num_examples, batch))
         reasons["epochs"] = f"auto: {counted(num_examples, 'example')}"
     return replace(config, **chosen), reasons  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ def understood(
         warnings.append(
             "the model sees the same tokens in every training example. Raise --max-length, or check the text."
         )
-    batches = math.ceil(len(train) / (config.batch_size * _processes()))
+    batches = math.ceil(len(train) / config.batch_size)
     return Understood(
         task=task.name,
         kind=task.kind,

@@ -10,6 +10,7 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
+from childtuning.training.factory import ChildOptimizerFactory
 from childtuning.training.further_pass import IGNORED, predicted_labels
 from childtuning.training.method import (
     PARTS,
@@ -29,9 +30,11 @@ from childtuning.training.models import (
     packaged_model,
 )
 from childtuning.training.rates import layer_width, suggested_epochs, suggested_rate
+from childtuning.training.reference import ReferenceModel
 from childtuning.training.trainer import ChildTrainer
 
 __all__ = [
+    "ChildOptimizerFactory",
     "ChildTrainer",
     "ChildTraining",
     "IGNORED",
@@ -42,6 +45,7 @@ __all__ = [
     "MethodCallback",
     "PARTS",
     "Prepared",
+    "ReferenceModel",
     "ScoreFn",
     "choose_child",
     "find_layers",

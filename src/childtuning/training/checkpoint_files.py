@@ -13,9 +13,12 @@ from torch import nn
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
+from childtuning.optim import ChildOptimizer
+from childtuning.optim.checkpoint import load, save
 from childtuning.training.method import MethodCallback
 from childtuning.training.state_files import load_state, random_state, save_state, set_random_state
 
+SHARDS = "optimizer"  # the folder of a sharded optimizer's state
 CHILD_FILE, CHOICE_FILE, METHODS_FILE = "child.safetensors", "child.json", "methods.safetensors"
 
 
@@ -23,6 +26,7 @@ class CheckpointFiles:
     """Save and load ``ChildTrainer``'s checkpoints, without the pickles of ``transformers.Trainer``."""
 
     child: Child | TaskFree | None
+    is_sharded: bool
     child_config: ChildConfig | None
     touched: Child | None  # all entries trained so far, if more than the child
     _base_name: str | None
@@ -39,6 +43,9 @@ class CheckpointFiles:
 
         @property
         def bare_model(self) -> nn.Module: ...
+
+        @property
+        def child_optimizer(self) -> ChildOptimizer: ...
 
         def select(self) -> Child | TaskFree: ...
 
@@ -58,9 +65,10 @@ class CheckpointFiles:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
-        if not self.args.should_save:
+        delta = self.delta() if self.is_sharded or self.args.should_save else None
+        if delta is None or not self.args.should_save:
             return
-        self.delta().save(folder)
+        delta.save(folder)
         if isinstance(self.child, Child):
             self.child.save(folder / CHILD_FILE)
         (folder / CHOICE_FILE).write_text(json.dumps(self._choice()), encoding="utf-8")
@@ -78,8 +86,11 @@ class CheckpointFiles:
         return {"child": self.select().fingerprint()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_sharded:
+            save(Path(output_dir) / SHARDS, self.bare_model, self.child_optimizer, weights=False)
         if self.args.should_save:
-            save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())
+            if not self.is_sharded:
+                save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())
             save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
             if self._method_callbacks:
                 states = {str(i): callback.state_dict() for i, callback in enumerate(self._method_callbacks)}
@@ -123,7 +134,10 @@ class CheckpointFiles:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))
+            if (Path(checkpoint) / SHARDS).is_dir():
+                load(Path(checkpoint) / SHARDS, self.bare_model, self.child_optimizer)
+            else:
+                self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:

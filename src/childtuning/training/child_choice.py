@@ -50,7 +50,7 @@ def task_head(model: nn.Module) -> tuple[str, ...]:
     inside = _base_names(model)
     if inside is None:
         kept = {id(p) for body in bodies.values() for p in body.parameters()}
-        return tuple(name for name, p in named(model).items() if kept and id(p) not in kept)
+        return tuple(name for name, p in named(model, sharded=True).items() if kept and id(p) not in kept)
     prefixes = ("", *(f"{path}." for path in (model.base_model_prefix, *bodies) if path))
     own = {id(p): set[str]() for p in model.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -61,7 +61,7 @@ def task_head(model: nn.Module) -> tuple[str, ...]:
     }
     if not any(is_inside.values()):
         return ()
-    return tuple(name for name, p in named(model).items() if not is_inside[id(p)])
+    return tuple(name for name, p in named(model, sharded=True).items() if not is_inside[id(p)])
 
 
 def new_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def new_parameters(model: nn.Module) -> tuple[str, ...]:
 
     For example, the pooler, if the checkpoint was trained without one. () for a model that was not loaded.
     """
-    marked = {name: getattr(p, _LOADED, False) for name, p in named(model).items()}
+    marked = {name: getattr(p, _LOADED, False) for name, p in named(model, sharded=True).items()}
     return tuple(name for name, is_loaded in marked.items() if not is_loaded) if any(marked.values()) else ()
 
 
@@ -133,7 +133,7 @@ def choose_child(
     """
     always = config.always if config.always is not None else as_patterns(always)
     if config.variant == "task-free":
-        match_names(always, named(model))
+        match_names(always, named(model, sharded=True))
         if config.eligible is not None:
             _freeze_others(model, config.eligible, always)
         axes = unit_axes(model, config.granularity)
@@ -250,6 +250,7 @@ def fisher_scores(
         scores_device=_kept_on(config),
         scores_dtype=torch.bfloat16 if config.fisher_dtype == "bfloat16" else None,
         stop_fn=stop_fn,
+        share=stop_fn is None,
     )
 
 
@@ -259,7 +260,7 @@ def in_model_order(model: nn.Module, scores: dict[str, Tensor]) -> dict[str, Ten
     Raises:
         ParameterError: when the model has no parameter of a score's name and shape.
     """
-    shapes = {name: p.shape for name, p in named(model).items()}
+    shapes = {name: p.shape for name, p in named(model, sharded=True).items()}
     for name, score in scores.items():
         if shapes.get(name) != score.shape:
             raise ParameterError(
@@ -330,7 +331,7 @@ def _number(density: float | str) -> float:
 
 
 def _freeze_others(model: nn.Module, eligible: Sequence[str], always: Sequence[str]) -> None:
-    plain = named(model)
+    plain = named(model, sharded=True)
     trained = match_names((*eligible, *always), plain)
     for name, parameter in plain.items():
         if name not in trained:

@@ -148,6 +148,7 @@ class Method:
         excludes: methods that it cannot be combined with: name -> reason. Only one of the two needs an entry.
         whole_gradients: it reads every trained parameter's gradient after the backward pass, so that gradients are
             neither released early nor computed for rows only.
+        shards: it trains a model that several processes hold in pieces (FSDP2) as it trains a whole one; tested.
     """
 
     name: ClassVar[str]
@@ -162,6 +163,7 @@ class Method:
     acts_on_pretrained: ClassVar[bool] = False
     whole_gradients: ClassVar[bool] = False
     reselects: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
     excludes: ClassVar[Mapping[str, str]] = {}
 
     def child(self, config: ChildConfig) -> ChildConfig:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.budget import Costs
 from childtuning.child.eligible import canonical_name, matches, named
+from childtuning.child.pieces import reshard
 from childtuning.errors import ConfigError
 from childtuning.fisher import losses_by_slices, training_costs
 from childtuning.fisher.batches import num_entries, to_device
@@ -25,7 +24,7 @@ from childtuning.fisher.loop import differentiable, take_gradients
 from childtuning.fisher.losses import model_loss, shifts_labels
 from childtuning.fisher.without_trace import used_in_training, without_trace
 from childtuning.optim import ChildOptimizer
-from childtuning.optim.processes import of_main_process
+from childtuning.ranks import of_main_process
 from childtuning.training.checkpoint_files import CheckpointFiles
 from childtuning.training.child_choice import (
     Progress,
@@ -39,8 +38,18 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
-from childtuning.training.further_pass import IGNORED, predicted_labels, unwrapped
 from childtuning.training.method import LossStep, Method
+from childtuning.training.sharing import (
+    SHARE,
+    check_processes,
+    check_sharded_run,
+    divides_by_items,
+    leave_out_uncounted,
+    resumable,
+    share_of_mean,
+    shared_loader,
+    weigh,
+)
 
 
 class _TellGradients(TrainerCallback):
@@ -104,7 +113,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
             returns its scores, or cached scores of an equal pass.
         methods: further methods: terms of the loss, changes of the update. Their ``prepare`` must already have been
             applied to the model.
-        train_batches: a batch sampler for the training set (with ``set_epoch`` if its order changes by epoch).
+        train_batches: a batch sampler for the training set (with ``set_epoch`` if its order changes by epoch). Several
+            processes cut each of its batches across them.
         base_name: the base model's name, written into deltas.
         progress: progress of the Fisher pass: ``None`` follows ``disable_tqdm``; else as for ``fisher_information``.
         trainer_options: everything that ``transformers.Trainer`` accepts.
@@ -127,27 +137,22 @@ class ChildTrainer(CheckpointFiles, Trainer):
     ) -> None:
         self._is_built = False
         child = as_child(child, density)
-        super().__init__(*args, **trainer_options)
+        with resumable(trainer_options.get("args") or (args[1] if len(args) > 1 else None)):
+            super().__init__(*args, **trainer_options)
         if self.optimizer is not None:
             raise ConfigError(
                 "ChildTrainer builds the optimizer, got one. Name it in TrainingArguments(optim=…)."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError(
-                "a child cannot be trained under DeepSpeed or FSDP yet. Use one process or DDP."
-            )
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-            raise ConfigError(
-                "ACCELERATE_USE_FSDP is set, but the Accelerator does not shard: on a CPU it runs DDP instead. "
-                "Unset it; a child cannot be trained under FSDP yet."
-            )
-        named(self.bare_model)  # refuses a sharded model
+        self.is_sharded = check_processes(self)
         self._divides_by_items: bool | None = None
+        self._share = 1.0  # of this process's loss in the batch's
         self.add_callback(_ForgetGradients())
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
         _check_methods(self.child_config, self.methods, self.args)
+        if self.is_sharded:
+            check_sharded_run(self.child_config, self.methods)
         self._method_callbacks = [
             callback for m in self.methods if (callback := m.callback(self)) is not None
         ]
@@ -184,7 +189,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
             return self.child_config.always
         if self._always is None:
             new = {*task_head(self.bare_model), *new_parameters(self.bare_model)}
-            self._always = tuple(name for name in named(self.bare_model) if name in new)
+            self._always = tuple(name for name in named(self.bare_model, sharded=True) if name in new)
         return self._always
 
     def select(self) -> Child | TaskFree:
@@ -253,14 +258,23 @@ class ChildTrainer(CheckpointFiles, Trainer):
         assert self.child_config is not None
         if self.child_config.labels == "sampled":
             return None
-        if type(self).compute_loss is not ChildTrainer.compute_loss:
-            return lambda model, batch: self.compute_loss(model, dict(batch))
+        if self._has_other_loss:
+            rows, collate = self._model_inputs("Fisher information")
+            return lambda model, batch: self.compute_loss(
+                model, self._prepare_inputs(collate([rows[int(i)] for i in batch["rows"]]))
+            )
         if self.compute_loss_func is not None:
             return losses_by_slices(partial(self.compute_loss_func, num_items_in_batch=None))
         if self.label_smoother is not None:
             shift = shifts_labels(self.bare_model)
             return losses_by_slices(partial(self.label_smoother, shift_labels=shift))
         return None
+
+    @property
+    def _has_other_loss(self) -> bool:
+        """Whether a subclass, or another trainer beside this one (TRL's), computes the loss."""
+        owners = [cls for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
+        return any(cls not in (ChildTrainer, Trainer) for cls in owners)
 
     def _fisher_batches(self) -> Iterable[Any]:
         """One pass over the training set in batches of similar length, in a deterministic order."""
@@ -275,6 +289,8 @@ class ChildTrainer(CheckpointFiles, Trainer):
         limit, seed = self.child_config.fisher_examples, self.child_config.seed
         size = self.args.per_device_train_batch_size
         order = fisher_sample(len(dataset), limit, seed, lengths, size)  # type: ignore[arg-type]
+        if self._has_other_loss:  # which may make several rows of an example
+            return [{"rows": torch.tensor(order[i : i + size])} for i in range(0, len(order), size)]
         return DataLoader(
             Subset(columns, order),
             batch_size=size,
@@ -294,6 +310,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
         if self.optimizer is None:
             module = self.bare_model if model is None else model
             child = self.select()
+            reshard(module)
             inner, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
             groups = self._groups(module, options)
             for method in self.methods:
@@ -306,9 +323,10 @@ class ChildTrainer(CheckpointFiles, Trainer):
             one_process = self.args.world_size == 1 and self.args.n_gpu <= 1
             whole_gradients = any(method.whole_gradients for method in self.methods)
             may_release = one_process and preset is None and not whole_gradients
+            may_form = may_release or (self.is_sharded and isinstance(child, Child) and not whole_gradients)
             wanted = config.release_gradients if config else None
             release = may_release and isinstance(child, Child) if wanted is None else wanted
-            structured = may_release and wanted is not False and saves_computation(child)
+            structured = may_form and wanted is not False and saves_computation(child)
             if isinstance(child, TaskFree) and self.args.fp16:
                 structured = False  # a GradScaler sees only the parameters' own gradients
             self.optimizer = ChildOptimizer(
@@ -384,8 +402,12 @@ class ChildTrainer(CheckpointFiles, Trainer):
     ) -> Tensor:
         """Run the forward and backward pass of one batch, as often as the methods require."""
 
-        def step() -> Tensor:
-            return Trainer.training_step(self, model, dict(inputs), num_items_in_batch)  # type: ignore[arg-type]
+        self._share = inputs.pop(SHARE, 1.0) if isinstance(inputs, dict) else 1.0
+        train: Any = super().training_step
+
+        def step() -> Tensor:  # GRPO's inputs are a list
+            given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+            return train(model, given, num_items_in_batch)
 
         for method in self.methods:
             step = partial(method.training_step, self, step)
@@ -393,38 +415,24 @@ class ChildTrainer(CheckpointFiles, Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
         """Return the batches of an update and, if the loss divides by it, their number of items."""
-        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        iterator, *rest = args
+        if self._sums_items:
+            iterator = map(leave_out_uncounted, iterator)
+        samples, num_items = super().get_batch_samples(iterator, *rest, **kwargs)
         if self._divides_by_items is None and samples:
-            self._divides_by_items = self._loss_divides_by_items(samples[0])
+            self._divides_by_items = divides_by_items(self, samples[0])
             # Otherwise the loss is the batch's mean whatever num_items_in_batch is, and accumulated gradients would
             # be summed, not averaged.
             self.model_accepts_loss_kwargs = self._divides_by_items
             if not self._divides_by_items and self.compute_loss_func is None:
                 num_items = None
+        weigh(samples, self.bare_model, divides_by_items=self._sums_items)
         return samples, num_items
 
-    def _loss_divides_by_items(self, inputs: dict[str, Any]) -> bool:
-        """Return whether the loss divides by ``num_items_in_batch``: it is half as large for twice the items.
-
-        Many models accept the argument in ``**kwargs`` but ignore it, and no attribute distinguishes them. Label
-        smoothers use it; for the user's own loss function, the setting is not checked.
-        """
-        adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
-        is_the_models = self.label_smoother is None and self.compute_loss_func is None
-        if not (self.model_accepts_loss_kwargs and adds_up and is_the_models) or "labels" not in inputs:
-            return self.model_accepts_loss_kwargs
-        given = self._prepare_inputs(dict(inputs))
-        with (
-            without_trace(self.bare_model, training=False),
-            torch.no_grad(),
-            self.compute_loss_context_manager(),
-        ):
-            one, two = (
-                self.bare_model(**given, num_items_in_batch=torch.tensor(n, device=given["labels"].device))
-                for n in (1, 2)
-            )
-        losses = [float(output["loss"] if isinstance(output, dict) else output[0]) for output in (one, two)]
-        return math.isclose(losses[0], 2 * losses[1], rel_tol=1e-2)
+    @property
+    def _sums_items(self) -> bool:
+        """Whether the loss is a sum divided by the items of all processes."""
+        return bool(self._divides_by_items) or self.compute_loss_func is not None
 
     def compute_loss(
         self,
@@ -434,30 +442,21 @@ class ChildTrainer(CheckpointFiles, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the loss; in training, with the terms of the methods."""
+        task: Any = super().compute_loss
+        if not (model.training and self.methods):  # some trainers give no outputs
+            found = task(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            if not model.training or self._share == 1:
+                return found
+            return (found[0] * self._share, found[1]) if return_outputs else found * self._share
         given = dict(inputs)
-        task_fn: Any = partial(
-            super().compute_loss, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        task_fn: Any = partial(task, return_outputs=True, num_items_in_batch=num_items_in_batch)
         loss, outputs = task_fn(model, inputs)
-        if model.training and self.methods:
-            weight = self._weight(model, given, num_items_in_batch)
-            step = LossStep(model, given, outputs, loss, task_fn, weight)
-            for method in self.methods:
-                loss = method.loss(loss, step)
+        weight = share_of_mean(self, model, given, num_items_in_batch)
+        step = LossStep(model, given, outputs, loss, task_fn, weight)
+        for method in self.methods:
+            loss = method.loss(loss, step)
+        loss = loss * self._share if self._share != 1 else loss
         return (loss, outputs) if return_outputs else loss
-
-    def _weight(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> float:
-        """The weight of a batch's mean in the accumulated gradient if the model itself divides by items; else 1."""
-        labels = inputs.get("labels")
-        counts_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if not counts_items or num_items_in_batch is None or labels is None:
-            return 1.0
-        predicted = predicted_labels(unwrapped(model), labels, labels.shape[-1])
-        share = int((predicted != IGNORED).sum()) / float(num_items_in_batch)
-        # Items counted over all processes: the gradients of the processes are averaged once more.
-        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     @property
     def child_optimizer(self) -> ChildOptimizer:
@@ -489,12 +488,11 @@ class ChildTrainer(CheckpointFiles, Trainer):
         if self.train_batches is None:
             return super().get_train_dataloader()
         dataset, collate = self._model_inputs("training")
-        return self.accelerator.prepare(
-            DataLoader(
-                dataset,
-                batch_sampler=self.train_batches,
-                collate_fn=collate,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            )
+        return shared_loader(
+            dataset,
+            self.train_batches,
+            collate,
+            self.accelerator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )

@@ -31,12 +31,13 @@ typedef struct {
     int64_t compact_gradient;
 } ct_stretch;
 
-/* Entries start ... start + count - 1 of a parameter under a mask of single entries; start is a multiple of 64. */
+/* Entries start ... start + count - 1 of a parameter under a mask of single entries; the parameter's first entry is
+   entry mask_start of the mask: a shard's is not 0. */
 typedef struct {
     float *weight;
     const float *gradient;
     float *first, *second;
-    int64_t start, count;
+    int64_t start, count, mask_start;
     const ct_draw *draw;
     const ct_adamw *numbers;
 } ct_masked;
@@ -134,13 +135,15 @@ EXPORT CLONES void ct_adamw_masked(int64_t *queue, int64_t num, const ct_masked 
         const ct_masked t = tasks[k];
         const ct_adamw h = *t.numbers;
         const ct_keys keys = ct_key_schedule(t.draw);
-        for (int64_t done = 0; done < t.count; done += CT_BATCH) {
-            const int64_t n = t.count - done < CT_BATCH ? t.count - done : CT_BATCH, at = t.start + done;
+        for (int64_t done = 0, n; done < t.count; done += n) {
+            const int64_t at = t.start + done, skip = (t.mask_start + at) % CT_BLOCK;
+            n = t.count - done < CT_BATCH - skip ? t.count - done : CT_BATCH - skip;
             const float *g = t.gradient + at;
-            ct_keep(t.draw, &keys, (uint64_t)at, keep);
+            const uint8_t *kept = keep + skip;
+            ct_keep(t.draw, &keys, (uint64_t)(t.mask_start + at - skip), keep);
             for (int64_t i = 0; i < n; i++) {
                 const float gradient = g[i];
-                gradients[i] = keep[i] ? gradient : 0.0f;
+                gradients[i] = kept[i] ? gradient : 0.0f;
             }
             update(t.weight + at, gradients, t.first + at, t.second + at, n, h);
         }
