@@ -289,6 +289,7 @@ def _every_option() -> list[dict]:
     other |= {"rescale": False, "release_gradients": False, "seed": 8}
     folded = {"train": "a.csv", "folds": one.pop("folds"), "fold": one.pop("fold"), "seed": 9}
     folded["budget"] = one.pop("budget")
+    other["shard"] = one.pop("shard")
     assert {*one, *other, *folded} == {field.name for field in fields(RunConfig)}
     return [one, other, folded]
 

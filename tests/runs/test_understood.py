@@ -135,11 +135,11 @@ def test_a_changed_file_is_not_continued(tiny_bert: Path, tmp_path: Path) -> Non
     train_run(config, tmp_path / "run", resume=True)
 
 
-def test_steps_are_those_of_all_processes(
+def test_several_processes_take_the_steps_of_one(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("childtuning.runs.understood._processes", lambda: 2)
-    assert understand(tiny_bert, tmp_path, GOOD, OTHERS, batch_size=4, epochs=3.0).steps == 6
+    assert understand(tiny_bert, tmp_path, GOOD, OTHERS, batch_size=4, epochs=3.0).steps == 12
 
 
 def test_the_training_file_is_no_evaluation(tiny_bert: Path, tmp_path: Path) -> None:
