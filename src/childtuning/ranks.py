@@ -117,11 +117,7 @@ def of_main_process(value: _T) -> _T:
 
 def check_same_child(identity: str) -> None:
     """Raise a ParameterError unless all processes train the same child."""
-    if num_processes() == 1:
-        return
-    identities = [identity] * num_processes()
-    torch.distributed.all_gather_object(identities, identity)
-    if len(set(identities)) > 1:
+    if len(set(Ranks.everyone().gather(identity))) > 1:
         raise ParameterError(
             "the processes have chosen different children. Choose on rank 0 and broadcast, or load one file."
         )
@@ -129,7 +125,8 @@ def check_same_child(identity: str) -> None:
 
 def is_lost_process(error: RuntimeError) -> bool:
     """Tell whether an error says that another process of the group has ended."""
+    if num_processes() == 1:
+        return False
     said = str(error)
-    return isinstance(error, torch.distributed.DistError) or (
-        num_processes() > 1 and ("Connection closed by peer" in said or "Connection reset by peer" in said)
-    )
+    is_told = "Connection closed by peer" in said or "Connection reset by peer" in said
+    return is_told or isinstance(error, torch.distributed.DistError)

@@ -123,8 +123,8 @@ class Release:
         Raises:
             ParameterError: something else brings the dense gradients of a replica back, as DDP does.
         """
-        ranks = Ranks.everyone()
-        if ranks.size == 1 or self._is_averaged:
+        everyone = Ranks.everyone()
+        if everyone.size == 1 or self._is_averaged:
             return
         for t in self._trained:
             if t.piece.is_all and t.holder.grad is not None:
@@ -133,9 +133,11 @@ class Release:
                     "it too. Leave the model unwrapped: with release_gradients or model the optimizer averages."
                 )
         averaged = [t for t in self._everything if t.piece.is_all or t.leaf is not None]
-        kinds = {(t.parameter.device, t.dtype): None for t in averaged}
-        for device, dtype in kinds:
-            some = [t for t in averaged if (t.parameter.device, t.dtype) == (device, dtype)]
+        alike: dict[tuple[Ranks, torch.device, torch.dtype], list[Trained]] = {}
+        for t in averaged:
+            holders = everyone if t.piece.is_all else t.piece.ranks
+            alike.setdefault((holders, t.parameter.device, t.dtype), []).append(t)
+        for (ranks, device, dtype), some in alike.items():
             found = [t.gradient() if t.piece.is_all else t.formed for t in some]
             sizes = [t.whole.num_trained for t in some]
             flat = torch.zeros(sum(sizes) + len(some), dtype=dtype, device=device)
@@ -149,8 +151,7 @@ class Release:
                 if not is_there:
                     continue
                 if not t.piece.is_all:
-                    start = t.piece.before(t.whole)
-                    own = entry[start : start + t.value.numel()].view_as(t.value).clone()
+                    own = entry[t.start : t.start + t.value.numel()].view_as(t.value).clone()
                     t.formed, t.value.grad = None, own if t.value.grad is None else t.value.grad + own
                 elif gradient is not None:
                     gradient.copy_(entry.view_as(gradient))

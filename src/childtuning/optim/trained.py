@@ -44,6 +44,9 @@ class Trained:
         self.name, self.holder, self.scale, self.draws = name, holder, scale, draws
         self.released = released and not part.is_whole
         self.piece, self.whole = piece_of(name, holder), part
+        self.start = self.piece.before(
+            part
+        )  # how many of the trained entries other processes hold before this one
         self.part = part = self.piece.part(part)
         self.formed: Tensor | None = (
             None  # the gradient of a sharded part's entries on all processes, not yet averaged

@@ -115,6 +115,7 @@ def choose_child(
     progress: bool | Progress = False,
     loss_fn: LossFn | None = None,
     costs_fn: Callable[[], Costs] | None = None,
+    share: bool = False,
 ) -> Child | TaskFree:
     """Choose the child that a configuration describes.
 
@@ -128,6 +129,7 @@ def choose_child(
         progress: as for ``fisher_information``.
         loss_fn: the loss of the Fisher pass, as for ``fisher_information``; ``None``: the model's own.
         costs_fn: counts a training step; called if the configuration has a budget.
+        share: let all processes share the Fisher pass; all of them call this.
     Raises:
         ParameterError: when a pattern matches no parameter.
     """
@@ -176,7 +178,14 @@ def choose_child(
         stop_fn = StopWhenStable(choose) if config.fisher_examples == "auto" else None
         scores = score_fn(
             lambda: fisher_scores(
-                config, model, batches(), always=always, progress=progress, loss_fn=loss_fn, stop_fn=stop_fn
+                config,
+                model,
+                batches(),
+                always=always,
+                progress=progress,
+                loss_fn=loss_fn,
+                stop_fn=stop_fn,
+                share=share and stop_fn is None,
             )
         )
     return choose(scores)
@@ -235,6 +244,7 @@ def fisher_scores(
     progress: bool | Progress = False,
     loss_fn: LossFn | None = None,
     stop_fn: StopFn | None = None,
+    share: bool = False,
 ) -> dict[str, Tensor]:
     """Estimate Fisher information with the options of a configuration."""
     return fisher_information(
@@ -250,7 +260,7 @@ def fisher_scores(
         scores_device=_kept_on(config),
         scores_dtype=torch.bfloat16 if config.fisher_dtype == "bfloat16" else None,
         stop_fn=stop_fn,
-        share=stop_fn is None,
+        share=share,
     )
 
 

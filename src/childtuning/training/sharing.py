@@ -167,7 +167,7 @@ def divides_by_items(trainer: Any, inputs: dict[str, Any]) -> bool:
     is_the_models = trainer.label_smoother is None and trainer.compute_loss_func is None
     if not (trainer.model_accepts_loss_kwargs and adds_up and is_the_models) or "labels" not in inputs:
         return trainer.model_accepts_loss_kwargs
-    given = trainer._prepare_inputs(dict(inputs))
+    given = trainer._prepare_inputs({key: value for key, value in inputs.items() if key != _COUNTS})
     with (
         without_trace(trainer.bare_model, training=False),
         torch.no_grad(),

@@ -211,6 +211,7 @@ class ChildTrainer(CheckpointFiles, Trainer):
                     else progress,
                     loss_fn=self._fisher_loss(),
                     costs_fn=self.count_costs,
+                    share=True,
                 )
             # Scores may differ in the last bit between ranks, and with them the children.
             self.child = of_main_process(self.child)
