@@ -117,6 +117,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    line = " ".join(message.split())
-    print(f"childtuning: {line}", file=sys.stderr)
+    line, rank = " ".join(message.split()), os.environ.get("RANK", "0")
+    who = "childtuning" if rank == "0" else f"childtuning, rank {rank}"
+    sys.stderr.write(f"{who}: {line}\n")  # in one piece: several processes may say it
     sys.exit(code)
