@@ -16,6 +16,7 @@ _COMMANDS = {
     "choose": "choose --repeats 3",
     "train": "train",
     "costs": "costs",
+    "large": "large",
     "memory": "memory",
     "memory-small": "memory --batch-size 2",
     "script": "train --script",

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "choose": "choosing a child by as many examples as it takes, beside a training epoch",
     "select": "choosing a child from scores, beside numpy and torch",
     "memory": "peak memory of a training step, beside full fine-tuning and PEFT",
+    "large": "the memory of training 1.1 billion weights, beside what plan predicts",
     "costs": "what the cost model predicts of a training step and its peak memory, beside what is measured",
     "train": "the whole training step, beside the same; with --script, whole runs",
     "import": "import childtuning, beside import torch",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 HEAD = ("classifier.*",)  # new for every task: always trained whole
-_SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {},  # the defaults of BertConfig: 12 layers of 768, 30,522 tokens
     "minilm": {
         "hidden_size": 384,
@@ -27,12 +27,31 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "llama-tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+    },
+}
+
+
 def classifier(shape: str, seed: int = 0) -> Any:
     """Return a BERT classifier of that shape with random weights."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
-    return BertForSequenceClassification(BertConfig(**_SHAPES[shape], num_labels=2))
+    return BertForSequenceClassification(BertConfig(**SHAPES[shape], num_labels=2))
 
 
 def random_batch(model: Any, batch_size: int, num_tokens: int, seed: int = 0) -> dict[str, Tensor]:

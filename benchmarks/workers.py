@@ -52,6 +52,12 @@ def _fisher_memory(**given: Any) -> dict[str, Any]:
     return measure_memory(**given)
 
 
+def _large_memory(**given: Any) -> dict[str, Any]:
+    from bench_large import measure
+
+    return measure(**given)
+
+
 def _official_script(**given: Any) -> dict[str, Any]:
     from references.official_script import official_run
 
@@ -61,6 +67,7 @@ def _official_script(**given: Any) -> dict[str, Any]:
 WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "train-memory": _train_memory,
     "fisher-memory": _fisher_memory,
+    "large-memory": _large_memory,
     "official-script": _official_script,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from childtuning import ChildConfig, ChildOptimizer
 from childtuning.errors import ModelError
@@ -34,6 +35,101 @@ def test_the_optimizer_holds_what_was_planned(tiny_bert: Path, method: str, gran
     assert plan.trained_parameters == pytest.approx(trained, rel=0.02)
     assert plan.optimizer == pytest.approx(optimizer.num_state_bytes, rel=0.1)
     assert plan.weights == sum(p.nbytes for p in prepared.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "granularity"),
+    [
+        ("full", "element"),
+        ("child-random", "column"),
+        ("child-random", "row"),
+        ("lora", "element"),
+        ("last-k:1", "element"),
+    ],
+)
+def test_the_forward_pass_keeps_what_was_planned(tiny_bert: Path, method: str, granularity: str) -> None:
+    methods = Combination.parse(method)
+    options: dict[str, Any] = {"density": 0.25 if methods.takes_density else 1.0, "granularity": granularity}
+    size = {"batch_size": 8, "max_length": 48}
+    (plan,) = plan_memory(str(tiny_bert), [method], ChildConfig(**options), num_labels=3, **size)
+    loaded = load_classifier(str(tiny_bert), num_labels=3)
+    prepared = methods.prepare(loaded.model.train(), loaded.new_parameters)
+    child = choose_child(
+        replace(methods.child(ChildConfig(**options)), eligible=prepared.eligible),
+        prepared.model,
+        list,
+        always=prepared.always,
+    )
+    net = prepared.model
+    optimizer = ChildOptimizer(
+        net.named_parameters(), child, torch.optim.AdamW, model=net if granularity != "element" else None
+    )
+    outside = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(5, 40, (8, 48))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(8, dtype=torch.long)
+        ).loss
+    assert plan.activations is not None
+    assert sum(kept.values()) <= plan.activations <= 2 * sum(kept.values())  # what is at work is beside it
+    assert plan.peak == plan.weights + plan.optimizer + max(plan.activations, plan.gradients)
+    del loss
+    optimizer.remove()
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("task_kind", "kind"),
+    [
+        ("token-classification", "Bert"),
+        ("causal-lm", "Llama"),
+        ("image-classification", "ViT"),
+    ],
+)
+def test_other_kinds_of_task(task_kind: str, kind: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"ViT": {"image_size": 32, "patch_size": 8}, "Llama": {"vocab_size": 64}}
+    getattr(transformers, f"{kind}Config")(**SIZES, **more.get(kind, {})).save_pretrained(tmp_path)
+    small, large = (
+        plan_memory(str(tmp_path), ["full"], task_kind=task_kind, batch_size=size)[0] for size in (4, 8)
+    )
+    assert small.activations is not None and large.activations is not None
+    assert 1.8 < large.activations / small.activations < 2.1
+    assert small.weights == large.weights and small.scoring == 0
+
+
+def test_what_cannot_be_run_without_values_is_planned_without_activations(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    twice, sparse = (
+        plan_memory(str(tiny_bert), ["child-d+r3f"])[0],
+        plan_memory(str(moe(tmp_path)), ["full"])[0],
+    )
+    assert twice.activations is None and sparse.activations is None
+    assert twice.peak == twice.weights + twice.optimizer + twice.gradients
+    assert twice.scoring > twice.weights
+
+
+def moe(folder: Path) -> Path:
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, pad_token_id=0, **SIZES)
+    config.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("method", ["l2-sp", "recadam"])

@@ -23,6 +23,7 @@ from childtuning.config import Budget
 from childtuning.errors import ConfigError, ParameterError
 
 _MOMENTS = 8.0  # bytes of a trained entry's two moments
+_INDEX = 4.0  # bytes of the position of a trained entry, where entries are chosen one by one
 _UPDATE = 28.0  # bytes that AdamW moves for an entry
 _STRUCTURED = ("row", "block")  # kinds whose layers form the gradient of trained units alone
 
@@ -106,6 +107,24 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Amount:
+    """How much of a parameter is trained, and in which units, where it does not matter which of them.
+
+    Args:
+        num_trained: entries.
+        granularity: of the units; ``None``: all of it is trained.
+    """
+
+    num_trained: int
+    granularity: Granularity | None = None
+
+    @classmethod
+    def of(cls, part: Part) -> Amount:
+        """Return the amount of a part."""
+        return cls(part.num_trained, None if part.is_whole else part.granularity)
+
+
+@dataclass(frozen=True)
 class Costs:
     """The counts of one training step on one batch.
 
@@ -115,6 +134,8 @@ class Costs:
         kept: bytes by depth that the backward pass reads, without the inputs of trained weights.
         places: by parameter name, in the model's order.
         rates: of the device.
+        unspared: bytes by depth that dropouts keep besides where no layer is structured.
+        working: the most bytes beside what is kept: in the last layer, and where the backward pass begins.
     """
 
     forward: tuple[Work, ...]
@@ -122,6 +143,8 @@ class Costs:
     kept: tuple[int, ...]
     places: Mapping[str, Place]
     rates: Rates
+    unspared: tuple[int, ...] = ()
+    working: tuple[int, int] = (0, 0)
 
     def shares(self, child: Child) -> dict[str, float]:
         """Predict what training a child costs, as shares of full fine-tuning, by the names of ``Budget``.
@@ -135,32 +158,50 @@ class Costs:
         """Return the cost of full fine-tuning: seconds for ``step``, else bytes."""
         return self.total(what, {name: Part(place.shape) for name, place in self.places.items()})
 
-    def total(self, what: str, parts: Mapping[str, Part]) -> float:
+    def total(self, what: str, parts: Mapping[str, Part | Amount]) -> float:
         """Return the cost of training these parts, in the unit of ``full``."""
         return max(self.moments(what, parts))
 
-    def moments(self, what: str, parts: Mapping[str, Part], lowest: int | None = None) -> list[float]:
-        """Return the cost at each moment that may be the dearest, of a step that goes back to this depth at least."""
-        trained = {name: part for name, part in parts.items() if not part.is_empty}
+    def moments(
+        self,
+        what: str,
+        parts: Mapping[str, Part | Amount],
+        lowest: int | None = None,
+        structured: bool | None = None,
+    ) -> list[float]:
+        """Return the cost at each moment that may be the dearest.
+
+        Args:
+            what: the kind of cost.
+            parts: what is trained, by parameter name.
+            lowest: the depth that the step goes back to at least.
+            structured: whether layers form the gradients of trained units alone; ``None``: if the parts' units say so.
+        """
+        amounts = {name: Amount.of(part) if isinstance(part, Part) else part for name, part in parts.items()}
+        trained = {name: amount for name, amount in amounts.items() if amount.num_trained}
         depths = [len(self.forward) if lowest is None else lowest, *(self.places[n].depth for n in trained)]
-        moments = list(self.base(what, min(depths)))
-        for name, part in trained.items():
-            fixed, each = self.of_entries(what, name, None if part.is_whole else part.granularity)
+        if structured is None:
+            structured = any(_is_structured(amount.granularity) for amount in trained.values())
+        moments = list(self.base(what, min(depths), structured=structured))
+        for name, amount in trained.items():
+            fixed, each = self.of_entries(what, name, amount.granularity)
             for i, (once, one) in enumerate(zip(fixed, each, strict=True)):
-                moments[i] += once + one * part.num_trained
+                moments[i] += once + one * amount.num_trained
         return moments
 
-    def base(self, what: str, lowest: int) -> tuple[float, ...]:
+    def base(self, what: str, lowest: int, *, structured: bool) -> tuple[float, ...]:
         """Return what a step costs that goes back to this depth and trains nothing.
 
-        Memory has two moments, before the backward pass and after it; the larger counts.
+        Memory has three moments: in the last layer, before the backward pass, and after it; the largest counts.
         """
         if what == "step":
             backward = sum(self.backward[lowest:], start=Work())
             return (self.rates.seconds(sum(self.forward, start=Work()) + backward),)
         if what == "memory":
             weights = float(sum(place.numel * place.itemsize for place in self.places.values()))
-            return weights + sum(self.kept[lowest:]), weights
+            kept = sum(self.kept[lowest:]) + (0 if structured else sum(self.unspared[lowest:]))
+            in_last, at_start = self.working
+            return weights + kept + in_last, weights + kept + at_start, weights
         return (0.0,)
 
     def of_entries(
@@ -177,7 +218,8 @@ class Costs:
         size = max(place.numel, 1)
         unit = granularity or Granularity("parameter")
         is_whole = unit.kind == "parameter"
-        is_structured = unit.kind in _STRUCTURED and len(place.shape) > 1
+        is_structured = _is_structured(unit) and len(place.shape) > 1
+        has_index = unit.kind == "element"
         is_columns = is_structured and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
         if what == "step":
             formed = self.rates.seconds(place.gradient)
@@ -188,14 +230,20 @@ class Costs:
             # Moments are compact; the gradient is formed whole, and its lines and the weight's travel whole.
             return (formed + self.rates.seconds(Work(num_bytes=12.0 * size)),), (update,)
         if what == "memory":
-            read = place.shared * place.input_bytes
-            if is_columns:
-                return (0.0, 0.0), (place.state + place.input_bytes / size, place.state + place.itemsize)
-            return (read, 0.0), (place.state, place.state + place.itemsize)
-        has_index = unit.kind == "element"
+            read, each = (
+                (0.0, place.input_bytes / size) if is_columns else (place.shared * place.input_bytes, 0.0)
+            )
+            is_kept = place.depth < len(self.forward) - 2  # by then, in the last layer
+            state = place.state + _INDEX * has_index
+            return (read * is_kept, read, 0.0), (state + each * is_kept, state + each, state + place.itemsize)
         if what == "state":
-            return (0.0,), (place.state + 4.0 * has_index,)
+            return (0.0,), (place.state + _INDEX * has_index,)
         return (0.0,), (place.itemsize + 1.0 * has_index,)
+
+
+def _is_structured(unit: Granularity | None) -> bool:
+    """Tell whether layers may form the gradient of these units alone."""
+    return unit is not None and unit.kind in _STRUCTURED
 
 
 def check_budget(budget: Budget, costs: Costs, always: Iterable[str] = ()) -> None:
@@ -205,7 +253,7 @@ def check_budget(budget: Budget, costs: Costs, always: Iterable[str] = ()) -> No
         ConfigError: it does.
     """
     rest = Child({}, always=always).resolve({name: place.shape for name, place in costs.places.items()})
-    least = costs.total(budget.kind, rest) / costs.full(budget.kind)
+    least = max(costs.moments(budget.kind, rest, structured=True)) / costs.full(budget.kind)
     if least >= budget.share:
         raise ConfigError(
             f"no child fits the budget {budget}: with none at all it is {least:.3f} of full fine-tuning. Raise it."
@@ -260,7 +308,8 @@ def child_within(
     best: tuple[float, Tensor] | None = None
     for lowest in sorted({costs.places[name].depth for name in scores}, reverse=True):
         here = order[depth[order] >= lowest]
-        left = limit - torch.tensor(costs.moments(what, rest, lowest), dtype=torch.float64)
+        spent = costs.moments(what, rest, lowest, _is_structured(share.granularity))
+        left = limit - torch.tensor(spent, dtype=torch.float64)
         taken = _fill(here, price, torch.stack(firsts, 1), owner, left)
         held = float(value[taken].sum())
         if len(taken) and (best is None or held > best[0]):

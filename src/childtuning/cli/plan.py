@@ -11,7 +11,17 @@ from childtuning.cli import options as o
 from childtuning.cli.printing import human_bytes, print_json, print_table
 
 NAME = "plan"
-_COLUMNS = ("method", "trained", "weights", "gradients", "optimizer", "sum", "delta")
+_COLUMNS = (
+    "method",
+    "trained",
+    "weights",
+    "activations",
+    "gradients",
+    "optimizer",
+    "peak",
+    "scoring",
+    "delta",
+)
 
 
 def run(
@@ -19,15 +29,18 @@ def run(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,child-f,child-d",
     density: Annotated[float | None, typer.Option(help="Share of the entries in a child.")] = None,
     granularity: Annotated[str, typer.Option(help="element, row, column, block or parameter.")] = "element",
+    task_kind: Annotated[str, typer.Option(help="Kind of task, as for `train`.")] = "classification",
     labels: Annotated[int, typer.Option(help="Classes of the new head.", min=1, max=100_000)] = 2,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", min=1, max=100_000)] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens per example.", min=1, max=10_000_000)] = 128,
     bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Count the memory that methods need for a model, without loading its weights; activations come on top.
+    """Count the memory that methods need for a model, without loading its weights.
 
     Example:
 
-        childtuning plan --methods full,child-d,child-d+r3f --density 0.1
+        childtuning plan --methods full,child-d,lora --density 0.1 --granularity column --batch-size 32
     """
     from childtuning.compare import read_methods
     from childtuning.config import ChildConfig
@@ -35,13 +48,31 @@ def run(
 
     chosen = {} if density is None else {"density": density}
     config = ChildConfig(**chosen, granularity=granularity) if chosen or granularity != "element" else None  # type: ignore[arg-type]
-    plans = plan_memory(model, list(read_methods([methods])), config, num_labels=labels, bf16=bf16)
+    plans = plan_memory(
+        model,
+        list(read_methods([methods])),
+        config,
+        task_kind=task_kind,
+        num_labels=labels,
+        batch_size=batch_size,
+        max_length=max_length,
+        bf16=bf16,
+    )
     if as_json:
-        print_json({"methods": [{**asdict(plan), "total": plan.total} for plan in plans]})
+        print_json({"methods": [asdict(plan) for plan in plans]})
         return
-    sizes = [(p.weights, p.gradients, p.optimizer, p.total, p.delta) for p in plans]
     rows = [
-        [p.method, f"{p.trained_parameters:,}", *map(human_bytes, own)]
-        for p, own in zip(plans, sizes, strict=True)
+        [
+            p.method,
+            f"{p.trained_parameters:,}",
+            human_bytes(p.weights),
+            "?" if p.activations is None else human_bytes(p.activations),
+            human_bytes(p.gradients),
+            human_bytes(p.optimizer),
+            human_bytes(p.peak) + "+" * (p.activations is None),
+            human_bytes(p.scoring) if p.scoring else "-",
+            human_bytes(p.delta),
+        ]
+        for p in plans
     ]
-    print_table("Memory beside activations, AdamW, one process", _COLUMNS, rows)
+    print_table(f"Memory, AdamW, one process, batches of {batch_size} × {max_length}", _COLUMNS, rows)

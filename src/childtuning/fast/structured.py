@@ -2,24 +2,21 @@
 
 ``install`` replaces the classes of modules by ones that compute only the part of the weight's gradient that a ``Leaf``
 describes; the layers themselves are in ``fast/layers.py``. ``Part.groups()`` gives the trained rows and columns.
-Beside such layers a dropout keeps its mask in less memory.
+Beside such layers dropouts keep less for the backward pass: `fast/dropout.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch import nn
 
 from childtuning import fast
 from childtuning.errors import ParameterError, did_you_mean
+from childtuning.fast.dropout import spare_dropouts
 from childtuning.fast.layers import BY_CLASS, Leaf, StructuredLayer
 
 
@@ -36,13 +33,16 @@ class Installed:
     names: tuple[str, ...]
     dense: tuple[str, ...]
     _replaced: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+    _spare_not: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def remove(self) -> None:
-        """Restore every module's class; a second call does nothing."""
+        """Restore every module's class, and the attention; a second call does nothing."""
         for module, cls in self._replaced:
             module.__class__ = cls
             vars(module).pop("leaf", None)
         self._replaced.clear()
+        self._spare_not()
+        self._spare_not = lambda: None
 
 
 def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
@@ -87,49 +87,8 @@ def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
         module.__class__ = cls
         vars(module)["leaf"] = leaves[name]
     if found:
-        installed._replaced += install_dropouts(model)._replaced
+        installed._spare_not = spare_dropouts(model)
     return installed
-
-
-def install_dropouts(model: nn.Module) -> Installed:
-    """Let the model's dropouts keep their masks in a byte an entry."""
-    found = [m for m in model.modules() if type(m) is nn.Dropout and "forward" not in vars(m)]
-    for module in found:
-        module.__class__ = BooleanDropout
-    return Installed((), (), [(module, nn.Dropout) for module in found])
-
-
-class BooleanDropout(nn.Dropout):
-    """A dropout that keeps its mask in a byte an entry, where torch's on a CPU keeps it as floating-point numbers.
-
-    It draws the same numbers and returns the same values, forward and backward.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[...] -> [...]."""
-        is_plain = input.device.type != "cpu" or self.inplace or not 0 < self.p < 1
-        if is_plain or not (self.training and input.requires_grad and torch.is_grad_enabled()):
-            return super().forward(input)
-        if torch._C._are_functorch_transforms_active():
-            return super().forward(input)
-        return _Drop.apply(input, self.p)
-
-
-class _Drop(Function):
-    """``y = x ∘ m / (1 − p)`` for a mask m of Bernoulli(1 − p), drawn as torch draws it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        mask = torch.empty_like(x).bernoulli_(1 - p)
-        ctx.p = p
-        ctx.save_for_backward(mask.bool())
-        return x * mask.div_(1 - p)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return dY * mask.to(dY.dtype).div_(1 - ctx.p), None
 
 
 @contextmanager

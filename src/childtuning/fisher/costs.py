@@ -8,12 +8,14 @@ gradient of no weight. What the first does beyond the second is the cost of the 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +25,7 @@ from childtuning.child.budget import Costs, Place, Rates, Work
 from childtuning.child.eligible import bare_model, is_conv1d, named, unit_axes
 from childtuning.child.layers import Layers, find_layers
 from childtuning.errors import DataError
+from childtuning.fast.dropout import spare_dropouts
 from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import check_finite, differentiable, take_gradients
 from childtuning.fisher.losses import LossFn, model_loss
@@ -37,7 +40,8 @@ def training_costs(
 ) -> Costs:
     """Count what a training step of a model costs, and what each parameter adds to it.
 
-    The model is in ``train()`` mode; its weights, gradients, buffers and random streams are as before afterwards.
+    The model is in ``train()`` mode; its weights, gradients, buffers and random streams are as before afterwards. Of
+    fake tensors (``FakeTensorMode``) it is counted without memory for weights.
 
     Args:
         model: the network with its head; of a model that torch.compile or DDP wraps, what is inside.
@@ -61,9 +65,12 @@ def training_costs(
     depth = layers.depth()
     batch = to_device(batch, device)
     with without_trace(model, training=True):
-        whole = _counted(model, layers, batch, loss_fn, parameters)
-        bottom = min(whole.reached, key=lambda name: (depth[name], parameters[name].numel()))
-        plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
+        with _dropouts(model, spared=True):
+            whole = _counted(model, layers, batch, loss_fn, parameters)
+            bottom = min(whole.reached, key=lambda name: (depth[name], parameters[name].numel()))
+            plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
+        with _dropouts(model, spared=False):
+            unspared = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
     more = [(a - b).above_zero for a, b in zip(whole.backward, plain.backward, strict=True)]
     entries, inputs = [0] * len(more), [0.0] * len(more)
     for name, parameter in parameters.items():
@@ -90,9 +97,21 @@ def training_costs(
             input_bytes=whole.input_bytes.get(name, 0),
             shared=min(read / inputs[at], 1.0) if inputs[at] else 0.0,
         )
-    # Beside structured layers a dropout's mask takes a byte an entry.
-    kept = tuple(held - spared for held, spared in zip(plain.kept, plain.spared, strict=True))
-    return Costs(tuple(plain.forward), tuple(plain.backward), kept, places, rates)
+    more_kept = tuple(a - b for a, b in zip(unspared.kept, plain.kept, strict=True))
+    working = plain.working, whole.working
+    return Costs(
+        tuple(plain.forward), tuple(plain.backward), tuple(plain.kept), places, rates, more_kept, working
+    )
+
+
+@contextmanager
+def _dropouts(model: nn.Module, *, spared: bool) -> Iterator[None]:
+    """Run dropouts as they are beside structured layers, or as torch has them."""
+    undo = spare_dropouts(model, spared=spared)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def measured_rates(device: torch.device) -> Rates:
@@ -124,15 +143,42 @@ class _Counter(TorchDispatchMode):
         self.depth, self.is_forward = 0, True
         self.forward, self.backward = [Work()] * num_depths, [Work()] * num_depths
         self.kept, self.input_bytes = [0] * num_depths, dict[str, int]()
-        self.spared, self.used = [0] * num_depths, [dict[str, int]() for _ in range(num_depths)]
+        self.used = [dict[str, int]() for _ in range(num_depths)]
         self.reached: list[str] = []
+        self.outside: set[int] = set()  # storages that are not the step's: weights and buffers
+        self.alive: set[int] = set()
+        self.num_alive = self.most_alive = 0  # bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self._follow(out)
         counts = self.forward if self.is_forward else self.backward
         counts[self.depth] += _work(func, args, kwargs, out)
         return out
+
+    @property
+    def working(self) -> int:
+        """The most bytes that are alive at once, beyond those that the backward pass reads."""
+        return max(self.most_alive - sum(self.kept), 0)
+
+    def _follow(self, out: Any) -> None:
+        """Count the memory of what a call has made for as long as it lives."""
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.alive or key in self.outside:
+                continue
+            self.alive.add(key)
+            self.num_alive += size
+            weakref.finalize(storage, self._forget, key, size).atexit = False
+        self.most_alive = max(self.most_alive, self.num_alive)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.num_alive -= size
 
 
 def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
@@ -146,6 +192,8 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     if func.is_view or packet in _FREE:
         return Work()
     made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    if not made:  # a question, such as a tensor's device
+        return Work()
     read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_random = torch.Tag.nondeterministic_seeded in func.tags
     draws = sum(tensor.numel() for tensor in made) if is_random else 0
@@ -164,13 +212,13 @@ def _counted(
 ) -> _Counter:
     """Run one step that differentiates some parameters, and count it."""
     counter = _Counter(len(layers.blocks) + 2)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    seen: set[int] = set()
+    seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    counter.outside = seen | {buffer.untyped_storage()._cdata for buffer in model.buffers()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())  # kept until the backward pass, so that the address is its own
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)  # kept until the backward pass, so that the address is its own
             counter.kept[counter.depth] += storage.nbytes()
         return tensor
 
@@ -180,7 +228,8 @@ def _counted(
         if not isinstance(loss, Tensor):
             raise DataError(f"loss_fn must return a tensor, got {type(loss).__name__}.")
         loss = loss.mean()
-        check_finite(loss)
+        if not isinstance(loss, FakeTensor):
+            check_finite(loss)
         counter.is_forward, counter.depth = False, len(layers.blocks) + 1
         reached = counter.reached
         if not loss.requires_grad or not take_gradients(loss, trained, lambda name, _: reached.append(name)):
@@ -218,15 +267,6 @@ def _followed(model: nn.Module, layers: Layers, counter: _Counter) -> Iterator[N
 
             after.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             after.callback(block.register_forward_hook(leave).remove)
-        if next(model.parameters()).device.type == "cpu":
-
-            def spare(module: nn.Module, args: Any, out: Tensor) -> None:
-                if args and args[0].requires_grad and 0 < module.p < 1:  # type: ignore[operator]
-                    counter.spared[counter.depth] += out.nbytes - out.numel()
-
-            for module in model.modules():
-                if type(module) is nn.Dropout and not module.inplace:
-                    after.callback(module.register_forward_hook(spare).remove)
         names = {id(parameter): name for name, parameter in named(model).items()}
         for module in model.modules():
             weight = module._parameters.get("weight")

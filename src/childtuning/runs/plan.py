@@ -1,4 +1,8 @@
-"""The memory that a method needs beside activations, counted from the model's shapes; no weights are loaded."""
+"""The memory that training takes, counted from the model's shapes; no weights are loaded.
+
+The model is prepared on the meta device, and then made of fake tensors, which have a shape and a device but no memory.
+One training step of it is counted as a budget's is, by ``training_costs``.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from childtuning.child import ChildConfig
-from childtuning.child.eligible import named
+from childtuning.child.budget import Amount, Costs, Place, Rates, Work
+from childtuning.child.eligible import named, unit_axes
+from childtuning.child.ranking import Share
+from childtuning.child.units import Granularity
 from childtuning.errors import ModelError
+from childtuning.fisher import training_costs
 from childtuning.methods import Combination
+from childtuning.tasks import find_kind
 from childtuning.training import Method, packaged_model, task_head
 
-_MOMENTS = 8  # bytes of AdamW's two, float32
-_INDEX, _FLOAT = 4, 4
+_FLOAT = 4  # bytes of a score, and of a value that a method pulls towards
 
 
 @dataclass(frozen=True)
@@ -26,22 +35,25 @@ class MemoryPlan:
         method: as it was asked for.
         trained_parameters: entries that are trained, the head included.
         weights: of the model.
+        activations: what the forward pass keeps for the backward pass, for a batch of the largest size; ``None`` where
+            the method or the model does not let them be counted.
         gradients: the most that is alive at once.
         optimizer: moments, indices and float32 master values.
+        peak: the most that is alive at once in a training step: with the activations before the backward pass, or with
+            the gradients after it. Without activations where these cannot be counted.
+        scoring: the most that is alive in the Fisher pass that chooses the child; 0 where there is none.
         delta: what is saved.
     """
 
     method: str
     trained_parameters: int
     weights: int
+    activations: int | None
     gradients: int
     optimizer: int
+    peak: int
+    scoring: int
     delta: int
-
-    @property
-    def total(self) -> int:
-        """Weights, gradients and optimizer; activations come on top."""
-        return self.weights + self.gradients + self.optimizer
 
 
 def plan_memory(
@@ -49,7 +61,10 @@ def plan_memory(
     methods: list[str],
     config: ChildConfig | None = None,
     *,
+    task_kind: str = "classification",
     num_labels: int = 2,
+    batch_size: int = 16,
+    max_length: int = 128,
     bf16: bool = False,
 ) -> list[MemoryPlan]:
     """Count what training by AdamW would hold, one process, without loading weights.
@@ -58,28 +73,70 @@ def plan_memory(
         model: a folder or hub name; ``None``: the packaged model.
         methods: as ``--method`` takes them.
         config: density and granularity; ``None``: each method's own density, single entries.
+        task_kind: as ``--task-kind`` takes it.
         num_labels: of the new head.
+        batch_size: examples of a batch.
+        max_length: tokens of an example.
         bf16: whether the weights are in bf16, which get float32 master values for what is trained.
     Raises:
         ModelError: there is no such model, or a method does not apply to it.
     """
-    return [_plan(_empty_model(model, num_labels), name, config, bf16) for name in methods]
+    plans = []
+    for name in methods:
+        empty = _empty_model(model, task_kind, num_labels, bf16=bf16)
+        with FakeTensorMode() as fake:
+            batch = _largest_batch(task_kind, empty.config, batch_size, max_length)
+        plans.append(_plan(empty, batch, fake, name, config))
+    return plans
 
 
-def _empty_model(name: str | None, num_labels: int) -> nn.Module:
+def _empty_model(name: str | None, task_kind: str, num_labels: int, *, bf16: bool) -> Any:
     import transformers
 
     source = str(packaged_model()) if name is None else name
     try:
         config = transformers.AutoConfig.from_pretrained(source, num_labels=num_labels)
+        auto = getattr(transformers, find_kind(task_kind).auto_model)
         with torch.device("meta"):
-            return transformers.AutoModelForSequenceClassification.from_config(config)
+            return auto.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
     except (OSError, ValueError, KeyError) as fault:
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise ModelError(f"model {source!r} cannot be read ({reason}). Pass a folder or hub name.") from None
 
 
-def _plan(model: Any, name: str, config: ChildConfig | None, bf16: bool) -> MemoryPlan:
+def _largest_batch(task_kind: str, config: Any, batch_size: int, max_length: int) -> dict[str, Tensor]:
+    kind = find_kind(task_kind)
+    if kind.auto_processor == "AutoImageProcessor":
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": pixels, "labels": torch.zeros(batch_size, dtype=torch.long)}
+    ids = torch.zeros(batch_size, max_length, dtype=torch.long)
+    is_by_token = kind.auto_model in ("AutoModelForTokenClassification", "AutoModelForCausalLM")
+    labels = ids if is_by_token else torch.zeros(batch_size, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _faked(model: nn.Module) -> nn.Module:
+    """Put fake tensors in the place of an empty model's, in this mode."""
+    made: dict[int, Any] = {}  # a tensor that several modules share stays one
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if tensor is not None and id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = (
+                        tensor,
+                        nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake,
+                    )
+                held[key] = None if tensor is None else made[id(tensor)][1]
+    return model
+
+
+def _plan(
+    model: Any, batch: dict[str, Tensor], mode: FakeTensorMode, name: str, config: ChildConfig | None
+) -> MemoryPlan:
     methods = Combination.parse(name)
     density = config.density if config is not None and methods.takes_density else methods.density
     granularity = "element" if config is None else config.granularity
@@ -95,23 +152,61 @@ def _plan(model: Any, name: str, config: ChildConfig | None, bf16: bool) -> Memo
         if "meta tensor" in str(fault):
             raise cannot from None
         raise
-    sizes = {name: p.numel() for name, p in named(prepared.model).items() if p.requires_grad}
-    always = sum(size for name, size in sizes.items() if name in prepared.always)
+    with mode:
+        net = _faked(prepared.model)
+    parameters = named(net)
+    sizes = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     chosen = [
         n for n in sizes if n not in prepared.always and (prepared.eligible is None or n in prepared.eligible)
     ]
     eligible = sum(sizes[name] for name in chosen)
+    amounts = {
+        name: Amount(size) for name, size in sizes.items() if name in prepared.always or name in chosen
+    }
     is_fixed = child.variant == "task-driven" and child.density != 1.0
-    share = float(child.density) if is_fixed else 1.0
-    trained = always + round(share * eligible)
-    width = 2 if bf16 else _FLOAT
-    everything = sum(p.numel() for p in named(prepared.model).values())
-    masters = _FLOAT * trained if bf16 else 0
-    indices = _INDEX * round(share * eligible) if is_fixed and granularity == "element" else 0
-    # Single entries are taken out of each dense gradient before the next is formed; rows are formed alone.
-    largest = max((sizes[name] for name in chosen), default=0) if granularity == "element" else 0
-    gradients = _FLOAT * trained + width * largest if is_fixed else width * trained
+    if is_fixed:
+        units = Share(1.0, granularity=Granularity(granularity), row_axes=unit_axes(net, granularity))
+        share = float(child.density)
+        amounts |= {name: Amount(round(share * sizes[name]), units.units(name)) for name in chosen}
+    with mode:
+        costs, is_counted = _costs(net, batch, methods)
+    weights = sum(p.nbytes for p in parameters.values())
+    optimizer = costs.total("state", amounts)
+    *before, after = (round(moment - weights - optimizer) for moment in costs.moments("memory", amounts))
     # L2-SP and RecAdam keep the values that they pull towards.
-    pulls = any(type(method).inner is not Method.inner for method in methods.methods)
-    optimizer = _MOMENTS * trained + masters + indices + _FLOAT * eligible * pulls
-    return MemoryPlan(name, trained, width * everything, gradients, optimizer, width * trained)
+    pulled = _FLOAT * eligible * any(type(method).inner is not Method.inner for method in methods.methods)
+    optimizer = round(optimizer) + pulled
+    if is_fixed and granularity == "element":  # taken out of each dense gradient before the next is formed
+        after += max((parameters[name].nbytes for name in chosen), default=0)
+    needs_scores = is_fixed and child.scores == "fisher"
+    everything = {name: Amount(place.numel) for name, place in costs.places.items()}
+    held = sum(place.state * place.numel for place in costs.places.values())
+    scoring = round(costs.moments("memory", everything)[1] - held) + _FLOAT * eligible
+    return MemoryPlan(
+        method=name,
+        trained_parameters=sum(amount.num_trained for amount in amounts.values()),
+        weights=weights,
+        activations=max(before) if is_counted else None,
+        gradients=after,
+        optimizer=optimizer,
+        peak=weights + optimizer + max(*before, after),
+        scoring=scoring if needs_scores else 0,
+        delta=round(costs.total("delta", amounts)),
+    )
+
+
+def _costs(model: nn.Module, batch: dict[str, Tensor], methods: Combination) -> tuple[Costs, bool]:
+    """Return the costs of a step, and whether its activations are counted; without them where they cannot be."""
+    if not any(map(_changes_passes, methods.methods)):
+        try:
+            return training_costs(model, batch), True
+        except Exception:  # any: the forward pass asks for values, and fake tensors have none
+            pass
+    places = {name: Place(0, tuple(p.shape), p.element_size(), Work()) for name, p in named(model).items()}
+    return Costs((Work(),), (Work(),), (0,), places, Rates(1.0, 1.0, 1.0)), False
+
+
+def _changes_passes(method: Method) -> bool:
+    """Tell whether a method runs the model in another way than once a step."""
+    own = type(method)
+    return any(getattr(own, hook) is not getattr(Method, hook) for hook in ("begin", "loss", "training_step"))
