@@ -58,7 +58,7 @@ def texts(number: int = 12) -> list[str]:
 
 
 def sft(folder: Path, **more: Any) -> tuple[SFTConfig, Dataset]:
-    return SFTConfig(output_dir=str(folder), max_length=16, **{**PLAIN, **more}), Dataset.from_dict(
+    return SFTConfig(output_dir=str(folder), **{"max_length": 16, **PLAIN, **more}), Dataset.from_dict(
         {"text": texts()}
     )
 
@@ -142,6 +142,46 @@ def test_mixed_with_child_trainer(kind: str, packing: bool, tokenizer, tmp_path:
     if kind != "grpo":
         frozen_and_moved(net, before, trainer.child)
     assert trainer.delta().num_trained == trainer.child.num_trained
+
+
+class ChildSFTTrainer(ChildTrainer, SFTTrainer):  # type: ignore[misc, valid-type]
+    pass
+
+
+def test_each_packed_sequence_is_an_example(tokenizer, tmp_path: Path) -> None:
+    """12 texts lie in 4 rows; their scores are those of texts that are not packed."""
+    found = []
+    for packing in (False, True):
+        arguments, data = sft(tmp_path / "out", packing=packing, max_length=32)
+        trainer = ChildSFTTrainer(
+            model(tmp_path), args=arguments, train_dataset=data, processing_class=tokenizer, child="child-d"
+        )
+        assert len(trainer.train_dataset) == (4 if packing else 12)
+        batches = trainer._fisher_batches()
+        found.append(ct.fisher_information(trainer.bare_model, batches, trainer._fisher_loss()))
+        assert found[-1].num_examples == 12
+    for name, plain in found[0].items():
+        torch.testing.assert_close(found[1][name], plain, rtol=1e-4, atol=1e-6 * float(plain.max()))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_of_a_llama_resumes_bitwise(packing: bool, tokenizer, tmp_path: Path) -> None:
+    ends = []
+    for resume in (False, True):
+        arguments, data = sft(
+            tmp_path / "out", packing=packing, max_length=32, max_steps=6, save_strategy="steps", save_steps=3
+        )
+        trainer = ChildSFTTrainer(
+            model(tmp_path),
+            args=arguments,
+            train_dataset=data,
+            processing_class=tokenizer,
+            child=ct.ChildConfig(density=0.3, granularity="row"),
+        )
+        trainer.train(str(tmp_path / "out" / "checkpoint-3") if resume else None)
+        ends.append([p.detach().clone() for p in trainer.bare_model.parameters()])
+        assert trainer.state.global_step == 6
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("granularity", ["element", "row"])

@@ -8,6 +8,7 @@ objects) is split by item.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
@@ -132,6 +133,74 @@ def with_example_tensors(batch: Any, size: int, tensors: Iterable[Tensor]) -> An
 def is_token_level(labels: Any) -> TypeGuard[Tensor]:
     """Tell whether the labels are a class for each position: whole numbers [B, T]."""
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+
+
+_OF_ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def packed_sequences(batch: Any) -> list[slice]:
+    """Return where the sequences of a packed row lie, those with labels; nothing where a batch is no packed row.
+
+    A packed row [1, T] holds sequences one after another: ``position_ids`` start anew at each, or ``cu_seq_lens_q``
+    counts where they end. [transformers' DataCollatorWithFlattening, TRL's packing]
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not is_token_level(labels) or len(labels) != 1:
+        return []
+    others = [value for key, value in batch.items() if key not in _OF_ROW and isinstance(value, Tensor)]
+    if any(value.shape[:2] != labels.shape for value in others):
+        return []
+    positions, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
+    if positions is not None:
+        starts = (positions[0, 1:] != positions[0, :-1] + 1).nonzero().flatten() + 1
+    elif ends is not None:
+        starts = ends[1:-1]
+    else:
+        return []
+    bounds = [0, *starts.tolist(), labels.shape[1]]
+    found = [slice(start, stop) for start, stop in pairwise(bounds)]
+    found = [where for where in found if bool((labels[0, where] != IGNORED_LABEL).any())]
+    return found if len(found) > 1 else []
+
+
+def packed_sequence(batch: Mapping[str, Any], where: slice) -> dict[str, Any]:
+    """Return one sequence of a packed row as a batch of one."""
+    return {
+        key: value[:, where] if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+        if key not in _OF_ROW
+    }
+
+
+def unpacked(batch: Any) -> list[Any]:
+    """Return a batch with an example a row: a packed row as padded batches, none of them larger than it was."""
+    sequences = sorted(packed_sequences(batch), key=lambda where: where.stop - where.start)
+    if not sequences:
+        return [batch]
+    found: list[Any] = []
+    while sequences:
+        longest = sequences[-1].stop - sequences[-1].start
+        count = max(batch["labels"].shape[1] // longest, 1)
+        found.append(_padded([packed_sequence(batch, where) for where in sequences[-count:]], longest))
+        del sequences[-count:]
+    return found
+
+
+def _padded(sequences: list[dict[str, Any]], length: int) -> dict[str, Any]:
+    def joined(key: str) -> Tensor:
+        rows = [sequence[key] for sequence in sequences]
+        whole = rows[0].new_full(
+            (len(rows), length, *rows[0].shape[2:]), IGNORED_LABEL if key == "labels" else 0
+        )
+        for into, row in zip(whole, rows, strict=True):
+            into[: row.shape[1]] = row[0]
+        return whole
+
+    batch = {key: joined(key) if isinstance(value, Tensor) else value for key, value in sequences[0].items()}
+    if "attention_mask" not in batch:
+        sizes = batch["labels"].new_tensor([sequence["labels"].shape[1] for sequence in sequences])
+        batch["attention_mask"] = (torch.arange(length, device=sizes.device) < sizes[:, None]).to(sizes.dtype)
+    return batch
 
 
 def _mapped(

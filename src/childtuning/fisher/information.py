@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from childtuning.child.budget import Costs
 from childtuning.child.eligible import bare_model
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, DataError, did_you_mean
-from childtuning.fisher.batches import num_entries, num_examples, to_device
+from childtuning.fisher.batches import num_entries, num_examples, to_device, unpacked
 from childtuning.fisher.costs import training_costs
 from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
 from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
@@ -95,7 +95,8 @@ def fisher_information(
     Args:
         model: the pretrained network with its head, as it is or wrapped by torch.compile, DDP or ``fully_shard``.
         batches: dicts for the model's own loss, with ``labels`` (Hugging Face), or whatever ``loss_fn`` takes. The
-            first axis of every tensor counts examples, but for tensors of length 1. Moved to the model's device.
+            first axis of every tensor counts examples, but for tensors of length 1. Of a packed row each sequence is an
+            example, where ``position_ids`` or ``cu_seq_lens_q`` tell them apart. Moved to the model's device.
         loss_fn: ``loss_fn(model, batch)``, the negative log-likelihood: one an example [B], or a scalar.
         reduction: what a scalar of ``loss_fn`` is over the examples of a batch, ``mean`` or ``sum``; ``None``: unknown,
             so that examples are run one at a time. A mean over tokens is neither.
@@ -171,10 +172,11 @@ def fisher_information(
                     else PerBatch(model, loss, sums, trainable)
                 )
                 torch.manual_seed(seed)
-                for number, batch in enumerate(batches):
-                    batch = to_device(batch, device)
+                for number, (given_batch, batch) in enumerate(_apart(batches, device)):
                     done += num_examples(batch)
-                    largest = max(largest, batch, key=num_entries) if largest is not None else batch
+                    largest = (
+                        max(largest, given_batch, key=num_entries) if largest is not None else given_batch
+                    )
                     if prepare is not None:  # of every batch: the draws are one stream
                         batch = prepare(batch)
                     if shared.is_mine(number):
@@ -201,6 +203,14 @@ def fisher_information(
     scores.paths, scores.num_examples = add_.paths, done
     scores.costs = partial(_costs_of, weakref.ref(model), largest, loss_fn)
     return scores
+
+
+def _apart(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Yield the batches as given and as they are scored, with an example a row, on the device."""
+    for batch in batches:
+        batch = to_device(batch, device)
+        for apart in unpacked(batch):
+            yield batch, apart
 
 
 def _costs_of(model: Callable[[], nn.Module | None], batch: Any, loss_fn: LossFn | None) -> Costs | None:

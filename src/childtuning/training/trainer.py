@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -18,10 +18,10 @@ from childtuning.child.budget import Costs
 from childtuning.child.eligible import canonical_name, matches, named
 from childtuning.child.pieces import reshard
 from childtuning.errors import ConfigError
-from childtuning.fisher import losses_by_slices, training_costs
-from childtuning.fisher.batches import num_entries, to_device
+from childtuning.fisher import training_costs
+from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import differentiable, take_gradients
-from childtuning.fisher.losses import model_loss, shifts_labels
+from childtuning.fisher.losses import model_loss
 from childtuning.fisher.without_trace import used_in_training, without_trace
 from childtuning.optim import ChildOptimizer
 from childtuning.ranks import of_main_process
@@ -33,12 +33,12 @@ from childtuning.training.child_choice import (
     as_child,
     choose_child,
     fisher_bar,
-    fisher_sample,
     new_parameters,
     saves_computation,
     task_head,
 )
 from childtuning.training.method import LossStep, Method
+from childtuning.training.scored_examples import ScoredExamples
 from childtuning.training.sharing import (
     SHARE,
     check_processes,
@@ -90,7 +90,7 @@ def _check_methods(config: ChildConfig | None, methods: Sequence[Method], args: 
             )
 
 
-class ChildTrainer(CheckpointFiles, Trainer):
+class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
     """A ``transformers.Trainer`` that trains a child network; the only required extra argument is ``child=``.
 
     The child is chosen from the training set when training starts, before any random numbers are drawn; the Fisher
@@ -245,66 +245,17 @@ class ChildTrainer(CheckpointFiles, Trainer):
             optimizer.zero_grad()
         return min(spent["child"]) / min(spent["full"])
 
-    def _largest_batch(self) -> Any:
-        return max(self._fisher_batches(), key=num_entries)
-
     def _score(self, make_fn: Callable[[], Scores]) -> Scores:
         """Make the scores, or take what the given function returns, and note how many examples they are of."""
         scores = self._scores(make_fn) if callable(self._scores) else make_fn()
         self.num_scored = getattr(scores, "num_examples", None)
         return scores
 
-    def _fisher_loss(self) -> Any:
-        """The training loss if it is not the model's own: per example if it is a function of the outputs."""
-        assert self.child_config is not None
-        if self.child_config.labels == "sampled":
-            return None
-        if self._has_other_loss:
-            rows, collate = self._model_inputs("Fisher information")
-            return lambda model, batch: self.compute_loss(
-                model, self._prepare_inputs(collate([rows[int(i)] for i in batch["rows"]]))
-            )
-        if self.compute_loss_func is not None:
-            return losses_by_slices(partial(self.compute_loss_func, num_items_in_batch=None))
-        if self.label_smoother is not None:
-            shift = shifts_labels(self.bare_model)
-            return losses_by_slices(partial(self.label_smoother, shift_labels=shift))
-        return None
-
     @property
     def _has_other_loss(self) -> bool:
         """Whether a subclass, or another trainer beside this one (TRL's), computes the loss."""
         owners = [cls for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
         return any(cls not in (ChildTrainer, Trainer) for cls in owners)
-
-    def _fisher_batches(self) -> Iterable[Any]:
-        """One pass over the training set in batches of similar length, in a deterministic order."""
-        dataset = self.train_dataset
-        assert self.child_config is not None
-        if isinstance(dataset, IterableDataset):
-            raise ConfigError(
-                "Fisher information needs a training set of known length, got an iterable one. Pass scores=."
-            )
-        columns, collate = self._model_inputs("Fisher information")
-        lengths = getattr(dataset, "lengths", None)
-        limit, seed = self.child_config.fisher_examples, self.child_config.seed
-        size = self.args.per_device_train_batch_size
-        order = fisher_sample(len(dataset), limit, seed, lengths, size)  # type: ignore[arg-type]
-        if self._has_other_loss:  # which may make several rows of an example
-            return [{"rows": torch.tensor(order[i : i + size])} for i in range(0, len(order), size)]
-        return DataLoader(
-            Subset(columns, order),
-            batch_size=size,
-            shuffle=False,
-            collate_fn=collate,
-        )
-
-    def _model_inputs(self, description: str) -> tuple[Any, Any]:
-        """The training set and a collator, without columns that the model does not accept."""
-        dataset: Any = self.train_dataset
-        if hasattr(dataset, "column_names"):
-            return self._remove_unused_columns(dataset, description), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, description)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the ``ChildOptimizer`` around the optimizer that ``TrainingArguments`` names."""
