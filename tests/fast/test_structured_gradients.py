@@ -15,7 +15,9 @@ from tests.fast.layer_cases import (
     part_of,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from childtuning.fast import layers
 from childtuning.fast.layers import Leaf
 from childtuning.fast.structured import install
 
@@ -182,3 +184,33 @@ def test_the_leaf_may_be_of_another_precision() -> None:
     install(layer, {"weight": leaf})
     layer(torch.randn(3, 6, dtype=torch.bfloat16)).sum().backward()
     assert leaf.tensor.grad is not None and leaf.tensor.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_where_a_cpu_has_no_product_of_bf16_the_backward_pass_takes_float32(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.mm.default:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 16, bias=False).bfloat16(), torch.randn(40, 24).bfloat16()
+    dY = torch.randn(40, 16).bfloat16()
+    monkeypatch.setattr(layers, "_SLOW", frozenset({torch.bfloat16}))
+    part = part_of((16, 24), kind)
+    leaf = leaf_of(part, layer.weight)
+    install(layer, {"weight": leaf})
+    given = x.clone().requires_grad_()
+    y = layer(given)
+    with Products():
+        y.backward(dY)
+    assert seen == [torch.float32] * 2
+    assert torch.equal(given.grad, (dY.float() @ layer.weight.detach().float()).bfloat16())  # type: ignore[arg-type]
+    dense = (dY.float().t() @ x.float()).bfloat16()
+    assert leaf.tensor.grad is not None
+    torch.testing.assert_close(leaf.tensor.grad, part.runs().gather(dense))

@@ -124,6 +124,25 @@ def _copy(x: Tensor, chosen: Tensor | slice) -> Tensor:
     return taken.clone(memory_format=torch.contiguous_format) if isinstance(chosen, slice) else taken
 
 
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """The short dtypes that this CPU has no product of: torch's own is 20 to 270 times slower than that of float32."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+    return frozenset(
+        dtype for dtype, name in names.items() if not (hasattr(known, name) and getattr(known, name)())
+    )
+
+
+_SLOW = _slow_dtypes()
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right``, by way of float32 where a CPU has no product of their dtype."""
+    if left.device.type == "cpu" and left.dtype in _SLOW:
+        return (left.float() @ right.float()).to(left.dtype)
+    return left @ right
+
+
 def join(gradients: Iterable[Tensor]) -> Tensor:
     """Concatenate the groups' gradients in the layout of the leaf."""
     flat = [gradient.reshape(-1) for gradient in gradients]
@@ -183,12 +202,12 @@ class _Product(Function):
         dx = dbias = None
         dleaf = dY.new_zeros(0)
         if needs_x:
-            dx = dY @ weight.to(dY.dtype)
+            dx = multiply(dY, weight.to(dY.dtype))
         if needs_bias:
             dbias = dY.sum(0)
         if x is not None:
             left, right = (x, dY) if ctx.transposed else (dY, x)
-            dleaf = join(take(left, rows).t() @ take(right, columns) for rows, columns in ctx.groups)
+            dleaf = join(multiply(take(left, rows).t(), take(right, columns)) for rows, columns in ctx.groups)
         return dx, None, dbias, dleaf, None, None
 
 
