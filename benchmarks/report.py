@@ -13,6 +13,7 @@ from typing import Any
 
 import comparison_tables
 import method_tables
+import scale
 import transfer_tables
 from costs import costs, floors, table
 
@@ -114,6 +115,7 @@ def main() -> int:
             "quality": method_tables.quality(folder),
         },
         ROOT / "docs" / "evidence.md": {**compared, "scores": scores()},
+        ROOT / "docs" / "scale.md": scale.tables(folder),
         ROOT / "docs" / "learning-rates.md": {"rates": compared["rates"]},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
