@@ -64,15 +64,15 @@ class ReferenceModel(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model."""
-        model = self._model[0]
-        modes = [(module, module.training) for module in model.modules()]
+        training = [module for module in self._model[0].modules() if module.training]
         try:
+            for module in training:
+                module.training = False
             with torch.no_grad(), self._base_values():
-                model.eval()
                 return super().__call__(*args, **kwargs)
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in training:
+                module.training = True
 
     @contextmanager
     def _base_values(self) -> Iterator[None]:
