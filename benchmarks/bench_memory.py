@@ -29,6 +29,7 @@ def run(record: Record, options: argparse.Namespace) -> None:
     for shape in ["tiny"] if options.quick else options.shapes:
         size = (2, 8) if options.quick else (options.batch_size, 128)
         methods = list(METHODS) if usual and not options.quick else [FULL, ROW, COLUMN, LORA]
+        methods = [method for method in methods if options.methods is None or method in options.methods]
         said = shape if usual else f"{shape}, {options.batch_size} × 128,"
         for number in range(options.repeats):
             for method in methods if number % 2 == 0 else reversed(methods):

@@ -55,6 +55,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         default="returned",
         help="memory: what happens to freed memory",
     )
+    add("--methods", nargs="+", help="memory: only these, by the names of its table  [all]")
     add("--batch-size", type=int, default=16, help="memory: examples of 128 tokens a batch  [16]")
     add("--batches", type=int, default=6, help="fisher: batches of 16 a pass  [6]")
     add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="holds TASK/train.jsonl.gz")
@@ -87,7 +88,18 @@ def main() -> int:
     # What the benchmarked code prints must not mix with the JSON object.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    kept = ("quick", "repeats", "shapes", "malloc", "batches", "script", "tasks", "train_limit", "epochs")
+    kept = (
+        "quick",
+        "repeats",
+        "shapes",
+        "malloc",
+        "methods",
+        "batches",
+        "script",
+        "tasks",
+        "train_limit",
+        "epochs",
+    )
     record = Record(given.benchmark, {name: getattr(given, name) for name in kept})
     record.environment = environment(given.threads)
     importlib.import_module(f"bench_{given.benchmark}").run(record, given)
