@@ -109,7 +109,12 @@ def attention_inputs(mask: str, dtype: torch.dtype) -> tuple[list[torch.Tensor],
         bias = torch.rand(2, 1, 5, 7) > 0.3
         bias[0, 0, 2] = False  # attends to nothing
         return given, bias
-    return given, torch.randn(2, 1, 5, 7, dtype=dtype) if mask in ("added", "trained") else None
+    if mask not in ("added", "trained"):
+        return given, None
+    bias = torch.randn(2, 1, 5, 7, dtype=dtype)
+    if mask == "added":
+        bias[0, 0, 2], bias[1, 0, :, 3] = -torch.inf, -torch.inf
+    return given, bias
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

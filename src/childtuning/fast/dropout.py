@@ -71,6 +71,8 @@ class _Attend(Function):
     ) -> Tensor:
         probabilities = _probabilities(q, k, bias, scale)
         mask = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1 - p)
+        if bias is not None:
+            mask.logical_and_(_attends(bias))
         ctx.scale, ctx.p = scale, p
         ctx.save_for_backward(q, k, v, bias, mask)
         return (probabilities.mul_(mask) @ v).div_(1 - p)
@@ -94,8 +96,15 @@ class _Attend(Function):
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
-        scores = scores.masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else scores.add_(bias)
-    return torch.ops.aten._safe_softmax(scores, -1)
+        least = torch.finfo(scores.dtype).min  # and not -inf, of which a whole row has no softmax
+        added = bias.clamp(min=least) if bias.dtype != torch.bool else scores.new_zeros(()).where(bias, least)
+        scores = scores.add_(added)
+    return torch.softmax(scores, -1)
+
+
+def _attends(bias: Tensor) -> Tensor:
+    """Tell which rows attend to anything: [..., 1]."""
+    return (bias if bias.dtype == torch.bool else bias != -torch.inf).any(-1, keepdim=True)
 
 
 def attend(
