@@ -187,7 +187,7 @@ def step(
     gradients = (_WIDTH if way.share == 1 else _GRADIENT) * trained / shards
     gradients += _WIDTH * network.layer * (way.formed == 1.0)
     activations = tokens * network.hidden * (_CHECKPOINT * network.layers + _LAYER)
-    logits = 6 * tokens * network.vocabulary
+    logits = 10 * tokens * network.vocabulary  # bf16 and float32, and the gradient
     held = held_of_step(network, way, num_devices, sharded=sharded)
     return Step(
         max(compute, traffic / link) + update, held + gathered + gradients + activations + logits, traffic

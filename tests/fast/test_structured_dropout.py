@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import childtuning as ct
 from childtuning.child import random_child
-from childtuning.fast.dropout import ATTENTION, BooleanDropout, attend, spare_dropouts
+from childtuning.fast.dropout import _SPARED, BooleanDropout, attend, spare_dropouts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -205,8 +205,9 @@ def test_a_transformers_model_attends_so_beside_structured_layers() -> None:
         optimizer = ct.ChildOptimizer(
             net.named_parameters(), child, torch.optim.AdamW, lr=1e-2, model=own, release_gradients=True
         )
-        assert net.config._attn_implementation == (ATTENTION if own is not None else "sdpa")
-        assert ATTENTION not in net.config.to_json_string()
+        assert net.config._attn_implementation == "sdpa"
+        assert all((module in _SPARED) == (own is not None) for module in net.modules())
+        assert not any(module in _SPARED for module in copy.deepcopy(net).modules())
         net.train()
         torch.manual_seed(2)
         for _ in range(3):
@@ -214,7 +215,7 @@ def test_a_transformers_model_attends_so_beside_structured_layers() -> None:
             optimizer.step()
             optimizer.zero_grad()
         optimizer.remove()
-        assert net.config._attn_implementation == "sdpa"
+        assert not any(module in _SPARED for module in net.modules())
         trained.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -222,8 +223,29 @@ def test_a_transformers_model_attends_so_beside_structured_layers() -> None:
 
 def test_another_attention_is_left_alone() -> None:
     model = tiny_bert_model()
-    model.set_attn_implementation("eager")
     undo = spare_dropouts(model)
-    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("eager")
     undo()
     assert model.config._attn_implementation == "eager"
+
+
+def test_attention_keeps_less_in_a_model_while_it_is_spared() -> None:
+    model = tiny_bert_model().train()
+    ids = torch.ones(4, 32, dtype=torch.long)
+    sizes = []
+    for spared in (False, True, False):
+        undo = spare_dropouts(model) if spared else None
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=torch.zeros(4, dtype=torch.long)).loss
+        square = 4 * 2 * 32 * 32 * 4  # bytes of the probabilities of a layer
+        sizes.append(sum(size >= square for size in kept.values()))
+        del loss
+        if undo is not None:
+            undo()
+    assert sizes[1] < sizes[0] == sizes[2]

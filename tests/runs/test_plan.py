@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from childtuning import ChildConfig, ChildOptimizer
-from childtuning.errors import ModelError
+from childtuning.errors import DataError, ModelError
 from childtuning.methods import Combination
 from childtuning.runs.plan import plan_memory
 from childtuning.training import choose_child, load_classifier
@@ -120,6 +120,7 @@ def test_what_cannot_be_run_without_values_is_planned_without_activations(
         plan_memory(str(moe(tmp_path)), ["full"])[0],
     )
     assert twice.activations is None and sparse.activations is None
+    assert "in a way of its own" in twice.note and "without values" in sparse.note
     assert twice.peak == twice.weights + twice.optimizer + twice.gradients
     assert twice.scoring > twice.weights
 
@@ -151,3 +152,23 @@ def test_what_a_method_pulls_towards_is_counted(tiny_bert: Path, method: str) ->
 def test_what_cannot_be_counted_is_told(tiny_bert: Path, method: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         plan_memory(str(tiny_bert), [method])
+
+
+def test_what_the_model_cannot_take_is_told(tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the model has 64 positions, got 65"):
+        plan_memory(str(tiny_bert), ["full"], max_length=65)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": "x"}')
+    with pytest.raises(ModelError, match="cannot be read"):
+        plan_memory(str(tmp_path), ["full"])
+    with pytest.raises(DataError, match="[Uu]nknown kind of task"):
+        plan_memory(str(tiny_bert), ["full"], task_kind="nonsense")
+
+
+def test_a_small_batch_needs_little(tiny_bert: Path) -> None:
+    """What is counted beside the kept activations does not hold gradients of what is frozen."""
+    one, head = plan_memory(str(tiny_bert), ["child-random", "head"], ROWS, batch_size=1, max_length=4)
+    assert one.activations is not None and head.activations is not None
+    assert head.activations < one.activations < one.weights
+
+
+ROWS = ChildConfig(density=0.1, granularity="row")

@@ -134,7 +134,8 @@ class Costs:
         kept: bytes by depth that the backward pass reads, without the inputs of trained weights.
         places: by parameter name, in the model's order.
         rates: of the device.
-        unspared: bytes by depth that dropouts keep besides where no layer is structured.
+        unspared: bytes by depth that dropouts keep besides where no layer is structured, and the work by depth, which
+            may be negative, that they do besides.
         working: the most bytes beside what is kept: in the last layer, and where the backward pass begins.
     """
 
@@ -143,7 +144,7 @@ class Costs:
     kept: tuple[int, ...]
     places: Mapping[str, Place]
     rates: Rates
-    unspared: tuple[int, ...] = ()
+    unspared: tuple[tuple[int, Work], ...] = ()
     working: tuple[int, int] = (0, 0)
 
     def shares(self, child: Child) -> dict[str, float]:
@@ -194,12 +195,14 @@ class Costs:
 
         Memory has three moments: in the last layer, before the backward pass, and after it; the largest counts.
         """
+        unspared = () if structured else self.unspared[lowest:]
         if what == "step":
             backward = sum(self.backward[lowest:], start=Work())
-            return (self.rates.seconds(sum(self.forward, start=Work()) + backward),)
+            besides = sum((work for _, work in unspared), start=Work())
+            return (self.rates.seconds(sum(self.forward, start=Work()) + backward + besides),)
         if what == "memory":
             weights = float(sum(place.numel * place.itemsize for place in self.places.values()))
-            kept = sum(self.kept[lowest:]) + (0 if structured else sum(self.unspared[lowest:]))
+            kept = sum(self.kept[lowest:]) + sum(num_bytes for num_bytes, _ in unspared)
             in_last, at_start = self.working
             return weights + kept + in_last, weights + kept + at_start, weights
         return (0.0,)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import human_bytes, print_json, print_table
+from childtuning.cli.printing import human_bytes, print_json, print_table, tell
 
 NAME = "plan"
 _COLUMNS = (
@@ -32,7 +32,9 @@ def run(
     task_kind: Annotated[str, typer.Option(help="Kind of task, as for `train`.")] = "classification",
     labels: Annotated[int, typer.Option(help="Classes of the new head.", min=1, max=100_000)] = 2,
     batch_size: Annotated[int, typer.Option(help="Examples per forward pass.", min=1, max=100_000)] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens per example.", min=1, max=10_000_000)] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens per example.  \\[128, or the model's]", min=1, max=10_000_000)
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -58,6 +60,9 @@ def run(
         max_length=max_length,
         bf16=bf16,
     )
+    for p in plans:
+        if p.note:
+            tell(f"{p.method}: activations are not counted: {p.note}")
     if as_json:
         print_json({"methods": [asdict(plan) for plan in plans]})
         return
@@ -70,9 +75,9 @@ def run(
             human_bytes(p.gradients),
             human_bytes(p.optimizer),
             human_bytes(p.peak) + "+" * (p.activations is None),
-            human_bytes(p.scoring) if p.scoring else "-",
+            human_bytes(p.scoring) + "+" * (p.activations is None) if p.scoring else "-",
             human_bytes(p.delta),
         ]
         for p in plans
     ]
-    print_table(f"Memory, AdamW, one process, batches of {batch_size} × {max_length}", _COLUMNS, rows)
+    print_table(f"Memory, AdamW, one process, batches of {batch_size}", _COLUMNS, rows)

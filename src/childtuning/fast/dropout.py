@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-ATTENTION = "childtuning_sdpa"  # the name under which transformers knows the attention
-_TORCHS = "sdpa"  # its name of the one that it stands in for
+_TORCHS = "sdpa"  # transformers' name for torch's attention
+_SPARED: WeakSet[nn.Module] = WeakSet()  # whose attention keeps its mask alone
 
 
 class BooleanDropout(nn.Dropout):
@@ -42,6 +43,8 @@ class BooleanDropout(nn.Dropout):
 class _Drop(Function):
     """``y = x ∘ m / (1 − p)`` for a mask m of Bernoulli(1 − p), drawn as torch draws it."""
 
+    is_one_pass = True  # its backward runs no backward pass of its own
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         mask = torch.empty_like(x).bernoulli_(1 - p)
@@ -58,6 +61,8 @@ class _Drop(Function):
 
 class _Attend(Function):
     """``y = (P ∘ m / (1 − p)) V`` for ``P = softmax(s Q Kᵀ + b)``, of which m alone is kept."""
+
+    is_one_pass = True
 
     @staticmethod
     def forward(
@@ -124,6 +129,7 @@ def attend(
         or enable_gqa
         or any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64) for t in given)
         or len({(t.dtype, *t.shape[:-2]) for t in given}) > 1
+        or (attn_mask is not None and (is_causal or attn_mask.dtype not in (torch.bool, query.dtype)))
         or not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
@@ -134,7 +140,8 @@ def attend(
         )
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-    return _Attend.apply(query, key, value, attn_mask, scale or query.shape[-1] ** -0.5, dropout_p)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return _Attend.apply(query, key, value, attn_mask, factor, dropout_p)
 
 
 class _Attending(TorchFunctionMode):
@@ -144,13 +151,23 @@ class _Attending(TorchFunctionMode):
         return (attend if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
-def _transformers_attention(*args: Any, **kwargs: Any) -> Any:
-    """Do what transformers does around torch's attention, around ``attend``."""
-    attention = sys.modules["transformers"].AttentionInterface()[_TORCHS]
-    if torch.compiler.is_compiling():
-        return attention(*args, **kwargs)
-    with _Attending():
-        return attention(*args, **kwargs)
+def _let_transformers_attend() -> None:
+    """Let transformers' own attention run around ``attend`` where a module is spared; else it runs as it is."""
+    transformers = sys.modules.get("transformers")  # a model of it is there only if it was imported
+    if transformers is None:
+        return
+    theirs = transformers.AttentionInterface()[_TORCHS]
+    if getattr(theirs, "is_sparing", False):
+        return
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or module not in _SPARED:
+            return theirs(module, *args, **kwargs)
+        with _Attending():
+            return theirs(module, *args, **kwargs)
+
+    attention.is_sparing = True  # type: ignore[attr-defined]
+    transformers.AttentionInterface.register(_TORCHS, attention)
 
 
 def spare_dropouts(model: nn.Module, *, spared: bool = True) -> Callable[[], None]:
@@ -162,33 +179,16 @@ def spare_dropouts(model: nn.Module, *, spared: bool = True) -> Callable[[], Non
         what undoes it.
     """
     theirs, ours = (nn.Dropout, BooleanDropout) if spared else (BooleanDropout, nn.Dropout)
-    was, now = (_TORCHS, ATTENTION) if spared else (ATTENTION, _TORCHS)
-    modules: list[nn.Module] = [m for m in model.modules() if type(m) is theirs and "forward" not in vars(m)]
-    models = _attending(model, was)
+    dropouts: list[nn.Module] = [m for m in model.modules() if type(m) is theirs and "forward" not in vars(m)]
+    others = [m for m in model.modules() if (m in _SPARED) != spared]
+    _let_transformers_attend()
 
-    def change(cls: type[nn.Dropout], attention: str) -> None:
-        for module in modules:
+    def change(cls: type[nn.Dropout], attend_in: Callable[[nn.Module], None]) -> None:
+        for module in dropouts:
             module.__class__ = cls
-        for attends in models:
-            attends.set_attn_implementation(attention)
+        for module in others:
+            attend_in(module)
 
-    change(ours, now)
-    return partial(change, theirs, was)
-
-
-def _attending(model: nn.Module, name: str) -> list[Any]:
-    """Return the transformers models inside a model, outermost, that call the attention of a name."""
-    transformers = sys.modules.get("transformers")  # a model of it is there only if it was imported
-    if transformers is None:
-        return []
-    if not isinstance(model, transformers.PreTrainedModel):
-        return [found for child in model.children() for found in _attending(child, name)]
-    functions, masks = transformers.AttentionInterface, transformers.AttentionMaskInterface
-    if ATTENTION not in functions():
-        functions.register(ATTENTION, _transformers_attention)
-        masks.register(ATTENTION, masks()[_TORCHS])
-    inside: list[Any] = [
-        module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)
-    ]
-    is_served = all(m._supports_attention_backend and m.config._attn_implementation == name for m in inside)
-    return [model] if is_served else []
+    begin, end = (_SPARED.add, _SPARED.discard) if spared else (_SPARED.discard, _SPARED.add)
+    change(ours, begin)
+    return partial(change, theirs, end)

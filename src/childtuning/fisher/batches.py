@@ -139,16 +139,17 @@ _OF_ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 
 def packed_sequences(batch: Any) -> list[slice]:
-    """Return where the sequences of a packed row lie, those with labels; nothing where a batch is no packed row.
+    """Return where the sequences of a packed row of a causal language model lie; nothing where a batch is none.
 
-    A packed row [1, T] holds sequences one after another: ``position_ids`` start anew at each, or ``cu_seq_lens_q``
-    counts where they end. [transformers' DataCollatorWithFlattening, TRL's packing]
+    A packed row [1, T] has no ``attention_mask`` and holds sequences one after another: ``position_ids`` start anew at
+    each, or ``cu_seq_lens_q`` counts where they end. [transformers' DataCollatorWithFlattening, TRL's packing] A
+    sequence without a label behind its first token is no example.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not is_token_level(labels) or len(labels) != 1:
+    if not is_token_level(labels) or len(labels) != 1 or batch.get("attention_mask") is not None:
         return []
     others = [value for key, value in batch.items() if key not in _OF_ROW and isinstance(value, Tensor)]
-    if any(value.shape[:2] != labels.shape for value in others):
+    if any(value.dim() and value.shape[:2] != labels.shape for value in others):
         return []
     positions, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
     if positions is not None:
@@ -159,14 +160,15 @@ def packed_sequences(batch: Any) -> list[slice]:
         return []
     bounds = [0, *starts.tolist(), labels.shape[1]]
     found = [slice(start, stop) for start, stop in pairwise(bounds)]
-    found = [where for where in found if bool((labels[0, where] != IGNORED_LABEL).any())]
+    read = labels[0] != IGNORED_LABEL
+    found = [where for where in found if bool(read[where.start + 1 : where.stop].any())]
     return found if len(found) > 1 else []
 
 
 def packed_sequence(batch: Mapping[str, Any], where: slice) -> dict[str, Any]:
     """Return one sequence of a packed row as a batch of one."""
     return {
-        key: value[:, where] if isinstance(value, Tensor) else value
+        key: value[:, where] if isinstance(value, Tensor) and value.dim() else value
         for key, value in batch.items()
         if key not in _OF_ROW
     }
@@ -196,11 +198,13 @@ def _padded(sequences: list[dict[str, Any]], length: int) -> dict[str, Any]:
             into[: row.shape[1]] = row[0]
         return whole
 
-    batch = {key: joined(key) if isinstance(value, Tensor) else value for key, value in sequences[0].items()}
-    if "attention_mask" not in batch:
-        sizes = batch["labels"].new_tensor([sequence["labels"].shape[1] for sequence in sequences])
-        batch["attention_mask"] = (torch.arange(length, device=sizes.device) < sizes[:, None]).to(sizes.dtype)
-    return batch
+    batch = {
+        key: joined(key) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in sequences[0].items()
+    }
+    sizes = batch["labels"].new_tensor([sequence["labels"].shape[1] for sequence in sequences])
+    mask = torch.arange(length, device=sizes.device) < sizes[:, None]
+    return {**batch, "attention_mask": mask.to(sizes.dtype)}
 
 
 def _mapped(

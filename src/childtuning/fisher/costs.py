@@ -97,10 +97,19 @@ def training_costs(
             input_bytes=whole.input_bytes.get(name, 0),
             shared=min(read / inputs[at], 1.0) if inputs[at] else 0.0,
         )
-    more_kept = tuple(a - b for a, b in zip(unspared.kept, plain.kept, strict=True))
-    working = plain.working, whole.working
+    besides = tuple(
+        (theirs - ours, forward + backward)
+        for theirs, ours, forward, backward in zip(
+            unspared.kept,
+            plain.kept,
+            (a - b for a, b in zip(unspared.forward, plain.forward, strict=True)),
+            (a - b for a, b in zip(unspared.backward, plain.backward, strict=True)),
+            strict=True,
+        )
+    )
+    working = plain.working
     return Costs(
-        tuple(plain.forward), tuple(plain.backward), tuple(plain.kept), places, rates, more_kept, working
+        tuple(plain.forward), tuple(plain.backward), tuple(plain.kept), places, rates, besides, working
     )
 
 
@@ -147,7 +156,7 @@ class _Counter(TorchDispatchMode):
         self.reached: list[str] = []
         self.outside: set[int] = set()  # storages that are not the step's: weights and buffers
         self.alive: set[int] = set()
-        self.num_alive = self.most_alive = 0  # bytes
+        self.num_alive, self.most_alive = 0, [0, 0]  # bytes; forward, and at the start of the backward pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -158,9 +167,10 @@ class _Counter(TorchDispatchMode):
         return out
 
     @property
-    def working(self) -> int:
-        """The most bytes that are alive at once, beyond those that the backward pass reads."""
-        return max(self.most_alive - sum(self.kept), 0)
+    def working(self) -> tuple[int, int]:
+        """The most bytes that are alive in the forward pass, and as the backward pass begins, beyond what is kept."""
+        forward, backward = (max(most - sum(self.kept), 0) for most in self.most_alive)
+        return forward, backward
 
     def _follow(self, out: Any) -> None:
         """Count the memory of what a call has made for as long as it lives."""
@@ -174,7 +184,9 @@ class _Counter(TorchDispatchMode):
             self.alive.add(key)
             self.num_alive += size
             weakref.finalize(storage, self._forget, key, size).atexit = False
-        self.most_alive = max(self.most_alive, self.num_alive)
+        if self.is_forward or self.depth >= len(self.kept) - 2:
+            at = int(not self.is_forward)
+            self.most_alive[at] = max(self.most_alive[at], self.num_alive)
 
     def _forget(self, key: int, size: int) -> None:
         self.alive.discard(key)

@@ -18,7 +18,7 @@ from childtuning.errors import ConfigError, DataError, did_you_mean
 from childtuning.fisher.batches import num_entries, num_examples, to_device, unpacked
 from childtuning.fisher.costs import training_costs
 from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
-from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss
+from childtuning.fisher.losses import HeadLoss, LossFn, Reduction, SampledLabels, UserLoss, shifts_labels
 from childtuning.fisher.shared_pass import SharedPass
 from childtuning.fisher.sums import ScoreSums
 from childtuning.fisher.without_trace import without_trace
@@ -95,8 +95,9 @@ def fisher_information(
     Args:
         model: the pretrained network with its head, as it is or wrapped by torch.compile, DDP or ``fully_shard``.
         batches: dicts for the model's own loss, with ``labels`` (Hugging Face), or whatever ``loss_fn`` takes. The
-            first axis of every tensor counts examples, but for tensors of length 1. Of a packed row each sequence is an
-            example, where ``position_ids`` or ``cu_seq_lens_q`` tell them apart. Moved to the model's device.
+            first axis of every tensor counts examples, but for tensors of length 1. Of a causal language model's packed
+            row without ``attention_mask`` each sequence is an example: ``position_ids`` or ``cu_seq_lens_q`` tell them
+            apart. Moved to the model's device.
         loss_fn: ``loss_fn(model, batch)``, the negative log-likelihood: one an example [B], or a scalar.
         reduction: what a scalar of ``loss_fn`` is over the examples of a batch, ``mean`` or ``sum``; ``None``: unknown,
             so that examples are run one at a time. A mean over tokens is neither.
@@ -150,6 +151,7 @@ def fisher_information(
         raise ConfigError(f"reduction is for a loss_fn, got {reduction!r} without one. Leave it out.")
     given, model = model, bare_model(model)
     prepare = SampledLabels(model, seed) if labels == "sampled" else None
+    unpacks = estimator == "per-example" and shifts_labels(model)
     loss = HeadLoss() if loss_fn is None else UserLoss(loss_fn, reduction)
     done = num_terms = 0
     largest: Any = None
@@ -172,7 +174,7 @@ def fisher_information(
                     else PerBatch(model, loss, sums, trainable)
                 )
                 torch.manual_seed(seed)
-                for number, (given_batch, batch) in enumerate(_apart(batches, device)):
+                for number, (given_batch, batch) in enumerate(_apart(batches, device, unpacks)):
                     done += num_examples(batch)
                     largest = (
                         max(largest, given_batch, key=num_entries) if largest is not None else given_batch
@@ -205,11 +207,11 @@ def fisher_information(
     return scores
 
 
-def _apart(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
+def _apart(batches: Iterable[Any], device: torch.device, unpacks: bool) -> Iterator[tuple[Any, Any]]:
     """Yield the batches as given and as they are scored, with an example a row, on the device."""
     for batch in batches:
         batch = to_device(batch, device)
-        for apart in unpacked(batch):
+        for apart in unpacked(batch) if unpacks else [batch]:
             yield batch, apart
 
 

@@ -149,7 +149,10 @@ def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        has_own_passes = has_own_passes or isinstance(node, BackwardCFunction)
+        if isinstance(node, BackwardCFunction):
+            has_own_passes = has_own_passes or not getattr(
+                getattr(node, "_forward_cls", None), "is_one_pass", False
+            )
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves.append(leaf)
         stack.extend(after for after, _ in node.next_functions)

@@ -6,6 +6,7 @@ One training step of it is counted as a budget's is, by ``training_costs``.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from childtuning.methods import Combination
 from childtuning.tasks import find_kind
 from childtuning.training import Method, packaged_model, task_head
 
+_LENGTH = 128  # tokens of an example, as training cuts them
 _FLOAT = 4  # bytes of a score, and of a value that a method pulls towards
 
 
@@ -43,6 +45,7 @@ class MemoryPlan:
             the gradients after it. Without activations where these cannot be counted.
         scoring: the most that is alive in the Fisher pass that chooses the child; 0 where there is none.
         delta: what is saved.
+        note: why activations cannot be counted; empty where they are.
     """
 
     method: str
@@ -54,6 +57,7 @@ class MemoryPlan:
     peak: int
     scoring: int
     delta: int
+    note: str
 
 
 def plan_memory(
@@ -64,7 +68,7 @@ def plan_memory(
     task_kind: str = "classification",
     num_labels: int = 2,
     batch_size: int = 16,
-    max_length: int = 128,
+    max_length: int | None = None,
     bf16: bool = False,
 ) -> list[MemoryPlan]:
     """Count what training by AdamW would hold, one process, without loading weights.
@@ -76,7 +80,7 @@ def plan_memory(
         task_kind: as ``--task-kind`` takes it.
         num_labels: of the new head.
         batch_size: examples of a batch.
-        max_length: tokens of an example.
+        max_length: tokens of an example; ``None``: 128, or as many as the model has positions.
         bf16: whether the weights are in bf16, which get float32 master values for what is trained.
     Raises:
         ModelError: there is no such model, or a method does not apply to it.
@@ -85,7 +89,8 @@ def plan_memory(
     for name in methods:
         empty = _empty_model(model, task_kind, num_labels, bf16=bf16)
         with FakeTensorMode() as fake:
-            batch = _largest_batch(task_kind, empty.config, batch_size, max_length)
+            most = getattr(empty.config, "max_position_embeddings", None) or _LENGTH
+            batch = _largest_batch(task_kind, empty.config, batch_size, max_length or min(most, _LENGTH))
         plans.append(_plan(empty, batch, fake, name, config))
     return plans
 
@@ -93,13 +98,15 @@ def plan_memory(
 def _empty_model(name: str | None, task_kind: str, num_labels: int, *, bf16: bool) -> Any:
     import transformers
 
+    auto = getattr(transformers, find_kind(task_kind).auto_model)
     source = str(packaged_model()) if name is None else name
     try:
         config = transformers.AutoConfig.from_pretrained(source, num_labels=num_labels)
-        auto = getattr(transformers, find_kind(task_kind).auto_model)
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0  # training gives it one
         with torch.device("meta"):
             return auto.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
-    except (OSError, ValueError, KeyError) as fault:
+    except Exception as fault:  # any: a configuration may hold anything
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise ModelError(f"model {source!r} cannot be read ({reason}). Pass a folder or hub name.") from None
 
@@ -107,7 +114,7 @@ def _empty_model(name: str | None, task_kind: str, num_labels: int, *, bf16: boo
 def _largest_batch(task_kind: str, config: Any, batch_size: int, max_length: int) -> dict[str, Tensor]:
     kind = find_kind(task_kind)
     if kind.auto_processor == "AutoImageProcessor":
-        size = config.image_size
+        size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width)
         return {"pixel_values": pixels, "labels": torch.zeros(batch_size, dtype=torch.long)}
@@ -169,7 +176,7 @@ def _plan(
         share = float(child.density)
         amounts |= {name: Amount(round(share * sizes[name]), units.units(name)) for name in chosen}
     with mode:
-        costs, is_counted = _costs(net, batch, methods)
+        costs, note = _costs(net, batch, methods)
     weights = sum(p.nbytes for p in parameters.values())
     optimizer = costs.total("state", amounts)
     *before, after = (round(moment - weights - optimizer) for moment in costs.moments("memory", amounts))
@@ -186,24 +193,37 @@ def _plan(
         method=name,
         trained_parameters=sum(amount.num_trained for amount in amounts.values()),
         weights=weights,
-        activations=max(before) if is_counted else None,
+        activations=None if note else max(before),
         gradients=after,
         optimizer=optimizer,
         peak=weights + optimizer + max(*before, after),
         scoring=scoring if needs_scores else 0,
         delta=round(costs.total("delta", amounts)),
+        note=note,
     )
 
 
-def _costs(model: nn.Module, batch: dict[str, Tensor], methods: Combination) -> tuple[Costs, bool]:
-    """Return the costs of a step, and whether its activations are counted; without them where they cannot be."""
+def _costs(model: Any, batch: dict[str, Tensor], methods: Combination) -> tuple[Costs, str]:
+    """Return the costs of a step, and why its activations are not counted; empty where they are."""
+    note = "the method runs the model in a way of its own"
     if not any(map(_changes_passes, methods.methods)):
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        was, log.disabled = log.disabled, True  # it shows a traceback
         try:
-            return training_costs(model, batch), True
-        except Exception:  # any: the forward pass asks for values, and fake tensors have none
-            pass
+            return training_costs(model, batch), ""
+        except Exception as fault:  # any: the forward pass asks for values, and fake tensors have none
+            length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+            most = getattr(model.config, "max_position_embeddings", None) or length
+            if length > most:
+                raise ModelError(
+                    f"the model has {most} positions, got {length}. Pass a shorter --max-length."
+                ) from None
+            reason = (str(fault).splitlines() or [""])[0]
+            note = f"the model does not run without values ({type(fault).__name__}: {reason[:100]})"
+        finally:
+            log.disabled = was
     places = {name: Place(0, tuple(p.shape), p.element_size(), Work()) for name, p in named(model).items()}
-    return Costs((Work(),), (Work(),), (0,), places, Rates(1.0, 1.0, 1.0)), False
+    return Costs((Work(),), (Work(),), (0,), places, Rates(1.0, 1.0, 1.0)), note
 
 
 def _changes_passes(method: Method) -> bool:

@@ -78,7 +78,7 @@ class ScoredExamples:
                 [
                     (row, where.start, where.stop)
                     for row in order
-                    for where in packed_sequences(collate([columns[row]])) or [slice(0, _ALL)]
+                    for where in self._sequences(collate([columns[row]])) or [slice(0, _ALL)]
                 ]
             )
             return [{_EXAMPLES: some} for some in examples.split(size)]
@@ -88,6 +88,9 @@ class ScoredExamples:
             shuffle=False,
             collate_fn=collate,
         )
+
+    def _sequences(self, batch: Any) -> list[slice]:
+        return packed_sequences(batch) if shifts_labels(self.bare_model) else []
 
     def _loss_of_rows(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean of the trainer's own losses: of rows of the training set, or of sequences packed in them."""
