@@ -171,4 +171,15 @@ def test_a_small_batch_needs_little(tiny_bert: Path) -> None:
     assert head.activations < one.activations < one.weights
 
 
+def test_the_fisher_pass_is_planned_without_dropout(tmp_path: Path) -> None:
+    scoring, peaks = [], []
+    for p in (0.0, 0.1):
+        config = transformers.BertConfig(**SIZES, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+        config.save_pretrained(tmp_path)
+        fisher, full = plan_memory(str(tmp_path), ["child-d", "full"])
+        scoring.append(fisher.scoring)
+        peaks.append(full.peak)
+    assert scoring[1] < 1.1 * scoring[0] and peaks[1] > 1.1 * peaks[0]
+
+
 ROWS = ChildConfig(density=0.1, granularity="row")

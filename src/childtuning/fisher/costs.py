@@ -36,12 +36,17 @@ CPU = Rates(operations=2.0e11, num_bytes=3.9e10, draws=2.3e8)
 
 
 def training_costs(
-    model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, rates: Rates | None = None
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn | None = None,
+    *,
+    rates: Rates | None = None,
+    training: bool = True,
 ) -> Costs:
     """Count what a training step of a model costs, and what each parameter adds to it.
 
-    The model is in ``train()`` mode; its weights, gradients, buffers and random streams are as before afterwards. Of
-    fake tensors (``FakeTensorMode``) it is counted without memory for weights.
+    The model's weights, gradients, buffers and random streams are as before afterwards. Of fake tensors
+    (``FakeTensorMode``) it is counted without memory for weights.
 
     Args:
         model: the network with its head; of a model that torch.compile or DDP wraps, what is inside.
@@ -49,6 +54,7 @@ def training_costs(
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss an example; ``None``: the model's own.
         rates: of the device; ``None``: recorded ones for a CPU, so that the same model gives the same costs every time;
             measured for other devices.
+        training: whether in ``train()`` mode, with dropout; else as a Fisher pass runs it.
     Returns:
         the counts, by depth and by parameter.
     Raises:
@@ -64,7 +70,7 @@ def training_costs(
     layers, axes = find_layers(model), unit_axes(model, "column")
     depth = layers.depth()
     batch = to_device(batch, device)
-    with without_trace(model, training=True):
+    with without_trace(model, training=training):
         with _dropouts(model, spared=True):
             whole = _counted(model, layers, batch, loss_fn, parameters)
             bottom = min(whole.reached, key=lambda name: (depth[name], parameters[name].numel()))
@@ -98,18 +104,16 @@ def training_costs(
             shared=min(read / inputs[at], 1.0) if inputs[at] else 0.0,
         )
     besides = tuple(
-        (theirs - ours, forward + backward)
-        for theirs, ours, forward, backward in zip(
-            unspared.kept,
-            plain.kept,
-            (a - b for a, b in zip(unspared.forward, plain.forward, strict=True)),
-            (a - b for a, b in zip(unspared.backward, plain.backward, strict=True)),
-            strict=True,
-        )
+        (unspared.kept[d] - plain.kept[d], unspared.work(d) - plain.work(d)) for d in range(len(more))
     )
-    working = plain.working
     return Costs(
-        tuple(plain.forward), tuple(plain.backward), tuple(plain.kept), places, rates, besides, working
+        tuple(plain.forward),
+        tuple(plain.backward),
+        tuple(plain.kept),
+        places,
+        rates,
+        besides,
+        plain.working,
     )
 
 
@@ -165,6 +169,10 @@ class _Counter(TorchDispatchMode):
         counts = self.forward if self.is_forward else self.backward
         counts[self.depth] += _work(func, args, kwargs, out)
         return out
+
+    def work(self, depth: int) -> Work:
+        """Return what is done at a depth, forward and backward."""
+        return self.forward[depth] + self.backward[depth]
 
     @property
     def working(self) -> tuple[int, int]:

@@ -185,10 +185,13 @@ def _plan(
     optimizer = round(optimizer) + pulled
     if is_fixed and granularity == "element":  # taken out of each dense gradient before the next is formed
         after += max((parameters[name].nbytes for name in chosen), default=0)
-    needs_scores = is_fixed and child.scores == "fisher"
-    everything = {name: Amount(place.numel) for name, place in costs.places.items()}
-    held = sum(place.state * place.numel for place in costs.places.values())
-    scoring = round(costs.moments("memory", everything)[1] - held) + _FLOAT * eligible
+    scoring = 0
+    if is_fixed and child.scores == "fisher":
+        with mode:
+            scored, _ = _costs(net, batch, methods, training=False)
+        everything = {name: Amount(place.numel) for name, place in scored.places.items()}
+        held = scored.total("state", everything)
+        scoring = round(scored.moments("memory", everything)[1] - held) + _FLOAT * eligible
     return MemoryPlan(
         method=name,
         trained_parameters=sum(amount.num_trained for amount in amounts.values()),
@@ -197,20 +200,22 @@ def _plan(
         gradients=after,
         optimizer=optimizer,
         peak=weights + optimizer + max(*before, after),
-        scoring=scoring if needs_scores else 0,
+        scoring=scoring,
         delta=round(costs.total("delta", amounts)),
         note=note,
     )
 
 
-def _costs(model: Any, batch: dict[str, Tensor], methods: Combination) -> tuple[Costs, str]:
+def _costs(
+    model: Any, batch: dict[str, Tensor], methods: Combination, *, training: bool = True
+) -> tuple[Costs, str]:
     """Return the costs of a step, and why its activations are not counted; empty where they are."""
     note = "the method runs the model in a way of its own"
     if not any(map(_changes_passes, methods.methods)):
         log = logging.getLogger("torch._subclasses.fake_tensor")
         was, log.disabled = log.disabled, True  # it shows a traceback
         try:
-            return training_costs(model, batch), ""
+            return training_costs(model, batch, training=training), ""
         except Exception as fault:  # any: the forward pass asks for values, and fake tensors have none
             length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
             most = getattr(model.config, "max_position_embeddings", None) or length

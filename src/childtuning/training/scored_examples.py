@@ -81,7 +81,7 @@ class ScoredExamples:
                     for where in self._sequences(collate([columns[row]])) or [slice(0, _ALL)]
                 ]
             )
-            return [{_EXAMPLES: some} for some in examples.split(size)]
+            return [{_EXAMPLES: some} for some in examples.split(size) if len(some)]
         return DataLoader(
             Subset(columns, order),
             batch_size=size,
