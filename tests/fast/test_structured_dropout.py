@@ -1,4 +1,4 @@
-"""Dropouts beside structured layers: the same numbers as torch's, in less memory."""
+"""Dropouts beside structured layers: torch's function, with masks that are drawn from a seed and not kept."""
 
 from __future__ import annotations
 
@@ -12,26 +12,61 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import childtuning as ct
 from childtuning.child import random_child
-from childtuning.fast.dropout import _SPARED, BooleanDropout, attend, spare_dropouts
+from childtuning.fast.dropout import _SPARED, SeededDropout, attend, spare_dropouts
+
+
+def mask_of(module: nn.Module, shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:
+    """Return what a dropout multiplies with, by letting ones through: [shape]."""
+    torch.manual_seed(seed)
+    return module(torch.ones(shape, dtype=torch.float64, requires_grad=True)).detach()
+
+
+def seeded(p: float) -> nn.Module:
+    module = nn.Dropout(p)
+    spare_dropouts(module)
+    return module
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-def test_values_gradients_and_random_numbers_are_torchs(dtype: torch.dtype, p: float) -> None:
-    plain = nn.Dropout(p)
-    ours = copy.deepcopy(plain)
-    undo = spare_dropouts(ours)
-    assert type(ours) is BooleanDropout
-    x, found = torch.randn(17, 33, dtype=dtype), []
-    for module in (plain, ours):
-        torch.manual_seed(3)
-        given = x.clone().requires_grad_()
-        y = module(given)
-        y.backward(x)
-        found.append((y.detach(), given.grad, torch.rand(4)))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_values_and_gradients_are_those_of_one_mask(dtype: torch.dtype, p: float) -> None:
+    module = nn.Dropout(p)
+    undo = spare_dropouts(module)
+    assert type(module) is SeededDropout
+    x = torch.randn(17, 33, dtype=dtype)
+    mask = mask_of(module, (17, 33))
+    assert set(mask.unique().tolist()) == {0.0, 1 / (1 - p)}
+    torch.manual_seed(3)
+    given = x.clone().requires_grad_()
+    y = module(given)
+    y.backward(x)
+    assert given.grad is not None
+    for found in (y.detach(), given.grad):
+        torch.testing.assert_close(found, (x.double() * mask).to(dtype))
     undo()
-    assert type(ours) is nn.Dropout
+    assert type(module) is nn.Dropout
+
+
+def test_masks_are_as_bernoulli_and_repeat_with_the_generator() -> None:
+    module, shape = nn.Dropout(0.1), (400, 1000)
+    spare_dropouts(module)
+    masks = [mask_of(module, shape, seed) > 0 for seed in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    share = float(masks[0].double().mean())
+    assert abs(share - 0.9) < 5 * (0.9 * 0.1 / 400_000) ** 0.5
+    both = float((masks[0] & masks[2]).double().mean())  # of independent masks 0.81
+    assert abs(both - 0.81) < 5 * (0.81 * 0.19 / 400_000) ** 0.5
+    torch.manual_seed(0)
+    again = [module(torch.ones(9, 9, requires_grad=True)) for _ in range(2)]
+    assert not torch.equal(*again)  # each call has its own
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 1e-20])
+def test_what_drops_nothing_or_everything_is_torchs(p: float) -> None:
+    module = nn.Dropout(p)
+    spare_dropouts(module)
+    x = torch.randn(6, 5, requires_grad=True)
+    assert torch.equal(module(x), nn.Dropout(p)(x))
 
 
 def test_gradients_are_those_of_the_function() -> None:
@@ -45,7 +80,7 @@ def test_gradients_are_those_of_the_function() -> None:
     assert torch.autograd.gradcheck(call, torch.randn(5, 4, dtype=torch.float64, requires_grad=True))
 
 
-def test_the_mask_takes_a_byte_an_entry() -> None:
+def test_a_seed_is_kept_alone() -> None:
     module, x = nn.Dropout(0.5), torch.randn(64, 64, requires_grad=True)
     sizes = []
 
@@ -58,7 +93,7 @@ def test_the_mask_takes_a_byte_an_entry() -> None:
             spare_dropouts(module)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             module(x)
-    assert sizes == [64 * 64 * 4, 64 * 64]
+    assert sizes == [64 * 64 * 4, 16]
 
 
 @pytest.mark.parametrize("change", ["eval", "no_grad", "inplace", "frozen input", "vmap"])
@@ -88,13 +123,16 @@ def test_they_come_and_go_with_the_layers() -> None:
         optimizer = ct.ChildOptimizer(
             net.named_parameters(), child, torch.optim.AdamW, lr=0.1, model=own, release_gradients=True
         )
-        assert isinstance(net[1], BooleanDropout) == (own is not None)
+        assert isinstance(net[1], SeededDropout) == (own is not None)
+        undo = None if own is not None else spare_dropouts(net)
         torch.manual_seed(2)
         for _ in range(3):
             net(torch.randn(7, 6)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         optimizer.remove()
+        if undo is not None:
+            undo()
         assert type(net[1]) is nn.Dropout
         trained.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*trained, strict=True):
@@ -119,17 +157,26 @@ def attention_inputs(mask: str, dtype: torch.dtype) -> tuple[list[torch.Tensor],
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mask", ["none", "boolean", "added", "trained", "causal"])
-def test_attention_is_torchs_with_the_same_random_numbers(mask: str, dtype: torch.dtype) -> None:
+def test_attention_is_torchs_with_a_dropout_of_the_probabilities(mask: str, dtype: torch.dtype) -> None:
     given, bias = attention_inputs(mask, dtype)
+    p, is_causal = 0.3, mask == "causal"
+    kept = mask_of(seeded(p), (2, 3, 5, 7)).to(dtype)
     found = []
-    for function in (F.scaled_dot_product_attention, attend):
+    for is_ours in (False, True):
         inputs = [t.clone().requires_grad_() for t in given]
         own = bias.clone().requires_grad_() if mask == "trained" and bias is not None else bias
         torch.manual_seed(3)
-        y = function(*inputs, own, 0.3, mask == "causal", scale=0.5)
+        if is_ours:
+            y = attend(*inputs, own, p, is_causal, scale=0.5)
+        else:  # torch's, with the values that the probabilities stand at in place of them
+            eye = torch.eye(7, dtype=dtype).expand(2, 3, 7, 7)
+            probabilities = F.scaled_dot_product_attention(
+                inputs[0], inputs[1], eye, own, 0.0, is_causal, scale=0.5
+            )
+            y = (probabilities * kept) @ inputs[2]
         y.backward(torch.arange(8, dtype=dtype).expand_as(y))
         gradients = [t.grad for t in (*inputs, own) if t is not None and t.requires_grad]
-        found.append([y.detach(), *gradients, torch.rand(4)])
+        found.append([y.detach(), *gradients])
     for ours, theirs in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
@@ -148,7 +195,7 @@ def test_the_gradient_of_attention(mask: str) -> None:
     assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in given])
 
 
-def test_attention_keeps_a_mask_alone() -> None:
+def test_attention_keeps_nothing_of_the_probabilities() -> None:
     sizes = []
     for function in (F.scaled_dot_product_attention, attend):
         q, k, v = (torch.randn(1, 1, 64, 4).requires_grad_() for _ in range(3))
@@ -162,7 +209,7 @@ def test_attention_keeps_a_mask_alone() -> None:
             y = function(q, k, v, dropout_p=0.5)
         sizes.append([size for size in kept.values() if size >= 64 * 64])
         del y
-    assert sizes == [[4 * 64 * 64] * 3, [64 * 64]]
+    assert sizes == [[4 * 64 * 64] * 3, []]
 
 
 @pytest.mark.parametrize("change", ["no dropout", "no_grad", "frozen", "bf16", "autocast", "vmap", "grouped"])
@@ -209,12 +256,15 @@ def test_a_transformers_model_attends_so_beside_structured_layers() -> None:
         assert all((module in _SPARED) == (own is not None) for module in net.modules())
         assert not any(module in _SPARED for module in copy.deepcopy(net).modules())
         net.train()
+        undo = None if own is not None else spare_dropouts(net)
         torch.manual_seed(2)
         for _ in range(3):
             net(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         optimizer.remove()
+        if undo is not None:
+            undo()
         assert not any(module in _SPARED for module in net.modules())
         trained.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*trained, strict=True):

@@ -134,8 +134,8 @@ class Costs:
         kept: bytes by depth that the backward pass reads, without the inputs of trained weights.
         places: by parameter name, in the model's order.
         rates: of the device.
-        unspared: bytes by depth that dropouts keep besides where no layer is structured, and the work by depth, which
-            may be negative, that they do besides.
+        unspared: bytes by depth that dropouts keep besides without ``model=``, and the work by depth, which may be
+            negative in parts, that they do besides.
         working: the most bytes beside what is kept: in the last layer, and where the backward pass begins.
     """
 
@@ -176,15 +176,15 @@ class Costs:
             what: the kind of cost.
             parts: what is trained, by parameter name.
             lowest: the depth that the step goes back to at least.
-            structured: whether layers form the gradients of trained units alone; ``None``: if the parts' units say so.
+            structured: whether it runs with ``model=``; ``None``: if the parts' units say so.
         """
-        amounts = {name: Amount.of(part) if isinstance(part, Part) else part for name, part in parts.items()}
-        trained = {name: amount for name, amount in amounts.items() if amount.num_trained}
+        trained = {name: part for name, part in parts.items() if part.num_trained}
         depths = [len(self.forward) if lowest is None else lowest, *(self.places[n].depth for n in trained)]
         if structured is None:
-            structured = any(_is_structured(amount.granularity) for amount in trained.values())
+            structured = any(_is_structured(part.granularity) for part in trained.values())
         moments = list(self.base(what, min(depths), structured=structured))
-        for name, amount in trained.items():
+        for name, part in trained.items():
+            amount = Amount.of(part) if isinstance(part, Part) else part
             fixed, each = self.of_entries(what, name, amount.granularity)
             for i, (once, one) in enumerate(zip(fixed, each, strict=True)):
                 moments[i] += once + one * amount.num_trained

@@ -1,8 +1,9 @@
-"""Dropouts that keep their masks in a byte an entry, alone and inside of attention.
+"""Dropouts that keep the seed of their mask in its place, alone and inside of attention.
 
-On a CPU torch keeps a dropout's mask as floating-point numbers. Attention with dropout keeps, besides, the matrices of
-probabilities before and after it; here it keeps the mask, and forms the probabilities anew in the backward pass.
-Both draw the random numbers that torch draws.
+On a CPU torch draws a dropout's mask on one thread, one number after the other, and keeps it as floating-point numbers.
+Attention with dropout keeps, besides, the matrices of probabilities before and after it. Here torch's generator gives a
+seed, from which all threads draw the mask, in the backward pass as in the forward pass; there the probabilities are
+formed anew as well. The random numbers are therefore not torch's, but a run repeats as it does with torch's.
 """
 
 from __future__ import annotations
@@ -20,47 +21,77 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from childtuning import fast
+from childtuning.fast import library
+from childtuning.fast.library import MaskDraw
+
 _TORCHS = "sdpa"  # transformers' name for torch's attention
-_SPARED: WeakSet[nn.Module] = WeakSet()  # whose attention keeps its mask alone
+_SPARED: WeakSet[nn.Module] = WeakSet()  # whose attention keeps a seed
 
 
-class BooleanDropout(nn.Dropout):
-    """A dropout that keeps its mask in a byte an entry, where torch's on a CPU keeps it as floating-point numbers.
-
-    It draws the same numbers and returns the same values, forward and backward.
-    """
+class SeededDropout(nn.Dropout):
+    """A dropout that keeps the seed of its mask, where torch's on a CPU keeps the mask as floating-point numbers."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [...]."""
-        is_plain = input.device.type != "cpu" or self.inplace or not 0 < self.p < 1
+        is_plain = input.device.type != "cpu" or self.inplace or not _is_drawn(self.p)
         if is_plain or not (self.training and input.requires_grad and torch.is_grad_enabled()):
             return super().forward(input)
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
             return super().forward(input)
         return _Drop.apply(input, self.p)
 
 
+def _is_drawn(p: float) -> bool:
+    return 0 < 1 - p < 1 and library.LIBRARY is not None and fast.enabled()
+
+
+_OPS = torch.library.Library(
+    "childtuning", "DEF"
+)  # so that what counts a step's operations, or plans one, sees it
+_OPS.define("dropout(Tensor x, Tensor seed, float p) -> Tensor")
+
+
+def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    first, second = seed.tolist()
+    draw = MaskDraw((first, second), int((1 - p) * 2.0**64))
+    return library.dropout(draw, x, 1 / (1 - p))
+
+
+_OPS.impl("dropout", _dropped, "CPU")
+_OPS.impl("dropout", lambda x, seed, p: torch.empty_like(x), "Meta")
+
+
+def _seed() -> Tensor:
+    """Take two numbers from torch's generator."""
+    return torch.empty(2, dtype=torch.int64).random_()
+
+
+def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Return ``x ∘ m / (1 − p)`` for the mask m of Bernoulli(1 − p) that a seed names."""
+    return torch.ops.childtuning.dropout(x, seed, p)
+
+
 class _Drop(Function):
-    """``y = x ∘ m / (1 − p)`` for a mask m of Bernoulli(1 − p), drawn as torch draws it."""
+    """``y = x ∘ m / (1 − p)`` for a mask m of Bernoulli(1 − p)."""
 
     is_one_pass = True  # its backward runs no backward pass of its own
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        mask = torch.empty_like(x).bernoulli_(1 - p)
-        ctx.p = p
-        ctx.save_for_backward(mask.bool())
-        return x * mask.div_(1 - p)
+        ctx.p, seed = p, _seed()
+        ctx.save_for_backward(seed)
+        return _drop(x, seed, p)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return dY * mask.to(dY.dtype).div_(1 - ctx.p), None
+        (seed,) = ctx.saved_tensors
+        return _drop(dY, seed, ctx.p), None
 
 
 class _Attend(Function):
-    """``y = (P ∘ m / (1 − p)) V`` for ``P = softmax(s Q Kᵀ + b)``, of which m alone is kept."""
+    """``y = (P ∘ m / (1 − p)) V`` for ``P = softmax(s Q Kᵀ + b)``; neither P nor m is kept."""
 
     is_one_pass = True
 
@@ -74,28 +105,27 @@ class _Attend(Function):
         scale: float,
         p: float,
     ) -> Tensor:
-        probabilities = _probabilities(q, k, bias, scale)
-        mask = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1 - p)
-        if bias is not None:
-            mask.logical_and_(_attends(bias))
-        ctx.scale, ctx.p = scale, p
-        ctx.save_for_backward(q, k, v, bias, mask)
-        return (probabilities.mul_(mask) @ v).div_(1 - p)
+        ctx.scale, ctx.p, seed = scale, p, _seed()
+        ctx.save_for_backward(q, k, v, bias, seed)
+        y = _drop(_probabilities(q, k, bias, scale), seed, p) @ v
+        return y if bias is None else y.mul_(_attends(bias))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # [B, heads, L, E']
-        q, k, v, bias, mask = ctx.saved_tensors
+        q, k, v, bias, seed = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_bias, *_ = ctx.needs_input_grad
-        dY = dY / (1 - ctx.p)
+        if bias is not None:
+            dY = dY * _attends(bias)
         probabilities = _probabilities(q, k, bias, ctx.scale)
-        dv = (probabilities * mask).transpose(-2, -1) @ dY if needs_v else None
-        dP = (dY @ v.transpose(-2, -1)).mul_(mask)
+        dv = _drop(probabilities, seed, ctx.p).transpose(-2, -1) @ dY if needs_v else None
+        dP = _drop(dY @ v.transpose(-2, -1), seed, ctx.p)
         dS = torch.ops.aten._softmax_backward_data(dP, probabilities, -1, dP.dtype)
         del dP, probabilities
         dq = (dS @ k).mul_(ctx.scale) if needs_q else None
         dk = (dS.transpose(-2, -1) @ q).mul_(ctx.scale) if needs_k else None
-        return dq, dk, dv, dS.sum_to_size(bias.shape) if needs_bias else None, None, None
+        dbias = dS.sum_to_size(bias.shape) if bias is not None and needs_bias else None
+        return dq, dk, dv, dbias, None, None
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -122,10 +152,10 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return what ``F.scaled_dot_product_attention`` returns; where it would keep the probabilities, keep a mask."""
+    """Return what ``F.scaled_dot_product_attention`` returns; where it would keep the probabilities, keep a seed."""
     given = (query, key, value)
     is_plain = (
-        not 0 < dropout_p < 1
+        not _is_drawn(dropout_p)
         or enable_gqa
         or any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64) for t in given)
         or len({(t.dtype, *t.shape[:-2]) for t in given}) > 1
@@ -171,14 +201,14 @@ def _let_transformers_attend() -> None:
 
 
 def spare_dropouts(model: nn.Module, *, spared: bool = True) -> Callable[[], None]:
-    """Let the model's dropouts keep their masks in a byte an entry, and attention with dropout its mask alone.
+    """Let the model's dropouts, and its attention with dropout, keep seeds, where kernels are compiled.
 
     Args:
         spared: or else, let torch's own run again.
     Returns:
         what undoes it.
     """
-    theirs, ours = (nn.Dropout, BooleanDropout) if spared else (BooleanDropout, nn.Dropout)
+    theirs, ours = (nn.Dropout, SeededDropout) if spared else (SeededDropout, nn.Dropout)
     dropouts: list[nn.Module] = [m for m in model.modules() if type(m) is theirs and "forward" not in vars(m)]
     others = [m for m in model.modules() if (m in _SPARED) != spared]
     _let_transformers_attend()

@@ -164,6 +164,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "ct_adamw_masked": [pointer, number, pointer],
         "ct_adamw_rows": [pointer, number, pointer],
         "ct_keep_mask": [pointer, number, number, draw],
+        "ct_dropout": [pointer, pointer, number, number, draw, real],
         "ct_sample": [pointer, number, number, real, pointer],
         "ct_bracket": [pointer, number, real, real, real, pointer, pointer, number],
         "ct_collect": [pointer, number, real, real, number, number, number, pointer],
@@ -238,3 +239,21 @@ def keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor | None:
 
     parallel(work, -(-len(keep) // _ENTRIES_A_TASK))
     return keep[skip:]
+
+
+def dropout(draw: MaskDraw, x: Tensor, scale: float) -> Tensor:
+    """Return ``x ∘ m · scale`` for the mask m of a draw; x has any shape, and the kernels must be there."""
+    if not fits(x):
+        keep = keep_mask(draw, x.numel(), 0)
+        assert keep is not None
+        return (x * keep.view(x.shape)).mul_(scale)
+    assert LIBRARY is not None
+    function, bits, out = LIBRARY.ct_dropout, draw.native(), torch.empty_like(x)
+    to, source, numel = out.data_ptr(), x.data_ptr(), x.numel()
+
+    def work(i: int) -> None:
+        at = i * _ENTRIES_A_TASK
+        function(to + 4 * at, source + 4 * at, at, min(_ENTRIES_A_TASK, numel - at), bits, scale)
+
+    parallel(work, -(-numel // _ENTRIES_A_TASK))
+    return out

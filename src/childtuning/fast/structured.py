@@ -86,7 +86,7 @@ def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
         leaves[name].weight = parameters[name]
         module.__class__ = cls
         vars(module)["leaf"] = leaves[name]
-    if found:
+    if fast.enabled():
         installed._spare_not = spare_dropouts(model)
     return installed
 
