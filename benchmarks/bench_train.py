@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from bench_script import run_scripts
 from record import Record
@@ -18,13 +19,15 @@ def run(record: Record, options: argparse.Namespace) -> None:
     for shape in ["tiny"] if options.quick else options.shapes:
         size = (2, 8) if options.quick else (16, 128)
         tell(f"{shape}, {size[0]} × {size[1]}")
-        _one_shape(record, shape, size, options.repeats)
+        _one_shape(record, shape, size, options.repeats, options.methods or list(METHODS))
 
 
-def _one_shape(record: Record, shape: str, size: tuple[int, int], repeats: int) -> None:
+def _one_shape(
+    record: Record, shape: str, size: tuple[int, int], repeats: int, methods: Sequence[str]
+) -> None:
     cases: dict[str, Case] = {}
     trained: dict[str, int] = {}
-    for method in METHODS:
+    for method in methods:
         name = f"{shape}: {method}"
         step = record.attempt(
             name, lambda method=method: training_step(method, shape, *size), ours=method in OURS
@@ -41,6 +44,6 @@ def _one_shape(record: Record, shape: str, size: tuple[int, int], repeats: int) 
     record.ratio(f"{shape} training step, column child 0.1 ÷ full fine-tuning", column, full, at_most=0.75)
     record.ratio(f"{shape} training step, column child 0.1 ÷ LoRA r=16", column, lora, at_most=0.9)
     record.ratio(f"{shape} training step, column child 0.1 ÷ PaCA", column, paca)
-    for method in METHODS:
+    for method in methods:
         if method not in (FULL, ROW, COLUMN):
             record.ratio(f"{shape} training step, {method} ÷ full fine-tuning", f"{shape}: {method}", full)

@@ -55,7 +55,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         default="returned",
         help="memory: what happens to freed memory",
     )
-    add("--methods", nargs="+", help="memory: only these, by the names of its table  [all]")
+    add("--methods", nargs="+", help="train, memory: only these, by the names of the tables  [all]")
     add("--batch-size", type=int, default=16, help="memory: examples of 128 tokens a batch  [16]")
     add("--batches", type=int, default=6, help="fisher: batches of 16 a pass  [6]")
     add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="holds TASK/train.jsonl.gz")

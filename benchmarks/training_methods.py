@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from references.paca import paca
-from references.peft_methods import PEFT_METHODS
+from references.peft_methods import PEFT_METHODS, lora
 from shapes import HEAD, classifier, random_batch
 from torch import Tensor, nn
 
 import childtuning as ct
 from childtuning.child import random_child
+from childtuning.fast.dropout import spare_dropouts
 
 FULL, ROW, LORA = "full fine-tuning", "child 0.1, row", "PEFT LoRA r=16"
+SEEDED = f"{LORA}, our dropouts"
 COLUMN, PACA = "child 0.1, column", "PaCA, as many entries"
 ELEMENT = "child 0.1, element"
 _ADAMW = {"lr": 2e-5, "weight_decay": 0.01, "fused": True}
@@ -109,6 +111,13 @@ def _peft(wrap: Callable[[Any], nn.Module]) -> Callable[[Any, dict[str, Tensor]]
     return lambda model, batch: _plain(wrap(model).train(), batch)
 
 
+def _seeded(model: Any, batch: dict[str, Tensor]) -> TrainingStep:
+    """LoRA with what structured layers bring besides: so much of the gain has nothing to do with children."""
+    wrapped = lora(model).train()
+    spare_dropouts(wrapped)
+    return _plain(wrapped, batch)
+
+
 def _step(model: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     def run() -> None:
         model(**batch).loss.backward()
@@ -126,6 +135,7 @@ METHODS: dict[str, Callable[[Any, dict[str, Tensor]], TrainingStep]] = {
     "task-free 0.3, element": _task_free("element"),
     "task-free 0.3, row": _task_free("row"),
     **{name: _peft(wrap) for name, wrap in PEFT_METHODS.items()},
+    SEEDED: _seeded,
     PACA: _peft(paca),
     "head only": _head_only,
 }
