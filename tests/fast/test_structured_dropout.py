@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 import childtuning as ct
 from childtuning.child import random_child
-from childtuning.fast.dropout import _SPARED, SeededDropout, attend, spare_dropouts
+from childtuning.fast.dropout import _SPARED, SeededDropout, attend, spare_dropouts, torchs_dropouts
 
 
 def mask_of(module: nn.Module, shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:
@@ -96,7 +98,7 @@ def test_a_seed_is_kept_alone() -> None:
     assert sizes == [64 * 64 * 4, 16]
 
 
-@pytest.mark.parametrize("change", ["eval", "no_grad", "inplace", "frozen input", "vmap"])
+@pytest.mark.parametrize("change", ["eval", "inplace", "nested", "vmap"])
 def test_elsewhere_torchs_own_runs(change: str) -> None:
     plain = nn.Dropout(0.5, inplace=change == "inplace").train(change != "eval")
     ours = copy.deepcopy(plain)
@@ -104,13 +106,70 @@ def test_elsewhere_torchs_own_runs(change: str) -> None:
     x, found = torch.randn(6, 5), []
     for module in (plain, ours):
         torch.manual_seed(1)
-        given = (x.clone() * 1).requires_grad_(change not in ("inplace", "frozen input"))
+        given = (x.clone() * 1).requires_grad_(change != "inplace")
         if change == "vmap":
             found.append(torch.func.vmap(module, randomness="different")(given))
-            continue
-        with torch.set_grad_enabled(change != "no_grad"):
+        elif change == "nested":
+            lengths = torch.nested.nested_tensor([given[:2], given], layout=torch.jagged)
+            found.append(module(lengths).to_padded_tensor(0.0))
+        else:
             found.append(module(given))
     assert torch.equal(*found)
+
+
+def test_a_mask_is_the_same_without_gradients() -> None:
+    """So that a checkpoint, which runs forward without them and again with them, differentiates what it ran."""
+    module, x = seeded(0.5), torch.randn(20, 50)
+    found = []
+    for needs, enabled in ((False, True), (True, False), (True, True)):
+        torch.manual_seed(4)
+        with torch.set_grad_enabled(enabled):
+            found.append(module(x.clone().requires_grad_(needs)).detach())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    given = x.clone().requires_grad_()
+    y = checkpoint(module, given, use_reentrant=True)
+    assert isinstance(y, torch.Tensor)
+    y.backward(torch.ones_like(y))
+    assert given.grad is not None and torch.equal(given.grad > 0, y != 0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(300,), (30, 10)])
+def test_what_is_not_finite_stays_so(value: float, shape: tuple[int, ...]) -> None:
+    y = seeded(0.5)(torch.full(shape, value))
+    assert not y.isfinite().any()
+    assert y.isnan().any()
+
+
+def test_a_seed_lies_on_the_cpu_whatever_the_default_device() -> None:
+    module, x = seeded(0.5), torch.ones(4, 8, requires_grad=True)
+    with torch.device("meta"):
+        y = module(x)
+    assert y.device.type == "cpu" and set(y.unique().tolist()) <= {0.0, 2.0}
+
+
+def test_copies_are_plain_and_two_may_want_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2))
+    undo, undo_again = spare_dropouts(model), spare_dropouts(model)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(made[1]) is nn.Dropout and made[1].p == 0.2
+    undo()
+    assert type(model[1]) is SeededDropout and model[1] in _SPARED
+    with torchs_dropouts():
+        torch.manual_seed(0)
+        theirs = model[1](torch.ones(64))
+    torch.manual_seed(0)
+    assert torch.equal(theirs, nn.Dropout(0.2)(torch.ones(64)))
+    undo_again()
+    assert type(model[1]) is nn.Dropout and model[1] not in _SPARED
+
+
+def test_a_row_of_minus_infinity_and_the_least_number() -> None:
+    least = torch.finfo(torch.float32).min
+    bias = torch.tensor([[-torch.inf, least, least, least]])
+    q, k = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 4, 4)
+    y = attend(q, k, torch.eye(4)[None, None], bias, 0.01)
+    assert float(y[..., 0].abs().max()) == 0.0
 
 
 def test_they_come_and_go_with_the_layers() -> None:
@@ -212,20 +271,17 @@ def test_attention_keeps_nothing_of_the_probabilities() -> None:
     assert sizes == [[4 * 64 * 64] * 3, []]
 
 
-@pytest.mark.parametrize("change", ["no dropout", "no_grad", "frozen", "bf16", "autocast", "vmap", "grouped"])
+@pytest.mark.parametrize("change", ["no dropout", "bf16", "autocast", "vmap", "grouped"])
 def test_elsewhere_torchs_own_attention_runs(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.bfloat16 if change == "bf16" else torch.float32
     heads = 1 if change == "grouped" else 2
     q, k, v = (torch.randn(1, n, 5, 4, dtype=dtype) for n in (2, heads, heads))
     found = []
     for function in (F.scaled_dot_product_attention, attend):
-        inputs = [t.clone().requires_grad_(change not in ("frozen", "vmap")) for t in (q, k, v)]
+        inputs = [t.clone().requires_grad_(change != "vmap") for t in (q, k, v)]
         p = 0.0 if change == "no dropout" else 0.5
         torch.manual_seed(1)
-        with (
-            torch.set_grad_enabled(change != "no_grad"),
-            torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
-        ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
             if change == "vmap":
                 call = torch.func.vmap(lambda *t, f=function: f(*t, dropout_p=0.5), randomness="different")
                 found.append(call(*inputs))

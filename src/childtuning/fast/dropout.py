@@ -9,10 +9,10 @@ formed anew as well. The random numbers are therefore not torch's, but a run rep
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from childtuning.fast import library
 from childtuning.fast.library import MaskDraw
 
 _TORCHS = "sdpa"  # transformers' name for torch's attention
-_SPARED: WeakSet[nn.Module] = WeakSet()  # whose attention keeps a seed
+_SPARED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many want its dropout to keep a seed
 
 
 class SeededDropout(nn.Dropout):
@@ -34,42 +34,66 @@ class SeededDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [...]."""
-        is_plain = input.device.type != "cpu" or self.inplace or not _is_drawn(self.p)
-        if is_plain or not (self.training and input.requires_grad and torch.is_grad_enabled()):
-            return super().forward(input)
-        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-            return super().forward(input)
-        return _Drop.apply(input, self.p)
+        is_plain = not self.training or self.inplace or not _is_drawn(self.p, input)
+        return super().forward(input) if is_plain else _Drop.apply(input, self.p)
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle it as what it was."""
+        return nn.Dropout, (self.p, self.inplace), vars(self)
 
 
-def _is_drawn(p: float) -> bool:
-    return 0 < 1 - p < 1 and library.LIBRARY is not None and fast.enabled()
+def _is_drawn(p: float, x: Tensor) -> bool:
+    """Whether a mask is drawn from a seed: with and without gradients, since a checkpoint runs both ways."""
+    return (
+        0 < 1 - p < 1
+        and x.device.type == "cpu"
+        and not x.is_nested
+        and _is_on
+        and library.LIBRARY is not None
+        and fast.enabled()
+        and not (torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling())
+        and torch._C._get_tracing_state() is None
+    )
+
+
+_is_on = True
+
+
+@contextmanager
+def torchs_dropouts() -> Iterator[None]:
+    """Let torch's own dropouts and attention run inside the context."""
+    global _is_on
+    before, _is_on = _is_on, False
+    try:
+        yield
+    finally:
+        _is_on = before
 
 
 _OPS = torch.library.Library(
     "childtuning", "DEF"
 )  # so that what counts a step's operations, or plans one, sees it
-_OPS.define("dropout(Tensor x, Tensor seed, float p) -> Tensor")
+_OPS.define("dropout(Tensor x, Tensor seed, float p, *, Tensor(a!) out) -> Tensor(a!)")
 
 
-def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def _dropped(x: Tensor, seed: Tensor, p: float, *, out: Tensor) -> Tensor:
     first, second = seed.tolist()
-    draw = MaskDraw((first, second), int((1 - p) * 2.0**64))
-    return library.dropout(draw, x, 1 / (1 - p))
+    library.dropout_(out, MaskDraw((first, second), int((1 - p) * 2.0**64)), x, 1 / (1 - p))
+    return out
 
 
 _OPS.impl("dropout", _dropped, "CPU")
-_OPS.impl("dropout", lambda x, seed, p: torch.empty_like(x), "Meta")
+_OPS.impl("dropout", lambda x, seed, p, *, out: out, "Meta")
 
 
 def _seed() -> Tensor:
     """Take two numbers from torch's generator."""
-    return torch.empty(2, dtype=torch.int64).random_()
+    return torch.empty(2, dtype=torch.int64, device="cpu").random_()
 
 
-def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Return ``x ∘ m / (1 − p)`` for the mask m of Bernoulli(1 − p) that a seed names."""
-    return torch.ops.childtuning.dropout(x, seed, p)
+def _drop(x: Tensor, seed: Tensor, p: float, out: Tensor | None = None) -> Tensor:
+    """Return ``x ∘ m / (1 − p)`` for the mask m of Bernoulli(1 − p) that a seed names; in ``out``, which may be x."""
+    return torch.ops.childtuning.dropout(x, seed, p, out=torch.empty_like(x) if out is None else out)
 
 
 class _Drop(Function):
@@ -107,7 +131,8 @@ class _Attend(Function):
     ) -> Tensor:
         ctx.scale, ctx.p, seed = scale, p, _seed()
         ctx.save_for_backward(q, k, v, bias, seed)
-        y = _drop(_probabilities(q, k, bias, scale), seed, p) @ v
+        probabilities = _probabilities(q, k, bias, scale)
+        y = _drop(probabilities, seed, p, out=probabilities) @ v
         return y if bias is None else y.mul_(_attends(bias))
 
     @staticmethod
@@ -119,7 +144,8 @@ class _Attend(Function):
             dY = dY * _attends(bias)
         probabilities = _probabilities(q, k, bias, ctx.scale)
         dv = _drop(probabilities, seed, ctx.p).transpose(-2, -1) @ dY if needs_v else None
-        dP = _drop(dY @ v.transpose(-2, -1), seed, ctx.p)
+        dP = dY @ v.transpose(-2, -1)
+        dP = _drop(dP, seed, ctx.p, out=dP)
         dS = torch.ops.aten._softmax_backward_data(dP, probabilities, -1, dP.dtype)
         del dP, probabilities
         dq = (dS @ k).mul_(ctx.scale) if needs_q else None
@@ -131,9 +157,11 @@ class _Attend(Function):
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
-        least = torch.finfo(scores.dtype).min  # and not -inf, of which a whole row has no softmax
-        added = bias.clamp(min=least) if bias.dtype != torch.bool else scores.new_zeros(()).where(bias, least)
-        scores = scores.add_(added)
+        nothing = ~_attends(bias)  # rows of -inf alone, which have no softmax
+        if bias.dtype == torch.bool:
+            scores.add_(scores.new_zeros(()).where(bias | nothing, -torch.inf))
+        else:
+            scores.add_(bias.masked_fill(nothing, 0.0))
     return torch.softmax(scores, -1)
 
 
@@ -155,21 +183,19 @@ def attend(
     """Return what ``F.scaled_dot_product_attention`` returns; where it would keep the probabilities, keep a seed."""
     given = (query, key, value)
     is_plain = (
-        not _is_drawn(dropout_p)
+        not all(_is_drawn(dropout_p, t) and t.dtype in (torch.float32, torch.float64) for t in given)
         or enable_gqa
-        or any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64) for t in given)
+        or not query.shape[-1]
         or len({(t.dtype, *t.shape[:-2]) for t in given}) > 1
         or (attn_mask is not None and (is_causal or attn_mask.dtype not in (torch.bool, query.dtype)))
-        or not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
     )
     if is_plain:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device="cpu").tril()
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return _Attend.apply(query, key, value, attn_mask, factor, dropout_p)
 
@@ -183,42 +209,44 @@ class _Attending(TorchFunctionMode):
 
 def _let_transformers_attend() -> None:
     """Let transformers' own attention run around ``attend`` where a module is spared; else it runs as it is."""
-    transformers = sys.modules.get("transformers")  # a model of it is there only if it was imported
-    if transformers is None:
+    modeling = sys.modules.get(
+        "transformers.modeling_utils"
+    )  # a model of it is there only if it was imported
+    if modeling is None:
         return
-    theirs = transformers.AttentionInterface()[_TORCHS]
+    theirs = modeling.AttentionInterface()[_TORCHS]
     if getattr(theirs, "is_sparing", False):
         return
 
     def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or module not in _SPARED:
+        if not _is_on or torch.compiler.is_compiling() or module not in _SPARED:
             return theirs(module, *args, **kwargs)
         with _Attending():
             return theirs(module, *args, **kwargs)
 
     attention.is_sparing = True  # type: ignore[attr-defined]
-    transformers.AttentionInterface.register(_TORCHS, attention)
+    modeling.AttentionInterface.register(_TORCHS, attention)
 
 
-def spare_dropouts(model: nn.Module, *, spared: bool = True) -> Callable[[], None]:
+def spare_dropouts(model: nn.Module) -> Callable[[], None]:
     """Let the model's dropouts, and its attention with dropout, keep seeds, where kernels are compiled.
 
-    Args:
-        spared: or else, let torch's own run again.
     Returns:
-        what undoes it.
+        what undoes it once; they keep seeds until all who wanted it have undone it.
     """
-    theirs, ours = (nn.Dropout, SeededDropout) if spared else (SeededDropout, nn.Dropout)
-    dropouts: list[nn.Module] = [m for m in model.modules() if type(m) is theirs and "forward" not in vars(m)]
-    others = [m for m in model.modules() if (m in _SPARED) != spared]
     _let_transformers_attend()
+    modules = list(model.modules())
+    for module in modules:
+        _SPARED[module] = _SPARED.get(module, 0) + 1
+        if type(module) is nn.Dropout and "forward" not in vars(module):
+            module.__class__ = SeededDropout
 
-    def change(cls: type[nn.Dropout], attend_in: Callable[[nn.Module], None]) -> None:
-        for module in dropouts:
-            module.__class__ = cls
-        for module in others:
-            attend_in(module)
+    def undo() -> None:
+        for module in modules:
+            left = _SPARED.pop(module, 0) - 1
+            if left > 0:
+                _SPARED[module] = left
+            elif type(module) is SeededDropout:
+                module.__class__ = nn.Dropout  # type: ignore[assignment]
 
-    begin, end = (_SPARED.add, _SPARED.discard) if spared else (_SPARED.discard, _SPARED.add)
-    change(ours, begin)
-    return partial(change, theirs, end)
+    return undo

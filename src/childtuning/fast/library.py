@@ -226,11 +226,14 @@ def fits(*tensors: Tensor) -> bool:
 
 def keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor | None:
     """Draw the entries start … start+numel of a mask: bool [numel] on the CPU; ``None`` without the kernels."""
-    if LIBRARY is None or not fast.enabled():
-        return None
+    return None if LIBRARY is None or not fast.enabled() else _keep_mask(draw, numel, start)
+
+
+def _keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor:
+    assert LIBRARY is not None
     function, bits = LIBRARY.ct_keep_mask, draw.native()
     skip = start % BLOCK_ENTRIES
-    keep = torch.empty(skip + numel, dtype=torch.bool)
+    keep = torch.empty(skip + numel, dtype=torch.bool, device="cpu")
     first, pointer = start - skip, keep.data_ptr()
 
     def work(i: int) -> None:
@@ -241,14 +244,13 @@ def keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor | None:
     return keep[skip:]
 
 
-def dropout(draw: MaskDraw, x: Tensor, scale: float) -> Tensor:
-    """Return ``x ∘ m · scale`` for the mask m of a draw; x has any shape, and the kernels must be there."""
-    if not fits(x):
-        keep = keep_mask(draw, x.numel(), 0)
-        assert keep is not None
-        return (x * keep.view(x.shape)).mul_(scale)
+def dropout_(out: Tensor, draw: MaskDraw, x: Tensor, scale: float) -> None:
+    """Write ``x ∘ m · scale`` for the mask m of a draw; ``out`` may be x, and the kernels must be there."""
+    if not fits(x, out):
+        torch.mul(x, _keep_mask(draw, x.numel(), 0).view(x.shape), out=out).mul_(scale)
+        return
     assert LIBRARY is not None
-    function, bits, out = LIBRARY.ct_dropout, draw.native(), torch.empty_like(x)
+    function, bits = LIBRARY.ct_dropout, draw.native()
     to, source, numel = out.data_ptr(), x.data_ptr(), x.numel()
 
     def work(i: int) -> None:
@@ -256,4 +258,3 @@ def dropout(draw: MaskDraw, x: Tensor, scale: float) -> Tensor:
         function(to + 4 * at, source + 4 * at, at, min(_ENTRIES_A_TASK, numel - at), bits, scale)
 
     parallel(work, -(-numel // _ENTRIES_A_TASK))
-    return out

@@ -25,7 +25,7 @@ from childtuning.child.budget import Costs, Place, Rates, Work
 from childtuning.child.eligible import bare_model, is_conv1d, named, unit_axes
 from childtuning.child.layers import Layers, find_layers
 from childtuning.errors import DataError
-from childtuning.fast.dropout import spare_dropouts
+from childtuning.fast.dropout import spare_dropouts, torchs_dropouts
 from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import check_finite, differentiable, take_gradients
 from childtuning.fisher.losses import LossFn, model_loss
@@ -71,11 +71,14 @@ def training_costs(
     depth = layers.depth()
     batch = to_device(batch, device)
     with without_trace(model, training=training):
-        with _dropouts(model, spared=True):
+        undo = spare_dropouts(model)
+        try:
             whole = _counted(model, layers, batch, loss_fn, parameters)
             bottom = min(whole.reached, key=lambda name: (depth[name], parameters[name].numel()))
             plain = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
-        with _dropouts(model, spared=False):
+        finally:
+            undo()
+        with torchs_dropouts():
             unspared = _counted(model, layers, batch, loss_fn, {bottom: parameters[bottom]})
     more = [(a - b).above_zero for a, b in zip(whole.backward, plain.backward, strict=True)]
     entries, inputs = [0] * len(more), [0.0] * len(more)
@@ -115,16 +118,6 @@ def training_costs(
         besides,
         plain.working,
     )
-
-
-@contextmanager
-def _dropouts(model: nn.Module, *, spared: bool) -> Iterator[None]:
-    """Run dropouts as they are beside structured layers, or as torch has them."""
-    undo = spare_dropouts(model, spared=spared)
-    try:
-        yield
-    finally:
-        undo()
 
 
 def measured_rates(device: torch.device) -> Rates:
@@ -204,7 +197,8 @@ class _Counter(TorchDispatchMode):
 def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     packet = func._overloadpacket
     if packet in flop_registry:
-        return Work(operations=flop_registry[packet](*args, **kwargs, out_val=out))
+        slower = _BATCHED if packet in (torch.ops.aten.bmm, torch.ops.aten.baddbmm) else 1.0
+        return Work(operations=slower * flop_registry[packet](*args, **kwargs, out_val=out))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return Work(operations=sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -216,10 +210,14 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
         return Work()
     read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_random = torch.Tag.nondeterministic_seeded in func.tags
-    draws = sum(tensor.numel() for tensor in made) if is_random else 0
+    draws = sum(tensor.numel() for tensor in made) if is_random else 0.0
+    if packet is torch.ops.childtuning.dropout:
+        draws = _SEEDED * args[0].numel()
     return Work(num_bytes=sum(tensor.nbytes for tensor in made + read), draws=draws)
 
 
+_BATCHED = 1.6  # operations of a whole product in the time of one of a batch of small ones
+_SEEDED = 0.07  # draws of torch's in the time of one from a seed
 _FREE = {torch.ops.aten.detach, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten._unsafe_view}
 
 
