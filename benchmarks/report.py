@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import comparison_tables
+import front
 import method_tables
 import scale
 import transfer_tables
@@ -115,6 +116,8 @@ def main() -> int:
             "quality": method_tables.quality(folder),
         },
         ROOT / "docs" / "evidence.md": {**compared, "scores": scores()},
+        ROOT / "docs" / "forgetting.md": {"front": front.front(folder)},
+        ROOT / "docs" / "forgetting.svg": {"front": front.chart(folder)},
         ROOT / "docs" / "scale.md": scale.tables(folder),
         ROOT / "docs" / "learning-rates.md": {"rates": compared["rates"]},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},

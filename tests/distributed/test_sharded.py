@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -452,3 +455,22 @@ def test_one_process_saves_and_resumes_bitwise(tmp_path: Path) -> None:
         ends.append(whole(model))
     for name, value in ends[0].items():
         assert torch.equal(ends[1][name], value)
+
+
+ACCEPT = Path(os.environ.get("CHILDTUNING_CASES", Path(__file__).parents[3] / "shared" / "cases"))
+ACCEPT = ACCEPT / "scale" / "accept.py"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not ACCEPT.is_file(), reason="no acceptance program: set CHILDTUNING_CASES to its folder")
+@pytest.mark.parametrize("what", ["refuse", "train", "fisher", "select", "resume"])
+def test_the_acceptance_program_passes(what: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, ACCEPT.name, what],
+        cwd=ACCEPT.parent,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ran.returncode == 0 and "PASS" in ran.stdout, ran.stdout + ran.stderr[-2000:]
