@@ -6,7 +6,7 @@ import pytest
 
 from childtuning.child import Child
 
-BUDGET = ["--method", "child-d", "--granularity", "column", "--budget", "step=0.9"]
+BUDGET = ["--method", "child-d", "--granularity", "column", "--budget", "step=0.5"]
 
 
 def test_a_run_within_a_budget_says_what_it_costs_and_is_repeated_from_its_config(
@@ -14,12 +14,12 @@ def test_a_run_within_a_budget_says_what_it_costs_and_is_repeated_from_its_confi
 ) -> None:
     done = childtuning(*train_words, *BUDGET, "--output", tmp_path / "run")
     assert done.code == 0, done.err
-    assert "budget step=0.9: 0." in done.err and "forward and backward measured: 0." in done.err
+    assert "budget step=0.5: 0." in done.err and "forward and backward measured: 0." in done.err
     found = done.json["budget"]
-    assert found["limit"] == "step=0.9" and found["step"] <= 0.9 and found["measured_passes"] > 0
+    assert found["limit"] == "step=0.5" and found["step"] <= 0.5 and found["measured_passes"] > 0
     assert 0 < done.json["density"] < 1
     config = (tmp_path / "run" / "config.toml").read_text()
-    assert 'budget = "step=0.9"' in config and "density" not in config
+    assert 'budget = "step=0.5"' in config and "density" not in config
     again = childtuning(
         "train", "--config", tmp_path / "run" / "config.toml", "--output", tmp_path / "again", "--json"
     )
@@ -41,6 +41,14 @@ def test_a_prediction_that_does_not_hold_is_named(childtuning, train_words, tmp_
         done = childtuning(*train_words, *words, *more, "--output", tmp_path / name)
         assert done.code == 0, done.err
         assert ("here they form whole ones" in done.err) == is_told
+        assert "--granularity column trains more" not in done.err
+
+
+def test_a_budget_of_time_for_single_entries_names_columns(childtuning, train_words, tmp_path) -> None:
+    words = ["--method", "child-d", "--budget", "step=0.95", "--output", tmp_path / "run"]
+    done = childtuning(*train_words, *words)
+    assert done.code == 0, done.err
+    assert "--granularity column trains more within this budget" in done.err
 
 
 @pytest.mark.parametrize(

@@ -385,9 +385,12 @@ def _budget(
         found["measured_passes"] = trainer.measure_passes()
         line += f"; forward and backward measured: {found['measured_passes']:.3f}"
     tell(line)
-    if kind in ("step", "memory") and saves_computation(child):
+    if kind in ("step", "memory") and config.granularity == "element":
+        tell("single entries need whole gradients; --granularity column trains more within this budget")
+    elif kind in ("step", "memory") and saves_computation(child):
         trainer.create_optimizer()
-        if not trainer.child_optimizer.structured:
+        is_partial = any(not (part.is_whole or part.is_empty) for part in child.parts.values())
+        if is_partial and not trainer.child_optimizer.structured:
             tell(
                 "the prediction is for layers that form the child's gradients alone; here they form whole ones "
                 "(several processes, --keep-gradients, or a method that reads them), which costs more"

@@ -226,12 +226,11 @@ class StopWhenStable:
 
 
 def saves_computation(child: Child | TaskFree) -> bool:
-    """Return whether layers can compute gradients for the child's rows or blocks only."""
+    """Return whether a step with ``model=`` computes less: for a child of rows, columns or blocks."""
     if isinstance(child, TaskFree):
         return child.granularity in ("row", "column") and child.density < 1
     return any(
-        part.granularity.kind in ("row", "block") and not (part.is_whole or part.is_empty)
-        for part in child.parts.values()
+        part.granularity.kind in ("row", "block") and not part.is_empty for part in child.parts.values()
     )
 
 
