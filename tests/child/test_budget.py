@@ -149,7 +149,7 @@ def test_what_columns_keep_is_what_autograd_keeps(net):
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(step=0.6), Budget(memory=0.7), Budget(state=0.1), Budget(delta=0.05)]
+    "budget", [Budget(step=0.6), Budget(memory=0.72), Budget(state=0.1), Budget(delta=0.05)]
 )
 @pytest.mark.parametrize("granularity", ["column", "row", "element"])
 def test_the_child_fits_and_uses_the_budget(net, scores, budget, granularity):
@@ -157,7 +157,7 @@ def test_the_child_fits_and_uses_the_budget(net, scores, budget, granularity):
     options = {"granularity": granularity, "row_axes": ct.unit_axes(net, granularity), "always": ("head.*",)}
     child = select_child(scores, budget=budget, costs=costs, **options)
     share = costs.shares(child)[budget.kind]
-    assert 0.8 * budget.share < share <= budget.share * (1 + 1e-9)
+    assert 0.85 * budget.share < share <= budget.share * (1 + 1e-9)
     assert child.fingerprint() == select_child(scores, budget=budget, costs=costs, **options).fingerprint()
 
 

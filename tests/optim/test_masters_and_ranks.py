@@ -286,6 +286,11 @@ def _refusals(rank: int, folder: Path) -> None:
     refused("begin with 'module.'", lambda: ChildOptimizer(wrapped.named_parameters(), TaskFree(0.5)))
     free, other = TaskFree(0.5, granularity="row"), a_net()
     refused("not averaged", lambda: ChildOptimizer(other.named_parameters(), free, model=other))
+    for own in (child, free):
+        apart = a_net()
+        alone = ChildOptimizer(apart.named_parameters(), own)
+        loss(apart, 1.0 + rank).backward()
+        refused("gradients differ at the first step", alone.step)
     before = ChildOptimizer(net.named_parameters(), child)
     sharded = fully_shard(net, mesh=mesh)
     assert isinstance(sharded, nn.Module)

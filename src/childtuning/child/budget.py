@@ -259,7 +259,7 @@ def check_budget(budget: Budget, costs: Costs, always: Iterable[str] = ()) -> No
     least = max(costs.moments(budget.kind, rest, structured=True)) / costs.full(budget.kind)
     if least >= budget.share:
         raise ConfigError(
-            f"no child fits the budget {budget}: with none at all it is {least:.3f} of full fine-tuning. Raise it."
+            f"no child fits the budget {budget}: with none at all it is {least:.3g} of full fine-tuning. Raise it."
         )
 
 

@@ -26,6 +26,7 @@ from childtuning.fast import library
 from childtuning.fast.library import MaskDraw
 
 _TORCHS = "sdpa"  # transformers' name for torch's attention
+_is_on = True
 _SPARED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many want its dropout to keep a seed
 
 
@@ -56,9 +57,6 @@ def _is_drawn(p: float, x: Tensor) -> bool:
     )
 
 
-_is_on = True
-
-
 @contextmanager
 def torchs_dropouts() -> Iterator[None]:
     """Let torch's own dropouts and attention run inside the context."""
@@ -70,9 +68,8 @@ def torchs_dropouts() -> Iterator[None]:
         _is_on = before
 
 
-_OPS = torch.library.Library(
-    "childtuning", "DEF"
-)  # so that what counts a step's operations, or plans one, sees it
+# An operator of torch's, so that what counts a step's operations, or plans one, sees it.
+_OPS = torch.library.Library("childtuning", "DEF")
 _OPS.define("dropout(Tensor x, Tensor seed, float p, *, Tensor(a!) out) -> Tensor(a!)")
 
 

@@ -197,7 +197,8 @@ class _Counter(TorchDispatchMode):
 def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     packet = func._overloadpacket
     if packet in flop_registry:
-        slower = _BATCHED if packet in (torch.ops.aten.bmm, torch.ops.aten.baddbmm) else 1.0
+        is_batched = packet in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        slower = _BATCHED if is_batched and out.device.type == "cpu" else 1.0
         return Work(operations=slower * flop_registry[packet](*args, **kwargs, out_val=out))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return Work(operations=sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
@@ -216,7 +217,7 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     return Work(num_bytes=sum(tensor.nbytes for tensor in made + read), draws=draws)
 
 
-_BATCHED = 1.6  # operations of a whole product in the time of one of a batch of small ones
+_BATCHED = 1.6  # operations of a whole product in the time of one of a batch of small ones, on a CPU
 _SEEDED = 0.07  # draws of torch's in the time of one from a seed
 _FREE = {torch.ops.aten.detach, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten._unsafe_view}
 

@@ -24,6 +24,7 @@ from childtuning.optim.gradients import (
     DrawnRows,
     Release,
     WholeGradients,
+    check_first_gradients,
     check_released,
     check_sharded,
     no_scaler,
@@ -357,11 +358,8 @@ class ChildOptimizer(Optimizer):
         trained = self._collect()
         if self._frozen is not None:
             self._frozen.check()
-        if self._num_steps == 0 and all(t.gradient() is None for t in trained):
-            raise ParameterError(
-                "no trained parameter has a gradient at the first step. Call backward() before step(); and build the "
-                "optimizer after the model was copied, sharded or moved into another framework."
-            )
+        if self._num_steps == 0:
+            check_first_gradients(trained, are_copies=not (self._is_sharded or self._released))
         return trained
 
     def _collect(self) -> list[Trained]:

@@ -323,6 +323,30 @@ def _over(ranks: Ranks, gradients: list[Tensor], norm_type: float, like: Trained
     return (ranks.sum_(norm.double() ** norm_type) ** (1 / norm_type)).to(like.dtype)
 
 
+def check_first_gradients(trained: Sequence[Trained], *, are_copies: bool) -> None:
+    """Refuse a first step without gradients, or with others than those of another process's copy.
+
+    Args:
+        trained: what is trained.
+        are_copies: whether each process holds the whole model, and something else averages the gradients.
+    Raises:
+        ParameterError: on every process.
+    """
+    gradients = [gradient for t in trained if (gradient := t.gradient()) is not None]
+    if are_copies and num_processes() > 1:
+        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if len(set(Ranks.everyone().gather(float(norm).hex()))) > 1:
+            raise ParameterError(
+                "the processes' gradients differ at the first step, so that their copies would train apart. Wrap the "
+                "model in DistributedDataParallel, or pass model= (rows, columns, blocks) or release_gradients=True."
+            )
+    if not gradients:
+        raise ParameterError(
+            "no trained parameter has a gradient at the first step. Call backward() before step(); and build the "
+            "optimizer after the model was copied, sharded or moved into another framework."
+        )
+
+
 def check_released(is_fixed: bool, release_gradients: bool, model: nn.Module | None) -> None:
     """Refuse to release gradients that a step needs in full or that processes would have to average."""
     if release_gradients and not is_fixed:
