@@ -149,7 +149,7 @@ def test_what_columns_keep_is_what_autograd_keeps(net):
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(step=0.6), Budget(memory=0.72), Budget(state=0.1), Budget(delta=0.05)]
+    "budget", [Budget(step=0.6), Budget(memory=0.75), Budget(state=0.1), Budget(delta=0.05)]
 )
 @pytest.mark.parametrize("granularity", ["column", "row", "element"])
 def test_the_child_fits_and_uses_the_budget(net, scores, budget, granularity):
