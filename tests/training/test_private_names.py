@@ -25,6 +25,7 @@ OVERRIDDEN = {
     "_load_rng_state",
     "_clip_grad_norm",
     "_get_grad_norm",
+    "_wrap_model",
 }
 CALLED = {"_remove_unused_columns", "_get_collator_with_removed_columns", "_prepare_inputs"}
 

@@ -25,6 +25,7 @@ from childtuning.cli import (
     score,
     train,
 )
+from childtuning.cli.printing import is_first
 from childtuning.errors import ChildTuningError, LostProcessError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -81,7 +82,7 @@ def main() -> None:
 
     With several processes (torchrun), only rank 0 writes to standard output.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if "RANK" in os.environ:  # torchrun ends the others by SIGTERM when one has died
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -106,6 +107,8 @@ def main() -> None:
                 sys.exit(2)
             context = getattr(error, "ctx", None)
             command = "childtuning" if context is None else context.command_path
+            if not is_first():  # every process says the same
+                sys.exit(2)
             _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{command} --help`.", 2)
         if os.environ.get("CHILDTUNING_DEBUG"):
             raise
@@ -117,7 +120,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    line, rank = " ".join(message.split()), os.environ.get("RANK", "0")
-    who = "childtuning" if rank == "0" else f"childtuning, rank {rank}"
+    line = " ".join(message.split())
+    who = "childtuning" if is_first() else f"childtuning, rank {os.environ['RANK']}"
     sys.stderr.write(f"{who}: {line}\n")  # in one piece: several processes may say it
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +17,19 @@ _MOST_CLASSES = 20  # rows of a table of classes
 
 
 def tell(line: str) -> None:
-    """Print a message on standard error, apart from the result."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a message on standard error, apart from the result; of several processes, rank 0 speaks."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Return whether torchrun, if it started this process, calls it rank 0."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_terminal() -> bool:
-    """Return whether standard error is a terminal."""
-    return sys.stderr.isatty()
+    """Return whether standard error is a terminal, and this process's."""
+    return is_first() and sys.stderr.isatty()
 
 
 def print_json(content: Mapping[str, Any]) -> None:

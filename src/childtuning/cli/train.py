@@ -75,9 +75,7 @@ def run(
         print_json(result.to_dict())
     else:
         _print(result)
-    from childtuning.ranks import is_main_process
-
-    for remark in result.remarks if is_main_process() else ():
+    for remark in result.remarks:
         tell(f"warning: {remark}")
     if result.fault is not None:
         tell(f"childtuning: {result.fault}")

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.training_args import ParallelMode
 
-from childtuning.child import ChildConfig
+from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.eligible import named
 from childtuning.child.pieces import piece_of
 from childtuning.errors import ConfigError
@@ -157,6 +161,27 @@ def check_processes(trainer: Any) -> bool:
     return is_sharded
 
 
+def averages_copies(model: nn.Module, child: Child | TaskFree, arguments: TrainingArguments) -> bool:
+    """Tell whether a child's optimizer can average the gradients of the processes' copies, in place of DDP.
+
+    It pays where parameters are trained in part. DDP stays where it does more: it also brings back running statistics,
+    and a GradScaler has to see the same overflow everywhere.
+    """
+    in_part = isinstance(child, Child) and not all(part.is_whole for part in child.parts.values())
+    keeps_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
+    in_processes = arguments.parallel_mode is ParallelMode.DISTRIBUTED
+    return in_part and in_processes and not keeps_statistics and not arguments.fp16
+
+
+@torch.no_grad()
+def alike(model: nn.Module) -> None:
+    """Give every process the main process's values, as DDP does it."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        values = tensor.contiguous()
+        torch.distributed.broadcast(values, src=0)
+        tensor.copy_(values)
+
+
 def divides_by_items(trainer: Any, inputs: dict[str, Any]) -> bool:
     """Return whether the loss divides by ``num_items_in_batch``: it is half as large for twice the items.
 
@@ -224,6 +249,13 @@ def shard(model: Any) -> None:
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     layers = {f"{path}.*": _FREED for path in outer}
+    there = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", path)
+        for path, _ in chain(model.named_modules(), model.named_parameters())
+    }
+    model.fsdp_plan = {
+        rule: style for rule, style in model.fsdp_plan.items() if rule in there
+    }  # else it warns
     wanted = DistributedConfig(fsdp_size=ranks.size, fsdp_plan=layers)
     config, _, mesh = model.prepare_distribute_model(wanted, device_map=None)
     model.maybe_distribute_model(model, config, mesh)

@@ -41,6 +41,8 @@ from childtuning.training.method import LossStep, Method
 from childtuning.training.scored_examples import ScoredExamples
 from childtuning.training.sharing import (
     SHARE,
+    alike,
+    averages_copies,
     check_processes,
     check_sharded_run,
     divides_by_items,
@@ -146,6 +148,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         self.is_sharded = check_processes(self)
         self._divides_by_items: bool | None = None
         self._share = 1.0  # of this process's loss in the batch's
+        self._averages_copies = False
         self.add_callback(_ForgetGradients())
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
@@ -272,13 +275,17 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             if preset == "official":
                 inner = None
                 options = {key: value for key, value in options.items() if key in ("lr", "betas", "eps")}
-            one_process = self.args.world_size == 1 and self.args.n_gpu <= 1
             whole_gradients = any(method.whole_gradients for method in self.methods)
-            may_release = one_process and preset is None and not whole_gradients
+            one_process = self.args.world_size == 1 and self.args.n_gpu <= 1
+            of_copies = not (one_process or self.is_sharded) and averages_copies(module, child, self.args)
+            may_release = (one_process or of_copies) and preset is None and not whole_gradients
             may_form = may_release or (self.is_sharded and isinstance(child, Child) and not whole_gradients)
             wanted = config.release_gradients if config else None
             release = may_release and isinstance(child, Child) if wanted is None else wanted
             structured = may_form and wanted is not False and saves_computation(child)
+            self._averages_copies = of_copies and (release or structured)
+            if self._averages_copies:
+                alike(module)
             if isinstance(child, TaskFree) and self.args.fp16:
                 structured = False  # a GradScaler sees only the parameters' own gradients
             self.optimizer = ChildOptimizer(
@@ -292,6 +299,13 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
                 **options,
             )
         return self.optimizer
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """Wrap the model for training; copies whose optimizer averages their gradients go without DDP."""
+        wrapped: nn.Module = super()._wrap_model(model, training, *args, **kwargs)
+        if training and self._averages_copies and wrapped is self.model:
+            return self.accelerator.prepare_model(wrapped, evaluation_mode=True)
+        return wrapped
 
     def _groups(self, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
         """The optimizer's parameter groups: by weight decay and by the options of methods."""
@@ -327,6 +341,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             self._end()
             if self.optimizer is not None:
                 self.child_optimizer.remove()
+            if self._averages_copies:  # whoever trains this model next is to wrap it
+                vars(self.bare_model).pop("_is_accelerate_prepared", None)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model from ``model_init``, and reset the state that belonged to the previous model."""
