@@ -110,6 +110,8 @@ def test_the_command_stops_there(tiny_bert: Path, sentiment: Path, tmp_path: Pat
     assert shown.exit_code == 0 and "classification, text 'text'" in shown.stdout
     as_json = CliRunner().invoke(app, [*map(str, words), "--json"])
     assert json.loads(as_json.stdout)["kind"] == "classification"
+    with pytest.raises(ConfigError, match="no child fits the budget step=0.01"):
+        app([*map(str, words), "--budget", "step=0.01"], standalone_mode=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from childtuning.child import Budget, Child
+from childtuning.child.budget import check_budget
 from childtuning.child.eligible import matches
 from childtuning.child.pieces import local_of
 from childtuning.delta import Delta
@@ -138,6 +139,8 @@ def understand_run(config: RunConfig, *, tell: Tell = lambda line: None) -> Unde
         trainer = build_trainer(
             begun.config, begun.task, begun.train, begun.loaded, Path(folder), progress=False
         )
+        if begun.config.budget is not None:
+            check_budget(Budget.parse(begun.config.budget), trainer.count_costs(), trainer.always)
         return _understood(begun, tests, trainer)
 
 
@@ -393,7 +396,7 @@ def _budget(
         if is_partial and not trainer.child_optimizer.structured:
             tell(
                 "the prediction is for layers that form the child's gradients alone; here they form whole ones "
-                "(several processes, --keep-gradients, or a method that reads them), which costs more"
+                "(--keep-gradients, a method that reads them), which costs more"
             )
     return found
 
