@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         select_child,
         unit_axes,
     )
-    from childtuning.delta import Delta
+    from childtuning.delta import ChildSwitch, Delta, merge_deltas
     from childtuning.fisher import fisher_information, training_costs
     from childtuning.optim import ChildOptimizer
     from childtuning.runs import load
@@ -26,12 +26,14 @@ __all__ = [
     "Child",
     "ChildConfig",
     "ChildOptimizer",
+    "ChildSwitch",
     "Delta",
     "TaskFree",
     "density_for_mass",
     "fisher_information",
     "load",
     "magnitude_scores",
+    "merge_deltas",
     "random_child",
     "select_child",
     "training_costs",
@@ -39,9 +41,11 @@ __all__ = [
 ]
 _HOMES = {
     "ChildOptimizer": "optim",
+    "ChildSwitch": "delta",
     "Delta": "delta",
     "fisher_information": "fisher",
     "load": "runs",
+    "merge_deltas": "delta",
     "training_costs": "fisher",
 }
 

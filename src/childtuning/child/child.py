@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,6 +93,27 @@ class Child:
         Raises:
             ParameterError: the two children are not over the same parameters.
         """
+        smaller = min(self.num_trained, other.num_trained)
+        return (self & other).num_trained / smaller if smaller else 0.0
+
+    def __or__(self, other: Child) -> Child:
+        """Return the union: what either trains. Raises a ``ParameterError`` as ``overlap`` does."""
+        return self._with(other, Part.__or__, lambda ours, theirs: dict.fromkeys([*ours, *theirs]))
+
+    def __and__(self, other: Child) -> Child:
+        """Return the intersection: what both train."""
+        return self._with(other, Part.__and__, lambda ours, theirs: [p for p in ours if p in theirs])
+
+    def __sub__(self, other: Child) -> Child:
+        """Return the difference: what this trains and the other does not."""
+        return self._with(other, Part.__sub__, lambda ours, theirs: [p for p in ours if p not in theirs])
+
+    def _with(
+        self,
+        other: Child,
+        of_parts: Callable[[Part, Part], Part],
+        of_patterns: Callable[[tuple[str, ...], tuple[str, ...]], Iterable[str]],
+    ) -> Child:
         ours = {name: part.shape for name, part in self.parts.items()}
         theirs = {name: part.shape for name, part in other.parts.items()}
         if ours != theirs:
@@ -100,14 +121,8 @@ class Child:
             raise ParameterError(
                 f"the children are over different parameters ({differing[0]!r}). Choose both from the same model."
             )
-        smaller = min(self.num_trained, other.num_trained)
-        if smaller == 0:
-            return 0.0
-        common = 0
-        for name, part in self.parts.items():
-            if not part.is_empty and not other.parts[name].is_empty:
-                common += int((part.mask() & other.parts[name].mask()).sum())
-        return common / smaller
+        parts = {name: of_parts(part, other.parts[name]) for name, part in self.parts.items()}
+        return Child(parts, always=of_patterns(self.always, other.always))
 
     def resolve(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
         """Match the child against a model: return the trained units of every parameter, with shapes checked.

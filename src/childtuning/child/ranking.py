@@ -235,7 +235,7 @@ def _flat(score: Tensor) -> NDArray:
 
 
 def top_units(means: Tensor, sizes: Tensor, budget: int, *, fill: bool = True) -> Tensor:
-    """Take units in order of their mean score, each that still fits the budget of entries.
+    """Take units in order of their mean score, each that still fits the budget of entries; none of −∞.
 
     Args:
         means: float64 [U], the units' scores; ties go to the lower index.
@@ -248,6 +248,7 @@ def top_units(means: Tensor, sizes: Tensor, budget: int, *, fill: bool = True) -
         smallest unit that was left.
     """
     order = torch.sort(means, descending=True, stable=True).indices
+    order = order[means[order] > -math.inf]
     taken = torch.zeros(len(means), dtype=torch.bool)
     while len(order):
         running = sizes[order].cumsum(0)

@@ -38,6 +38,7 @@ def select_child(
     granularity: str | Granularity = "element",
     eligible: Iterable[str] | None = None,
     always: Iterable[str] = (),
+    avoid: Child | None = None,
     lowest: bool = False,
     row_axes: Mapping[str, int] | None = None,
     mass: float = 0.9,
@@ -67,6 +68,8 @@ def select_child(
         eligible: patterns over the scored names; the others stay frozen. ``None``: all of them.
         always: patterns over the model's parameter names that are trained whole and not counted; names among the
             scores that match are taken out of the eligible ones. A new head belongs here.
+        avoid: a child of which no entry is to be chosen, so that two tasks train disjoint children of one model. The
+            density stays a share of all eligible entries.
         lowest: choose the lowest scores instead (the paper's ablation).
         row_axes: for ``row`` and ``column``, the units' axis by parameter name where it is not 0 for rows or 1 for
             columns: ``unit_axes(model, granularity)``.
@@ -75,7 +78,8 @@ def select_child(
         the child; indices on the CPU.
     Raises:
         ConfigError: density, scope or granularity outside its range, or a budget that no child fits.
-        ParameterError: a pattern fits no scored name, scores hold NaN, or the costs are not known.
+        ParameterError: a pattern fits no scored name, scores hold NaN, the costs are not known, or ``avoid`` leaves too
+            little.
 
     Example:
         >>> import torch
@@ -90,7 +94,7 @@ def select_child(
             raise ConfigError(f"budget must be a Budget, got {budget!r:.60}. Pass Budget(step=0.5).")
         if density is not None:
             raise ConfigError(f"a budget takes the place of a density, got density={density}. Leave it out.")
-        if lowest or scope != "global":
+        if lowest or scope != "global" or avoid is not None:
             raise ConfigError("a budget goes with the highest scores of all parameters. Pass a density.")
         costs = costs or getattr(scores, "costs", lambda: None)()
         if not isinstance(costs, Costs):
@@ -109,7 +113,43 @@ def select_child(
     share = Share(check_density(density), scope, unit, row_axes or {})
     always = as_patterns(always)
     ranked = check_scores(_eligible_scores(scores, eligible, always), ranks_entries=unit.kind == "element")
-    return Child(top_parts(ranked, share, lowest=lowest), always=always)
+    if avoid is not None:
+        ranked = _without(ranked, avoid, share, lowest=lowest)
+    child = Child(top_parts(ranked, share, lowest=lowest), always=always)
+    if avoid is not None:
+        _check_apart(child, avoid, share)
+    return child
+
+
+def _without(scores: Mapping[str, Tensor], avoid: Child, share: Share, *, lowest: bool) -> dict[str, Tensor]:
+    """Return scores that rank every unit with an entry of another child last."""
+    found = {}
+    for name, score in scores.items():
+        part = avoid.parts.get(name)
+        if part is not None and not part.is_empty:
+            refuse_sharded(name, score)
+            if part.shape != tuple(score.shape):
+                raise ParameterError(
+                    f"{name!r} has shape {list(score.shape)} in the scores and {list(part.shape)} in the child to "
+                    "avoid. Choose both from the same model."
+                )
+            unit = share.units(name)
+            taken = unit.spread(unit.sums(part.mask()) > 0, part.shape).view(part.shape)
+            score = score.masked_fill(taken.to(score.device), float("inf") if lowest else -float("inf"))
+        found[name] = score
+    return found
+
+
+def _check_apart(child: Child, avoid: Child, share: Share) -> None:
+    """Raise a ParameterError if there was not enough besides the entries to avoid."""
+    overlaps = any(
+        not (part & avoid.parts[n]).is_empty for n, part in child.parts.items() if n in avoid.parts
+    )
+    unit = max(int(share.units(n).sizes(part.shape).max()) for n, part in child.parts.items() if part.numel)
+    if overlaps or round(share.density * child.num_eligible) - child.num_trained >= max(unit, 2):
+        raise ParameterError(
+            f"density {share.density:g} is more than {avoid!r} leaves. Lower the density, or avoid less."
+        )
 
 
 def check_scores(scores: Mapping[str, Tensor], *, ranks_entries: bool = False) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ trained entries: masks, flat indices, runs of entries, and rows and columns all 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -106,6 +106,19 @@ class Granularity:
             for size, length, count in zip(sizes, tile, counts, strict=True)
         )
         return (outer[:, None, None] * middle[:, None] * inner).reshape(-1)
+
+    def num_entries(self, units: Tensor, shape: Sequence[int]) -> int:
+        """Count the entries of some units, whatever the number of all of them."""
+        sizes, tile, counts = self._tiling(shape)
+        if not any(size % length for size, length in zip(sizes, tile, strict=True)):
+            return len(units) * math.prod(tile)
+        units = units.long()
+        places = (units // (counts[1] * counts[2]), units // counts[2] % counts[1], units % counts[2])
+        lengths = [
+            (size - place * length).clamp(max=length)
+            for place, size, length in zip(places, sizes, tile, strict=True)
+        ]
+        return int((lengths[0] * lengths[1] * lengths[2]).sum())
 
     def spread(self, per_unit: Tensor, shape: Sequence[int]) -> Tensor:
         """Give every entry its unit's value: [num_units] of any dtype -> shape."""
@@ -225,9 +238,7 @@ class Part:
         """Number of trained entries."""
         if self.units is None:
             return self.numel
-        if self.granularity.kind == "element":
-            return len(self.units)
-        return int(self.granularity.sizes(self.shape)[self.units.long()].sum())
+        return self.granularity.num_entries(self.units, self.shape)
 
     def indices(self) -> Tensor:
         """List the trained entries' flat indices: int64 [num_trained], increasing, on the CPU."""
@@ -240,6 +251,37 @@ class Part:
         mask = torch.zeros(self.numel, dtype=torch.bool)
         mask[self.indices()] = True
         return mask.view(self.shape)
+
+    def __or__(self, other: Part) -> Part:
+        """Return what either trains, of one parameter: in their units if these are the same, else entry by entry."""
+        if self.is_whole or other.is_empty:
+            return self
+        return other if other.is_whole or self.is_empty else self._with(other, torch.Tensor.__or__)
+
+    def __and__(self, other: Part) -> Part:
+        """Return what both train."""
+        if self.is_empty or other.is_whole:
+            return self
+        return other if other.is_empty or self.is_whole else self._with(other, torch.Tensor.__and__)
+
+    def __sub__(self, other: Part) -> Part:
+        """Return what this trains and the other does not."""
+        if self.is_empty or other.is_empty:
+            return self
+        if other.is_whole:
+            return Part.none(self.shape)
+        return self._with(other, lambda ours, theirs: ours & ~theirs)
+
+    def _with(self, other: Part, of_masks: Callable[[Tensor, Tensor], Tensor]) -> Part:
+        alike = self.granularity == other.granularity or self.is_whole or other.is_whole
+        unit = (other if self.is_whole else self).granularity if alike else Granularity()
+        masks = []
+        for part in (self, other):
+            chosen = torch.full((unit.num_units(self.shape),), part.is_whole)
+            if part.units is not None:
+                chosen[part.units.long() if alike else part.indices()] = True
+            masks.append(chosen)
+        return Part.from_sorted(self.shape, of_masks(*masks).nonzero().squeeze(1), unit)
 
     def runs(self) -> Runs:
         """Return the trained entries as contiguous runs, as long as the layout allows, on the CPU."""

@@ -2,5 +2,7 @@
 
 from childtuning.delta.delta import Delta
 from childtuning.delta.files import frozen_hash, model_hash
+from childtuning.delta.merging import merge_deltas
+from childtuning.delta.switch import ChildSwitch
 
-__all__ = ["Delta", "frozen_hash", "model_hash"]
+__all__ = ["ChildSwitch", "Delta", "frozen_hash", "merge_deltas", "model_hash"]

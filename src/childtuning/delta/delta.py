@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -79,7 +79,7 @@ class Delta:
         for name, part in parts.items():
             parameter = whole_of(parameters[name])
             if not part.is_empty:
-                values[name] = _read(parameter, part)
+                values[name] = read(parameter, part)
             if not part.is_whole:
                 hashes[name] = _hash(parameter, part)
         return cls(
@@ -87,7 +87,7 @@ class Delta:
             values=values,
             buffers={
                 name: buffer.detach().to("cpu", copy=True)
-                for name, buffer in _persistent_buffers(model).items()
+                for name, buffer in persistent_buffers(model).items()
             },
             hashes=hashes,
             base={"name": base} if isinstance(base, str) else dict(base or {}),
@@ -111,16 +111,19 @@ class Delta:
         """Bytes of the stored values, indices aside."""
         return sum(value.nbytes for value in (*self.values.values(), *self.buffers.values()))
 
-    def check_base(self, model: nn.Module) -> None:
+    def check_base(self, model: nn.Module, only: Collection[str] | None = None) -> None:
         """Check that the delta was made for this model's weights.
 
+        Args:
+            model: the base model.
+            only: names of the parameters to compare, and no other; ``None``: all, and the buffers' shapes.
         Raises:
             BaseMismatchError: a name, shape, dtype or frozen value differs; nothing was changed.
         """
-        parameters = named(model, sharded=True)
+        parameters = {n: p for n, p in named(model, sharded=True).items() if only is None or n in only}
         base = f" ({self.base['name']})" if self.base.get("name") else ""
         remedy = f"Load the base model that it was made from{base}."
-        if list(parameters) != list(self.parts):
+        if list(parameters) != [name for name in self.parts if only is None or name in only]:
             other = next(iter(set(parameters) ^ set(self.parts)), "the order of parameters")
             raise BaseMismatchError(f"the delta is for another architecture ({other!r} differs). {remedy}")
         for name, parameter in parameters.items():
@@ -139,8 +142,8 @@ class Delta:
                 raise BaseMismatchError(
                     f"the delta was made for another base model: {name!r} differs. {remedy}"
                 )
-        buffers = _persistent_buffers(model)
-        if {n: tuple(b.shape) for n, b in buffers.items()} != {
+        buffers = {} if only is not None else persistent_buffers(model)
+        if only is None and {n: tuple(b.shape) for n, b in buffers.items()} != {
             n: tuple(b.shape) for n, b in self.buffers.items()
         }:
             raise BaseMismatchError(f"the delta is for a model with other buffers. {remedy}")
@@ -161,7 +164,7 @@ class Delta:
         reshard(model)
         if check:
             self.check_base(model)
-        parameters, buffers = named(model, sharded=True), _persistent_buffers(model)
+        parameters, buffers = named(model, sharded=True), persistent_buffers(model)
         for name, tensor in (*parameters.items(), *buffers.items()):
             is_written = name in self.values or name in self.buffers
             if is_written and 0 in local_of(tensor).stride() and local_of(tensor).numel() > 1:
@@ -170,13 +173,13 @@ class Delta:
                 )
         displaced = replace(
             self,
-            values={name: _read(whole_of(parameters[name]), self.parts[name]) for name in self.values},
+            values={name: read(whole_of(parameters[name]), self.parts[name]) for name in self.values},
             buffers={name: buffers[name].detach().to("cpu", copy=True) for name in self.buffers},
         )
         for name, value in self.values.items():
             piece, part = piece_of(name, parameters[name]), self.parts[name]
             mine = value.reshape(-1).narrow(0, piece.before(part), (local := piece.part(part)).num_trained)
-            _write(local_of(parameters[name]), local, mine)
+            write(local_of(parameters[name]), local, mine)
         for name, value in self.buffers.items():
             buffers[name].copy_(value)
         return displaced
@@ -215,8 +218,8 @@ class Delta:
                 dense = torch.zeros(first.shape, dtype=later.values.get(name, self.values.get(name)).dtype)  # type: ignore[union-attr]
                 for part, source in ((first, self.values), (second, later.values)):
                     if not part.is_empty:
-                        _write(dense, part, source[name])
-                values[name] = _read(dense, parts[name])
+                        write(dense, part, source[name])
+                values[name] = read(dense, parts[name])
         untouched = {
             n: h for n, h in later.hashes.items() if self.parts[n].is_empty or later.parts[n].is_whole
         }
@@ -279,21 +282,24 @@ class Delta:
             raise CorruptFileError(f"{folder} lacks {fault}. Get the folder anew.") from None
 
 
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a model's ``state_dict`` has, by name."""
     model = bare_model(model)
     saved = {canonical_name(name) for name in model.state_dict(keep_vars=True)}
     buffers = {canonical_name(name): buffer for name, buffer in model.named_buffers()}
     return {name: buffer for name, buffer in buffers.items() if name in saved}
 
 
-def _read(tensor: Tensor, part: Part) -> Tensor:
+def read(tensor: Tensor, part: Part) -> Tensor:
+    """Copy a part's entries to the CPU: [num_trained], or of the tensor's shape where all are trained."""
     tensor = tensor.detach()
     if part.is_whole:
         return tensor.to("cpu", copy=True).contiguous()
     return part.runs().to(tensor.device).gather(tensor).cpu()
 
 
-def _write(tensor: Tensor, part: Part, value: Tensor) -> None:
+def write(tensor: Tensor, part: Part, value: Tensor) -> None:
+    """Write a part's entries, in place; all others keep their bits."""
     if part.is_whole:
         tensor.detach().copy_(value.view_as(tensor))
     else:

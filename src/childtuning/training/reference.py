@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from childtuning.child import Child
 from childtuning.child.eligible import named
-from childtuning.child.pieces import local_of, piece_of, reshard
+from childtuning.child.pieces import reshard
+from childtuning.delta.switch import Held
 from childtuning.errors import ConfigError
-from childtuning.fast.runs import Runs
 
 
 class ReferenceModel(nn.Module):
@@ -40,16 +40,8 @@ class ReferenceModel(nn.Module):
             )
         super().__init__()
         self._model = [model]  # no submodule: it is moved, cast and wrapped as the model that it is
-        reshard(model)
-        parameters = named(model, sharded=True)
-        parts = child.resolve({name: p.shape for name, p in parameters.items()})
-        self._base: dict[str, tuple[Runs | None, Tensor]] = {}
-        for name, part in parts.items():
-            if part.is_empty:
-                continue
-            local, here = local_of(parameters[name]).detach(), piece_of(name, parameters[name]).part(part)
-            runs = None if here.is_whole else here.runs().to(local.device)
-            self._base[name] = (runs, local.clone() if runs is None else runs.gather(local))
+        shapes = {name: parameter.shape for name, parameter in named(model, sharded=True).items()}
+        self._base = Held(model, child.resolve(shapes))
 
     def __getattr__(self, name: str) -> Any:
         """Return the model's attribute: trainers read its configuration and its parts."""
@@ -77,24 +69,11 @@ class ReferenceModel(nn.Module):
     @contextmanager
     def _base_values(self) -> Iterator[None]:
         """Write the base values in, and what was there back; for autograd nothing has changed."""
-        reshard(self._model[0])
-        parameters = named(self._model[0], sharded=True)
-        local = {name: local_of(parameters[name]).detach() for name in self._base}
-        with _unsafe_preserve_version_counter(tuple(local.values())):
-            kept = {}
-            for name, (runs, values) in self._base.items():
-                kept[name] = local[name].clone() if runs is None else runs.gather(local[name])
-                _write(local[name], runs, values)
+        model = self._model[0]
+        reshard(model)
+        with _unsafe_preserve_version_counter(tuple(self._base.tensors(model))):
+            self._base.exchange_(model)
             try:
                 yield
             finally:
-                reshard(self._model[0])
-                for name, (runs, _) in self._base.items():
-                    _write(local[name], runs, kept[name])
-
-
-def _write(tensor: Tensor, runs: Runs | None, values: Tensor) -> None:
-    if runs is None:
-        tensor.copy_(values)
-    else:
-        runs.scatter_(tensor, values)
+                self._base.exchange_(model)

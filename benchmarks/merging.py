@@ -1,0 +1,164 @@
+"""Six tasks in one network: children that avoid each other and add exactly, against merges of whole changes.
+
+Each task trains the packaged model alone; then the changes of all six are put into one network, with each task's own
+head. What is multiplied into merged changes is chosen on half of the evaluation examples, for all tasks together;
+scores are those of the other half. Exact sums have nothing to choose.
+
+    python benchmarks/merging.py --data-dir DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import ROOT, restart_with_settings
+from recorded_runs import RecordedRuns
+
+from childtuning import Child, Delta, load, merge_deltas
+from childtuning.runs import RunConfig, train_run
+from childtuning.runs.inputs import Inputs, read_run_task
+
+TASKS = ("sst2", "stsb", "mrpc", "qqp", "snli", "sick")
+METHODS = ("child-d disjoint", "full", "lora:rank=16,alpha=32", "child-d")
+DENSITY, TRAIN, EPOCHS, EVAL, MAX_LENGTH, NUM_SEEDS = 0.05, 500, 6.0, 1000, 64, 3
+HEADS = ("classifier.*",)
+WEIGHTS = (1.0, 2.0, 3.0, 6.0)  # times the mean of six changes: 6 is their sum
+DROPPED = 0.9  # of DARE
+
+
+class Apart(Inputs):
+    """Inputs of a run whose child avoids others."""
+
+    def __init__(self, avoid: Child | None) -> None:
+        super().__init__()
+        self._avoid = avoid
+
+    def scores(self, config: RunConfig) -> Any:
+        """Return scores that rank what is to be avoided last."""
+
+        def scored(make_fn: Any) -> dict[str, torch.Tensor]:
+            found = make_fn()
+            for name, part in (self._avoid.parts if self._avoid else {}).items():
+                found[name].view(-1)[part.indices()] = -float("inf")
+            return found
+
+        return scored
+
+
+def trained(method: str, seed: int, data_dir: Path, folder: Path) -> list[tuple[Any, Delta]]:
+    """Train every task alone; return the finished runs and what each changed in the base model's parameters."""
+    found: list[tuple[Any, Delta]] = []
+    avoid: Child | None = None
+    for name in (*TASKS[seed:], *TASKS[:seed]):
+        config = RunConfig(
+            task=name,
+            data_dir=str(data_dir),
+            method=method.split()[0],
+            density=DENSITY if method.startswith("child") else None,
+            seed=seed,
+            train_limit=TRAIN,
+            epochs=EPOCHS,
+            eval_limit=EVAL,
+            max_length=MAX_LENGTH,
+        )
+        train_run(config, folder / name, inputs=Apart(avoid if method.endswith("disjoint") else None))
+        run = load(folder / name)
+        if method.startswith("child"):
+            delta = run.delta
+            child = Child.load(folder / name / "child.safetensors")
+            avoid = child if avoid is None else reduce(or_, (avoid, child))
+        else:
+            model = run.merged()
+            delta = Delta.capture(model, Child.whole({n: p.shape for n, p in model.named_parameters()}))
+        found.append((run, delta))
+    return found
+
+
+def thinned(delta: Delta, base: Mapping[str, torch.Tensor], seed: int) -> Delta:
+    """Drop a share of the changes at random and scale up the rest (DARE)."""
+    draw = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, value in delta.values.items():
+        if name in base:
+            keep = torch.rand(value.shape, generator=draw) >= DROPPED
+            value = base[name] + (value - base[name]) * keep / (1 - DROPPED)
+        values[name] = value
+    return replace(delta, values=values)
+
+
+def merged(how: str, weight: float, deltas: list[Delta], base: Any, seed: int) -> list[Delta]:
+    """Merge in one of the ways that are compared."""
+    if how == "exact":
+        return merge_deltas(deltas, own=HEADS)
+    if how == "dare":
+        originals = {n: p.detach() for n, p in base.named_parameters() if not n.startswith("classifier")}
+        deltas = [thinned(delta, originals, 100 * seed + i) for i, delta in enumerate(deltas)]
+        how = "mean"
+    # TIES averages what agrees: its own weights lie near 1
+    weight = weight / 2 if how == "ties" else weight
+    return merge_deltas(deltas, how, base=base, own=HEADS, weight=weight)  # type: ignore[arg-type]
+
+
+def scores(runs: list[Any], deltas: list[Delta], halves: list[Any]) -> dict[str, float]:
+    """Return each task's score with a delta in its model."""
+    found = {}
+    for run, delta, half in zip(runs, deltas, halves, strict=True):
+        model = run._base().model
+        delta.apply_(model)
+        run.__dict__["_model"] = model.eval()
+        found[run.config.task] = run.evaluate(half)[run.about["metrics"][0]]
+    return found
+
+
+def measure(method: str, seed: int, data_dir: Path) -> dict[str, Any]:
+    """Train all tasks in one way, merge them in each way that goes with it, and return all scores."""
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = trained(method, seed, data_dir, Path(folder))
+        runs, deltas = [run for run, _ in tasks], [delta for _, delta in tasks]
+        splits = [read_run_task(run.config)[0].dev for run in runs]
+        chosen, told = ([split.subset(range(i, len(split), 2)) for split in splits] for i in (0, 1))
+        base = runs[0]._base().model
+        result: dict[str, Any] = {"alone": scores(runs, deltas, told)}
+        ways = {"child-d disjoint": ["exact"], "full": ["mean", "ties", "dare"]}.get(method, ["mean", "ties"])
+        for how in ways:
+            best: tuple[float, float] | None = None
+            for weight in WEIGHTS if how != "exact" else (1.0,):
+                found = (
+                    scores(runs, merged(how, weight, deltas, base, seed), chosen) if how != "exact" else {}
+                )
+                total = sum(found.values())
+                if best is None or total > best[0]:
+                    best = total, weight
+            assert best is not None
+            result[how] = {
+                "weight": best[1],
+                "scores": scores(runs, merged(how, best[1], deltas, base, seed), told),
+            }
+        return result
+
+
+def main() -> None:
+    """Run what is missing: all methods of a seed before the next seed."""
+    parser = argparse.ArgumentParser(description="Merges of six tasks: runs what is missing.")
+    parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "merging.json")
+    given = parser.parse_args()
+    restart_with_settings(threads=1)
+    torch.set_num_threads(1)
+    recorded = RecordedRuns(given.output, threads=1)
+    for seed in range(NUM_SEEDS):
+        for method in METHODS:
+            key = {"method": method, "seed": seed, "train": TRAIN, "epochs": EPOCHS, "density": DENSITY}
+            recorded.run(key, lambda method=method, seed=seed: measure(method, seed, given.data_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Several children of one base model in one live model: written in and taken out, bitwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from childtuning.child.eligible import named
+from childtuning.child.pieces import local_of, piece_of, reshard
+from childtuning.child.units import Part
+from childtuning.delta.delta import Delta, persistent_buffers
+from childtuning.errors import DeltaError, did_you_mean
+from childtuning.fast.runs import Runs
+
+
+class Held:
+    """Values for some entries of a model's parameters and for its buffers, to be exchanged with those in the model.
+
+    Of a sharded model each process holds its pieces.
+
+    Args:
+        model: whose entries they are.
+        parts: by parameter name, which entries.
+        values: their values, as a ``Delta`` has them; ``None``: what the model has now.
+        buffers: values for buffers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Mapping[str, Part],
+        values: Mapping[str, Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        reshard(model)
+        self._buffers = dict(buffers or {})
+        self._entries: dict[str, tuple[Runs | None, Tensor]] = {}
+        parameters = named(model, sharded=True)
+        for name, part in parts.items():
+            if part.is_empty:
+                continue
+            parameter = parameters[name]
+            piece, local = piece_of(name, parameter), local_of(parameter).detach()
+            mine = piece.part(part)
+            runs = None if mine.is_whole else mine.runs()
+            if values is None:
+                own = local.clone() if runs is None else runs.to(local.device).gather(local)
+            else:
+                own = values[name].reshape(-1).narrow(0, piece.before(part), mine.num_trained)
+            self._entries[name] = None if runs is None else runs.to(own.device), own
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the positions and values."""
+        held = [t for runs, own in self._entries.values() for t in (own, *([runs.starts] if runs else ()))]
+        return sum(tensor.nbytes for tensor in (*held, *self._buffers.values()))
+
+    def tensors(self, model: nn.Module) -> list[Tensor]:
+        """Return what ``exchange_`` writes to: this process's tensors."""
+        parameters = named(model, sharded=True)
+        return [local_of(parameters[name]).detach() for name in self._entries]
+
+    @torch.no_grad()
+    def exchange_(self, model: nn.Module) -> None:
+        """Write the values into the model, and hold what was there; the same again is the way back."""
+        reshard(model)
+        for name, local in zip(self._entries, self.tensors(model), strict=True):
+            runs, own = self._entries[name]
+            there = None if runs is None else runs.to(local.device)
+            before = local.reshape(-1).clone() if there is None else there.gather(local)
+            if there is None:
+                local.copy_(own.view_as(local))
+            else:
+                there.scatter_(local, own.to(local.device))
+            self._entries[name] = runs, before.to(own.device)
+        if self._buffers:
+            buffers = persistent_buffers(model)
+            for name, own in self._buffers.items():
+                before = buffers[name].detach().clone()
+                buffers[name].copy_(own)
+                self._buffers[name] = before.to(own.device)
+
+
+class ChildSwitch:
+    """Holds several deltas of one base model, and puts one of them at a time into a live model.
+
+    A switch reads and writes the entries that differ, and nothing else; the way back is bitwise. A delta that is not
+    active is held as positions and values, on the CPU unless its tensors lie elsewhere.
+
+    Args:
+        model: the base model, which the deltas were made for. Nothing else may write to it while a delta is active.
+        deltas: by name.
+    Raises:
+        BaseMismatchError: a delta was made for another base model.
+
+    Example:
+        >>> import torch
+        >>> from childtuning import Child
+        >>> line = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(line.weight)
+        >>> base = line.weight.tolist()
+        >>> tuned = Delta.capture(line, Child.from_masks({"weight": torch.tensor([[True, False]])}))
+        >>> tuned.values["weight"][0] = 5.0
+        >>> switch = ChildSwitch(line, {"five": tuned})
+        >>> with switch.using("five"):
+        ...     line.weight.tolist()
+        [[5.0, 1.0]]
+        >>> line.weight.tolist() == base
+        True
+    """
+
+    def __init__(self, model: nn.Module, deltas: Mapping[str, Delta] | None = None) -> None:
+        self._model = model
+        self._held: dict[str, Held] = {}
+        self._active: str | None = None
+        for name, delta in (deltas or {}).items():
+            self.add(name, delta)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the deltas."""
+        return tuple(self._held)
+
+    @property
+    def active(self) -> str | None:
+        """The name of the delta that is in the model; ``None``: the base model's values are."""
+        return self._active
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the deltas take besides the model."""
+        return sum(held.num_bytes for held in self._held.values())
+
+    def add(self, name: str, delta: Delta, *, check: bool = True) -> None:
+        """Hold another delta; the base model's values must be in the model.
+
+        Args:
+            name: it is called by, and no other.
+            delta: of this model; its tensors are held as they are.
+            check: verify that the model is its base (it reads every weight once).
+        Raises:
+            BaseMismatchError: it is another base model.
+            DeltaError: a delta is active, or the name is taken.
+        """
+        if self._active is not None:
+            raise DeltaError(f"{self._active!r} is active. Call deactivate() before adding {name!r}.")
+        if name in self._held:
+            raise DeltaError(
+                f"there is a delta {name!r} already. Call remove() first, or choose another name."
+            )
+        if check:
+            delta.check_base(self._model)
+        self._held[name] = Held(self._model, delta.parts, delta.values, delta.buffers)
+
+    def remove(self, name: str) -> None:
+        """Forget a delta, which is deactivated first.
+
+        Raises:
+            DeltaError: there is no delta of this name.
+        """
+        self._find(name)
+        if self._active == name:
+            self.deactivate()
+        del self._held[name]
+
+    def activate(self, name: str) -> None:
+        """Put a delta into the model, in place of the one that is there.
+
+        Raises:
+            DeltaError: there is no delta of this name.
+        """
+        held = self._find(name)
+        if self._active != name:
+            self.deactivate()
+            held.exchange_(self._model)
+            self._active = name
+
+    def deactivate(self) -> None:
+        """Put the base model's values back; without an active delta nothing changes."""
+        if self._active is not None:
+            self._held[self._active].exchange_(self._model)
+            self._active = None
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[nn.Module]:
+        """Activate a delta (``None``: the base) for a block, and then what was active before; yields the model."""
+        before = self._active
+        try:
+            self.deactivate() if name is None else self.activate(name)
+            yield self._model
+        finally:
+            self.deactivate() if before is None else self.activate(before)
+
+    def _find(self, name: str) -> Held:
+        if name not in self._held:
+            raise DeltaError(f"there is no delta {name!r}. {did_you_mean(name, self._held)}")
+        return self._held[name]
+
+    def __repr__(self) -> str:
+        return f"ChildSwitch({', '.join(map(repr, self._held))}; active: {self._active!r})"
