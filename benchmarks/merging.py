@@ -28,7 +28,7 @@ from childtuning.runs.inputs import Inputs, read_run_task
 
 TASKS = ("sst2", "stsb", "mrpc", "qqp", "snli", "sick")
 METHODS = ("child-d disjoint", "full", "lora:rank=16,alpha=32", "child-d")
-DENSITY, TRAIN, EPOCHS, EVAL, MAX_LENGTH, NUM_SEEDS = 0.05, 500, 6.0, 1000, 64, 3
+DENSITY, TRAIN, EVAL, MAX_LENGTH, NUM_SEEDS = 0.05, 500, 1000, 64, 3
 HEADS = ("classifier.*",)
 WEIGHTS = (1.0, 2.0, 3.0, 6.0)  # times the mean of six changes: 6 is their sum
 DROPPED = 0.9  # of DARE
@@ -65,7 +65,6 @@ def trained(method: str, seed: int, data_dir: Path, folder: Path) -> list[tuple[
             density=DENSITY if method.startswith("child") else None,
             seed=seed,
             train_limit=TRAIN,
-            epochs=EPOCHS,
             eval_limit=EVAL,
             max_length=MAX_LENGTH,
         )
@@ -156,7 +155,7 @@ def main() -> None:
     recorded = RecordedRuns(given.output, threads=1)
     for seed in range(NUM_SEEDS):
         for method in METHODS:
-            key = {"method": method, "seed": seed, "train": TRAIN, "epochs": EPOCHS, "density": DENSITY}
+            key = {"method": method, "seed": seed, "train": TRAIN, "density": DENSITY}
             recorded.run(key, lambda method=method, seed=seed: measure(method, seed, given.data_dir))
 
 

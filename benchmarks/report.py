@@ -29,6 +29,23 @@ def results(name: str) -> Any:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
+def serving() -> str:
+    """What travels to a server: a model, patches and deltas of it, an adapter."""
+    facts = (results("serving.json") or {"facts": {}})["facts"]
+    rows = []
+    for shape, found in facts.items():
+        sizes = {f"{shape}, {found['parameters'] / 1e9:.2f} billion weights in bf16": found["model_bytes"]}
+        for density in found["patch_bytes"]:
+            sizes[f"patch, single entries, {float(density):.1%}"] = found["patch_bytes"][density]
+            sizes[f"delta, single entries, {float(density):.1%}"] = found["delta_bytes"][density]
+        sizes["LoRA r=16 of all linear layers"] = found["lora_16_bytes"]
+        rows += [
+            [what, f"{size / 1e6:,.1f} MB", f"{size / found['model_bytes']:.2%}"]
+            for what, size in sizes.items()
+        ]
+    return table(["file", "size", "of the model"], rows)
+
+
 def scores() -> str:
     """Mean over seeds of each method on each task, at the learning rate that is best on seed 0."""
     runs = results("scores.json")
@@ -120,6 +137,7 @@ def main() -> int:
         ROOT / "docs" / "forgetting.svg": {"front": front.chart(folder)},
         ROOT / "docs" / "scale.md": scale.tables(folder),
         ROOT / "docs" / "learning-rates.md": {"rates": compared["rates"]},
+        ROOT / "docs" / "serving.md": {"serving": serving()},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
             "cnn": transfer_tables.cnn(folder),

@@ -58,6 +58,24 @@ def _large_memory(**given: Any) -> dict[str, Any]:
     return measure(**given)
 
 
+def _serving_files(**given: Any) -> dict[str, Any]:
+    from bench_serving import make_files
+
+    return make_files(**given)
+
+
+def _serving_export(**given: Any) -> dict[str, Any]:
+    from bench_serving import export
+
+    return export(**given)
+
+
+def _serving_switch(**given: Any) -> dict[str, Any]:
+    from bench_serving import switch
+
+    return switch(**given)
+
+
 def _official_script(**given: Any) -> dict[str, Any]:
     from references.official_script import official_run
 
@@ -68,6 +86,9 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "train-memory": _train_memory,
     "fisher-memory": _fisher_memory,
     "large-memory": _large_memory,
+    "serving-files": _serving_files,
+    "serving-export": _serving_export,
+    "serving-switch": _serving_switch,
     "official-script": _official_script,
 }
 

@@ -13,6 +13,7 @@ EXPECTED = {
     "compare",
     "demo",
     "evaluate",
+    "export",
     "inspect",
     "merge",
     "methods",
@@ -21,6 +22,7 @@ EXPECTED = {
     "report",
     "score",
     "train",
+    "verify",
 }
 
 

@@ -8,6 +8,7 @@ more than n·(k + 1) + N / 2^k bits, and for entries chosen independently it is 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -26,6 +27,9 @@ Records = dict[str, dict[str, Any]]
 Streams = dict[str, NDArray[np.uint8]]
 
 RECIPES = ("random", "random-units")  # sources whose indices can be reproduced
+LEAST_DRAWN = (
+    1e-5  # the density from which a delta may name a recipe: to draw it takes memory by the model's size
+)
 _MAX_LOW_BITS = 40
 
 
@@ -118,10 +122,17 @@ def write_parts(parts: Mapping[str, Part], from_recipe: Collection[str] = ()) ->
 
 
 def read_parts(
-    records: Mapping[str, Any], streams: Streams, recipe: Mapping[str, Any] | None
+    records: Mapping[str, Any],
+    streams: Streams,
+    recipe: Mapping[str, Any] | None,
+    num_values: int | None = None,
 ) -> dict[str, Part]:
     """Rebuild the parts that ``write_parts`` wrote.
 
+    Args:
+        records, streams: as it returned them.
+        recipe: of the parts that are drawn.
+        num_values: how many values come with them: a recipe that draws more is refused before it does.
     Raises:
         CorruptFileError: records, streams and recipe do not fit together.
     """
@@ -132,6 +143,12 @@ def read_parts(
             if recipe is None or recipe["source"] not in RECIPES:
                 raise CorruptFileError(
                     f"the child's recipe {recipe} is unknown. Use a newer version of this library."
+                )
+            numel = sum(math.prod(shape) for shape in shapes.values())
+            share = float(recipe["density"])
+            if num_values is not None and (share < LEAST_DRAWN or share * numel > 2 * num_values + 1000):
+                raise CorruptFileError(
+                    "the recipe draws more entries than there are values. Get the file anew."
                 )
             by_units = recipe["source"] == "random-units"
             made = random_parts(shapes, Share.from_dict(recipe), recipe["seed"], by_units=by_units)

@@ -16,6 +16,7 @@ from childtuning.cli import (
     compare,
     demo,
     evaluate,
+    export,
     inspect,
     merge,
     methods,
@@ -24,6 +25,7 @@ from childtuning.cli import (
     report,
     score,
     train,
+    verify,
 )
 from childtuning.cli.printing import is_first
 from childtuning.errors import ChildTuningError, LostProcessError
@@ -53,7 +55,21 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, report, predict, evaluate, score, inspect, merge, methods, plan, demo):
+for command in (
+    train,
+    compare,
+    report,
+    predict,
+    evaluate,
+    score,
+    inspect,
+    verify,
+    merge,
+    export,
+    methods,
+    plan,
+    demo,
+):
     app.command(command.NAME)(command.run)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from childtuning.cli import options as o
-from childtuning.cli.printing import human_bytes, print_facts, print_json, print_table, score_text
-from childtuning.errors import DeltaError
+from childtuning.cli.printing import human_bytes, print_facts, print_json, print_table, score_text, tell
+from childtuning.errors import DeltaError, ModelError
 
 NAME = "inspect"
 
@@ -16,6 +17,12 @@ NAME = "inspect"
 def run(
     run_dir: o.RunDir,
     verify: Annotated[bool, typer.Option("--verify", help="Compare with the base model, bitwise.")] = False,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a certificate to this folder, for `verify`: what was trained, hashes of the rest."
+        ),
+    ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show each parameter's share of the child.")
     ] = False,
@@ -47,6 +54,18 @@ def run(
         content["share_by_parameter"] = shares
     if verify:
         content["verified"] = opened.verify()
+    if verify or certificate is not None:
+        from childtuning.runs.certify import certify
+
+        try:
+            made = certify(opened)
+            content["certificate"] = made.to_dict()
+            if certificate is not None:
+                made.save(certificate)
+        except ModelError as fault:
+            if certificate is not None:
+                raise
+            tell(f"there is no certificate: {fault}")
     if as_json:
         print_json(content)
     else:
@@ -75,6 +94,8 @@ def _print(content: dict[str, Any], shares: dict[str, float]) -> None:
             f"{counts['changed_outside']:,} of {outside:,} entries differ, bit by bit"
         )
         facts["not in the base"] = f"{counts['new_entries']:,} entries"
+    if "certificate" in content:
+        facts["certificate"] = content["certificate"]["root"]
     print_facts(facts)
     if shares:
         print_table(

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from childtuning.child import Child, Part, TaskFree
 from childtuning.child.eligible import bare_model, canonical_name, named, refuse_rewritten
-from childtuning.child.files import RECIPES, read_parts, write_parts
+from childtuning.child.files import LEAST_DRAWN, RECIPES, read_parts, write_parts
 from childtuning.child.pieces import local_of, piece_of, reshard, whole_of
-from childtuning.delta.files import INDEX_SUFFIX, frozen_hash, read_folder, stream_tensor, write_folder
+from childtuning.delta.files import INDEX_SUFFIX, Format, frozen_hash, stream_tensor
 from childtuning.errors import BaseMismatchError, CorruptFileError, DeltaError, ParameterError
+
+_FORMAT = Format("delta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +233,8 @@ class Delta:
 
     def save(self, folder: str | Path) -> None:
         """Write the delta to a folder: ``delta.safetensors`` and ``delta.json``."""
-        records, streams = write_parts(self.parts, from_recipe=self.from_recipe)
+        drawn = self.from_recipe if (self.recipe or {}).get("density", 0) >= LEAST_DRAWN else ()
+        records, streams = write_parts(self.parts, from_recipe=drawn)
         for name, digest in self.hashes.items():
             records[name]["frozen_sha256"] = digest
         tensors = dict(self.values)
@@ -243,7 +246,7 @@ class Delta:
             "buffers": list(self.buffers),
             "parameters": records,
         }
-        write_folder(Path(folder), about, tensors)
+        _FORMAT.write(Path(folder), about, tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -252,7 +255,7 @@ class Delta:
         Raises:
             CorruptFileError: a file is missing, truncated, changed, or of another format.
         """
-        about, tensors = read_folder(Path(folder))
+        about, tensors = _FORMAT.read(Path(folder))
         try:
             records, recipe = about["parameters"], about["recipe"]
             streams = {
@@ -260,7 +263,8 @@ class Delta:
                 for name, tensor in tensors.items()
                 if name.endswith(INDEX_SUFFIX)
             }
-            parts = read_parts(records, streams, recipe)
+            num_values = sum(tensor.numel() for name, tensor in tensors.items() if name not in streams)
+            parts = read_parts(records, streams, recipe, num_values)
             values = {name: tensors[name] for name, part in parts.items() if not part.is_empty}
             for name, value in values.items():
                 if value.numel() != parts[name].num_trained:

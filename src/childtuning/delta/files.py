@@ -1,8 +1,7 @@
-"""A delta's folder, and the hashes that tell one base model from another, before and after a child of it was trained.
+"""The folders of deltas and what is made of them, and the hashes that tell one base model from another.
 
-``delta.json`` says what is trained and on what base, ``delta.safetensors`` holds the values.
-
-The format is described in docs/delta-format.md. Both files are data: nothing in them is executed.
+``delta.json`` says what is trained and on what base, ``delta.safetensors`` holds the values. The formats are described
+in docs/delta-format.md. Both files are data: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +25,82 @@ from childtuning.child.files import write_atomically
 from childtuning.child.pieces import whole_of
 from childtuning.errors import CorruptFileError
 
-ABOUT, VALUES = "delta.json", "delta.safetensors"
-FORMAT, VERSION = "childtuning-delta", 1
 INDEX_SUFFIX = "::index"
 
 
-def write_folder(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each complete or not at all."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    waiting = folder / f"{VALUES}.new"
-    write_atomically(waiting, lambda partial: save_file(contiguous, partial))
-    body: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        **about,
-        "values_sha256": _file_hash(waiting),
-    }
-    body["sha256"] = _body_hash(body)
-    text = json.dumps(body, indent=1) + "\n"
-    # The new values lie beside the old ones until the new JSON names them: whenever this ends, one pair fits.
-    write_atomically(folder / ABOUT, lambda partial: partial.write_text(text, encoding="utf-8"))
-    os.replace(waiting, folder / VALUES)
+@dataclass(frozen=True)
+class Format:
+    """A folder with two files: a JSON object that says what is there, and tensors.
 
-
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read and verify both files.
-
-    Raises:
-        CorruptFileError: one is missing, truncated, changed, or of another format.
+    Args:
+        noun: what it is called.
+        version: a reader of another one would misread it.
     """
-    remedy = "Copy the whole folder anew from where it was saved."
-    for name in (ABOUT, VALUES):
-        if not (folder / name).is_file() and not (name == VALUES and (folder / f"{VALUES}.new").is_file()):
-            raise CorruptFileError(f"{folder} is not a delta: it has no {name}. {remedy}")
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        stated = about.pop("sha256")
-        if about["format"] != FORMAT:
-            raise CorruptFileError(f"{folder / ABOUT} is of format {about['format']!r}. {remedy}")
-        if about["version"] != VERSION:
-            raise CorruptFileError(
-                f"{folder / ABOUT} is of version {about['version']}, this library reads {VERSION}. Update the library."
-            )
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
-        raise CorruptFileError(f"{folder / ABOUT} cannot be read ({fault}). {remedy}") from None
-    if _body_hash(about) != stated:
-        raise CorruptFileError(f"{folder / ABOUT} was changed after it was saved. {remedy}")
-    values = next((path for path in (folder / VALUES, folder / f"{VALUES}.new") if _fits(path, about)), None)
-    if values is None:
-        raise CorruptFileError(f"{folder / VALUES} is truncated or was changed after it was saved. {remedy}")
-    try:
-        with safe_open(str(values), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as fault:
-        raise CorruptFileError(f"{values} cannot be read ({fault}). {remedy}") from None
-    return about, tensors
+
+    noun: str
+    version: int = 1
+
+    @property
+    def about(self) -> str:
+        """The JSON file's name."""
+        return f"{self.noun}.json"
+
+    @property
+    def values(self) -> str:
+        """The safetensors file's name."""
+        return f"{self.noun}.safetensors"
+
+    def write(self, folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write both files, each complete or not at all."""
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        waiting = folder / f"{self.values}.new"
+        write_atomically(waiting, lambda partial: save_file(contiguous, partial))
+        body: dict[str, Any] = {
+            "format": f"childtuning-{self.noun}",
+            "version": self.version,
+            **about,
+            "values_sha256": file_hash(waiting),
+        }
+        body["sha256"] = _body_hash(body)
+        text = json.dumps(body, indent=1) + "\n"
+        # The new values lie beside the old ones until the new JSON names them: whenever this ends, one pair fits.
+        write_atomically(folder / self.about, lambda partial: partial.write_text(text, encoding="utf-8"))
+        os.replace(waiting, folder / self.values)
+
+    def read(self, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read and verify both files.
+
+        Raises:
+            CorruptFileError: one is missing, truncated, changed, or of another format.
+        """
+        remedy = "Copy the whole folder anew from where it was saved."
+        path, values = folder / self.about, folder / self.values
+        waiting = folder / f"{self.values}.new"
+        for file in (path, values):
+            if not file.is_file() and not (file == values and waiting.is_file()):
+                raise CorruptFileError(f"{folder} is not a {self.noun}: it has no {file.name}. {remedy}")
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            stated = about.pop("sha256")
+            if about["format"] != f"childtuning-{self.noun}":
+                raise CorruptFileError(f"{path} is of format {about['format']!r}. {remedy}")
+            if about["version"] != self.version:
+                raise CorruptFileError(
+                    f"{path} is of version {about['version']}, this library reads {self.version}. Update the library."
+                )
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
+            raise CorruptFileError(f"{path} cannot be read ({fault}). {remedy}") from None
+        if _body_hash(about) != stated:
+            raise CorruptFileError(f"{path} was changed after it was saved. {remedy}")
+        whole = next((file for file in (values, waiting) if _fits(file, about)), None)
+        if whole is None:
+            raise CorruptFileError(f"{values} is truncated or was changed after it was saved. {remedy}")
+        try:
+            with safe_open(str(whole), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as fault:
+            raise CorruptFileError(f"{whole} cannot be read ({fault}). {remedy}") from None
+        return about, tensors
 
 
 def stream_tensor(stream: np.ndarray) -> Tensor:
@@ -92,10 +113,11 @@ def _body_hash(body: Mapping[str, Any]) -> str:
 
 
 def _fits(path: Path, about: Mapping[str, Any]) -> bool:
-    return path.is_file() and _file_hash(path) == about.get("values_sha256")
+    return path.is_file() and file_hash(path) == about.get("values_sha256")
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

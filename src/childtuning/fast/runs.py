@@ -54,7 +54,8 @@ class Runs:
         """Return the entries of a tensor (strided or sparse) of the parameter's shape: [repeats · n · width]."""
         flat = (source.to_dense() if source.is_sparse else source).reshape(self.repeats, -1, self.width)
         if self.repeats == 1:
-            return flat[0].index_select(0, self.starts).reshape(-1).to(dtype or source.dtype)
+            runs = flat[0] if self.width > 1 else flat.view(-1)  # torch is faster along one axis
+            return runs.index_select(0, self.starts).reshape(-1).to(dtype or source.dtype)
         return flat.index_select(1, self.starts).reshape(-1).to(dtype or source.dtype)
 
     def scatter_(self, target: Tensor, values: Tensor) -> None:

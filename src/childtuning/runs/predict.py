@@ -5,22 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs.config import json_ready
 from childtuning.runs.evaluate import Predictor, cut_at
-from childtuning.runs.folder import RunFolder, write_text
-from childtuning.runs.inputs import base_model, bits, read_run_task, tuned_model
+from childtuning.runs.export import Form, export_run
+from childtuning.runs.folder import START, RunFolder, write_text
+from childtuning.runs.inputs import base_model, bits, is_model_folder, read_run_task, tuned_model
 from childtuning.runs.judgement import Answered, Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
 from childtuning.tasks.metrics import probabilities
-from childtuning.training import LoadedModel
+from childtuning.training import LoadedModel, bare_architecture, model_folder
 
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 _MOST_CLASSES = 50  # a file of predictions holds the probabilities of no more
@@ -141,13 +143,40 @@ class FinishedRun(RunFolder):
         """Load the base model."""
         return base_model(self)
 
-    def _tuned(self, base: LoadedModel) -> Any:
-        """Turn the base model into the tuned one, in place."""
+    def base_folder(self) -> Path:
+        """Return the folder that the base model is loaded from."""
+        config = self.config
+        starts = config.init_from is not None and is_model_folder(config.init_from)
+        return model_folder(config.init_from if starts else config.model)
+
+    def bare_model(self) -> Any:
+        """Return a model of the run's architecture without values, on the ``meta`` device."""
+        options = self.kind.model_options(self.label_names)
+        return bare_architecture(
+            str(self.base_folder()), self.processor(), auto_model=self.kind.auto_model, options=options
+        )
+
+    def base_parameters(self) -> Iterable[tuple[str, Any]]:
+        """Return the base model's parameters by name."""
+        loaded = self._base()
+        return [(n, p) for n, p in loaded.model.named_parameters() if n not in set(loaded.new_parameters)]
+
+    def changes(self) -> Delta:
+        """Return the delta from the base model on disk: of a run that started from another one, both."""
+        start = self.path / START
+        return Delta.load(start).then(self.delta) if start.is_dir() else self.delta
+
+    def check_sound(self) -> None:
+        """Raise a ModelError if training diverged."""
         if self.metrics.get("diverged_at") is not None:
             raise ModelError(
                 f"training of the run in {str(self.path)!r} diverged at step {self.metrics['diverged_at']}: its model "
                 "predicts nothing. Train again with a lower --lr."
             )
+
+    def _tuned(self, base: LoadedModel) -> Any:
+        """Turn the base model into the tuned one, in place."""
+        self.check_sound()
         return tuned_model(self, base)
 
     def merged(self) -> Any:
@@ -159,21 +188,12 @@ class FinishedRun(RunFolder):
         return self.config.methods().merge(self._tuned(self._base())).eval()
 
     def merge(self, folder: str | Path) -> Path:
-        """Save the merged model with its tokenizer or image processor, as an ordinary folder for transformers.
+        """Save the merged model: ``export(folder, "model")``."""
+        return self.export(folder)
 
-        Args:
-            folder: new or empty.
-        Raises:
-            ConfigError: when it is not.
-            ModelError: as for ``merged``.
-        """
-        folder = Path(folder).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"output {str(folder)!r} is not an empty folder. Pass a new one.")
-        model, processor = self.merged(), self.processor()
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        return folder
+    def export(self, folder: str | Path, to: Form = "model") -> Path:
+        """Write the run's model in a form that others read; arguments and errors as for ``export_run``."""
+        return export_run(self, folder, to)
 
     def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
         """Return a file or folder as a source.

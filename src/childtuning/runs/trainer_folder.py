@@ -9,15 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from childtuning.child import Child
+from childtuning.delta import Delta
 from childtuning.errors import ConfigError, ModelError
 from childtuning.runs.judgement import Judgement
 from childtuning.runs.predict import FinishedRun
 from childtuning.tasks import KINDS, Kind, Source, Split, as_source
 from childtuning.tasks.kind import Columns
-from childtuning.training import LoadedModel, num_positions
+from childtuning.training import LoadedModel, model_folder, num_positions
 
 _PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 _METHODS = {"task-driven": "child-d", "task-free": "child-f"}
@@ -156,6 +158,26 @@ class TrainerFolder(FinishedRun):
             transformers.logging.set_verbosity(verbosity)
         new = {*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))}
         return LoadedModel(str(name), model, None, tuple(sorted(new)), "")
+
+    def base_folder(self) -> Path:
+        """Return the folder that the base model is loaded from."""
+        if isinstance(self._given, nn.Module) or not (self._given or self.about["base_name"]):
+            raise ModelError("the base model was given, and not its folder.")
+        return model_folder(str(self._given or self.about["base_name"]))
+
+    def bare_model(self) -> Any:
+        """Return a model of the saved class without values, on the ``meta`` device."""
+        import transformers
+
+        architecture = getattr(transformers, (self._config.architectures or ["none"])[0], None)
+        if architecture is None:
+            raise ModelError("the folder does not name the model's class.")
+        with torch.device("meta"):
+            return architecture(self._config)
+
+    def changes(self) -> Delta:
+        """Return the delta from the base model."""
+        return self.delta
 
     def _tuned(self, base: LoadedModel) -> Any:
         self.delta.apply_(base.model)

@@ -10,6 +10,7 @@ from childtuning.training.child_choice import (
     saves_computation,
     task_head,
 )
+from childtuning.training.export import make_patch, write_model
 from childtuning.training.factory import ChildOptimizerFactory
 from childtuning.training.further_pass import IGNORED, predicted_labels
 from childtuning.training.method import (
@@ -23,9 +24,11 @@ from childtuning.training.method import (
 )
 from childtuning.training.models import (
     LoadedModel,
+    bare_architecture,
     has_fast_bf16,
     load_classifier,
     load_model,
+    model_folder,
     num_positions,
     packaged_model,
 )
@@ -47,6 +50,7 @@ __all__ = [
     "Prepared",
     "ReferenceModel",
     "ScoreFn",
+    "bare_architecture",
     "choose_child",
     "find_layers",
     "fisher_sample",
@@ -57,6 +61,8 @@ __all__ = [
     "load_classifier",
     "load_model",
     "logits_of",
+    "make_patch",
+    "model_folder",
     "num_positions",
     "packaged_model",
     "predicted_labels",
@@ -64,4 +70,5 @@ __all__ = [
     "suggested_epochs",
     "suggested_rate",
     "task_head",
+    "write_model",
 ]

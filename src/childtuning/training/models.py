@@ -192,6 +192,30 @@ def load_model(
     return LoadedModel(shown, model, processor, ordered, model_hash(model, without=ordered), labels, note)
 
 
+def bare_architecture(
+    name: str | None, processor: Any, *, auto_model: str, options: Mapping[str, Any]
+) -> nn.Module:
+    """Return the model that ``load_model`` loads, without values (on the ``meta`` device)."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(_source(name), **options)
+    with torch.device("meta"):
+        model = getattr(transformers, auto_model).from_config(config)
+    if hasattr(processor, "pad_token"):
+        _settle_tokenizer(processor, model)
+    return model
+
+
+def model_folder(name: str | None) -> Path:
+    """Return the local folder of a model: itself, the packaged one, or the hub's copy on this machine."""
+    source = _source(name)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+
+
 def _own_labels(config: Any) -> tuple[str, ...]:
     """The names of a checkpoint's classes in the order of its outputs; () if it names none."""
     names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]

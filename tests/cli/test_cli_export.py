@@ -1,0 +1,132 @@
+"""From a run to what serves, and the check of it: export, certificate, verify."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.cli.conftest import Command
+
+import childtuning as ct
+
+FRESH = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification as Model
+model = Model.from_pretrained(sys.argv[1]).eval()
+ids = torch.tensor([[2, 7, 9, 3]])
+with torch.inference_mode():
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+print(json.dumps([logits.view(torch.int32).tolist(), model.config.id2label]))
+"""
+
+
+@pytest.fixture
+def run(childtuning: Command, train_words: list[object], tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    words = [*train_words, "--method", "child-d", "--density", "0.1", "--output", folder]
+    assert childtuning(*words).code == 0
+    return folder
+
+
+def test_the_exported_model_is_the_tuned_one_in_a_fresh_process(
+    childtuning: Command, run: Path, tmp_path: Path
+) -> None:
+    done = childtuning("export", run, "--output", tmp_path / "model", "--json")
+    assert done.json["to"] == "model" and done.json["bytes"] > 0
+    words = [sys.executable, "-c", FRESH, str(tmp_path / "model")]
+    fresh = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    model = ct.load(run).model()
+    ids = torch.tensor([[2, 7, 9, 3]])
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert fresh == [logits.view(torch.int32).tolist(), {str(k): v for k, v in model.config.id2label.items()}]
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    again = childtuning("export", run, "--output", tmp_path / "model")
+    assert again.code == 2 and "not an empty folder" in again.err
+
+
+def test_other_forms(childtuning: Command, run: Path, train_words: list[object], tmp_path: Path) -> None:
+    assert childtuning("export", run, "--to", "patch", "--output", tmp_path / "patch").code == 0
+    about = json.loads((tmp_path / "patch" / "patch.json").read_text())
+    written = load_file(tmp_path / "patch" / "patch.safetensors")
+    delta = ct.load(run).delta
+    assert sum(t.numel() for n, t in written.items() if n.endswith(".values")) == delta.num_trained
+    assert [n for n, record in about["tensors"].items() if record.get("added")] == [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    wrong = childtuning("export", run, "--to", "pef", "--output", tmp_path / "x")
+    assert wrong.code == 2 and "Did you mean 'peft'" in wrong.err
+    none = childtuning("export", run, "--to", "peft", "--output", tmp_path / "x")
+    assert none.code == 2 and "is not PEFT's" in none.err and not (tmp_path / "x").exists()
+    lora = tmp_path / "lora"
+    assert childtuning(*train_words, "--method", "lora:rank=2", "--output", lora).code == 0
+    assert childtuning("export", lora, "--to", "peft", "--output", tmp_path / "adapter").code == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    told = childtuning("export", lora, "--output", tmp_path / "merged")
+    assert told.code == 0 and "put together in memory" in told.err
+    assert childtuning("export", lora, "--to", "patch", "--output", tmp_path / "dense").code == 0
+
+
+def test_a_certificate_names_what_moved(
+    childtuning: Command, run: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    cert, model = tmp_path / "cert", tmp_path / "model"
+    made = childtuning("inspect", run, "--verify", "--certificate", cert, "--json").json["certificate"]
+    assert sum(made["trained"].values()) == ct.load(run).delta.num_trained
+    assert set(made["sha256"]) == {"delta", "config", "data"} and made["base"]["sha256"]["model.safetensors"]
+    childtuning("export", run, "--output", model)
+    sides = ["--base", tiny_bert, "--model", model]
+    yes = childtuning("verify", cert / "certificate.json", *sides, "--json")
+    assert yes.code == 0 and yes.json["holds"] and yes.json["root"] == made["root"]
+    assert 0 < yes.json["moved"] <= yes.json["trained"]
+
+    weights = load_file(model / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    free = ~ct.load(run).delta.parts[name].mask()
+    row, column = (int(i) for i in free.nonzero()[5])
+    weights[name][row, column] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    no = childtuning("verify", cert, *sides)
+    assert no.code == 1 and f"{name.removeprefix('bert.')}[{row}, {column}] moved" in no.out
+
+    base = load_file(tiny_bert / "model.safetensors")
+    base[name.removeprefix("bert.")][row, column] += 1
+    (tmp_path / "other").mkdir()
+    save_file(base, tmp_path / "other" / "model.safetensors")
+    childtuning("export", run, "--output", tmp_path / "sound")
+    other = childtuning("verify", cert, "--base", tmp_path / "other", "--model", tmp_path / "sound", "--json")
+    assert other.code == 1 and "not that of the certificate's base" in other.json["reason"]
+
+
+def test_models_of_other_origin(childtuning: Command, tmp_path: Path) -> None:
+    base = {
+        "embed.weight": torch.zeros(10, 4),
+        "layers.0.w": torch.zeros(3, 3),
+        "layers.1.w": torch.zeros(3, 3),
+    }
+    tuned = {name: tensor.clone() for name, tensor in base.items()} | {"head": torch.ones(2)}
+    tuned["embed.weight"][8:, 1] = 1.0
+    tuned["layers.1.w"][2, 0] = -0.0  # other bits, the same number
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    words = ["verify", "--base", tmp_path / "base", "--model", tmp_path / "tuned", "--json"]
+
+    def reason(*trained: str) -> str:
+        done = childtuning(*words, *(word for pattern in trained for word in ("--trained", pattern)))
+        assert done.code == (1 if done.json["reason"] else 0)
+        return done.json["reason"]
+
+    assert reason() == "'head' is in the model and neither in the base nor trained"
+    assert reason("head") == "embed.weight[8, 1] moved, and was not to be trained"
+    assert reason("head", "embed.weight[9:]") == "embed.weight[8, 1] moved, and was not to be trained"
+    assert reason("head", "embed.weight[8:]") == "layers.1.w[2, 0] moved, and was not to be trained"
+    assert reason("head", "embed.weight[8:10]", "layers.*") == ""
+    wrong = childtuning(*words, "--trained", "nothing.*")
+    assert wrong.code == 2 and "nothing.*" in wrong.err
