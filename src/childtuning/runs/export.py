@@ -110,6 +110,7 @@ def _whole_changes(base: Mapping[str, Tensor], merged: Any) -> Delta:
 
 
 def _export_model(run: Any, folder: Path) -> None:
+    processor = run.processor()  # if there is none, nothing is written
     try:
         patch, bare, checkpoint = _streamed(run)
         write_model(patch, bare, checkpoint, folder)
@@ -117,4 +118,4 @@ def _export_model(run: Any, folder: Path) -> None:
         model = run.merged()  # says whether it is the right base
         run.tell(f"the model is put together in memory: {reason}")
         model.save_pretrained(folder)
-    run.processor().save_pretrained(folder)
+    processor.save_pretrained(folder)
