@@ -128,5 +128,9 @@ def test_models_of_other_origin(childtuning: Command, tmp_path: Path) -> None:
     assert reason("head", "embed.weight[9:]") == "embed.weight[8, 1] moved, and was not to be trained"
     assert reason("head", "embed.weight[8:]") == "layers.1.w[2, 0] moved, and was not to be trained"
     assert reason("head", "embed.weight[8:10]", "layers.*") == ""
+    del tuned["layers.0.w"]  # a model without it would be loaded with random weights
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    assert reason("head", "embed.weight[8:]", "layers.1.*") == "'layers.0.w' is missing in the model"
+    assert reason("head", "embed.weight[8:]", "layers.*") == ""
     wrong = childtuning(*words, "--trained", "nothing.*")
     assert wrong.code == 2 and "nothing.*" in wrong.err

@@ -142,7 +142,7 @@ def _aligned(before: Checkpoint, after: Checkpoint) -> dict[str, str]:
     """Return the model's name for each of the base's: the same, or with a prefix that all have."""
     names = set(after.tensors)
     for name in before.tensors:
-        for other in names:
+        for other in after.tensors:
             if other.endswith(f".{name}") and name not in names:
                 prefix = other.removesuffix(name)
                 return {n: prefix + n for n in before.tensors if prefix + n in names}
@@ -152,12 +152,8 @@ def _aligned(before: Checkpoint, after: Checkpoint) -> dict[str, str]:
 def _claimed(
     before: Checkpoint, after: Checkpoint, names: dict[str, str], trained: Sequence[str]
 ) -> dict[str, Part]:
-    """Return what patterns say was trained."""
-    known = {
-        name: stored.shape
-        for name, stored in before.tensors.items()
-        if names.get(name, name) in after.tensors
-    }
+    """Return what patterns say was trained; what is trained whole may be missing in the model."""
+    known = {name: stored.shape for name, stored in before.tensors.items()}
     own = {names.get(name, name) for name in known}
     new = [name for name in after.tensors if name not in own]
     parts = {name: Part.none(shape) for name, shape in known.items()}
@@ -173,4 +169,4 @@ def _claimed(
                 rows = range(size)[int(found[2] or 0) : int(found[3] or size)]
                 part = Part(known[name], torch.arange(rows.start, rows.stop), Granularity("row"))
             parts[name] = parts[name] | part
-    return parts
+    return {n: part for n, part in parts.items() if not part.is_whole or names.get(n, n) in after.tensors}
