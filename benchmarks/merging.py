@@ -5,6 +5,7 @@ head. What is multiplied into merged changes is chosen on half of the evaluation
 scores are those of the other half. Exact sums have nothing to choose.
 
     python benchmarks/merging.py --data-dir DATA
+    python benchmarks/merging.py --data-dir DATA --model MPNET --tasks sst2,stsb --epochs 4
 """
 
 from __future__ import annotations
@@ -53,21 +54,14 @@ class Apart(Inputs):
         return scored
 
 
-def trained(method: str, seed: int, data_dir: Path, folder: Path) -> list[tuple[Any, Delta]]:
+def trained(method: str, common: RunConfig, folder: Path) -> list[tuple[Any, Delta]]:
     """Train every task alone; return the finished runs and what each changed in the base model's parameters."""
     found: list[tuple[Any, Delta]] = []
     avoid: Child | None = None
-    for name in (*TASKS[seed:], *TASKS[:seed]):
-        config = RunConfig(
-            task=name,
-            data_dir=str(data_dir),
-            method=method.split()[0],
-            density=DENSITY if method.startswith("child") else None,
-            seed=seed,
-            train_limit=TRAIN,
-            eval_limit=EVAL,
-            max_length=MAX_LENGTH,
-        )
+    tasks, first = str(common.task).split(","), common.seed
+    for name in (*tasks[first:], *tasks[:first]):
+        density = DENSITY if method.startswith("child") else None
+        config = replace(common, task=name, method=method.split()[0], density=density)
         train_run(config, folder / name, inputs=Apart(avoid if method.endswith("disjoint") else None))
         run = load(folder / name)
         if method.startswith("child"):
@@ -117,16 +111,19 @@ def scores(runs: list[Any], deltas: list[Delta], halves: list[Any]) -> dict[str,
     return found
 
 
-def measure(method: str, seed: int, data_dir: Path) -> dict[str, Any]:
+def measure(method: str, common: RunConfig) -> dict[str, Any]:
     """Train all tasks in one way, merge them in each way that goes with it, and return all scores."""
+    seed = common.seed
     with tempfile.TemporaryDirectory() as folder:
-        tasks = trained(method, seed, data_dir, Path(folder))
+        tasks = trained(method, common, Path(folder))
         runs, deltas = [run for run, _ in tasks], [delta for _, delta in tasks]
         splits = [read_run_task(run.config)[0].dev for run in runs]
         chosen, told = ([split.subset(range(i, len(split), 2)) for split in splits] for i in (0, 1))
         base = runs[0]._base().model
         result: dict[str, Any] = {"alone": scores(runs, deltas, told)}
-        ways = {"child-d disjoint": ["exact"], "full": ["mean", "ties", "dare"]}.get(method, ["mean", "ties"])
+        ways = {"child-d disjoint": ["exact", "mean"], "full": ["mean", "ties", "dare"]}.get(
+            method, ["mean", "ties"]
+        )
         for how in ways:
             best: tuple[float, float] | None = None
             for weight in WEIGHTS if how != "exact" else (1.0,):
@@ -149,14 +146,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Merges of six tasks: runs what is missing.")
     parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "merging.json")
+    parser.add_argument("--model", help="a folder; the packaged model if not given")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--epochs", type=float, help="as many as train takes by itself if not given")
     given = parser.parse_args()
     restart_with_settings(threads=1)
     torch.set_num_threads(1)
     recorded = RecordedRuns(given.output, threads=1)
+    common = RunConfig(
+        task=given.tasks,
+        model=given.model,
+        data_dir=str(given.data_dir),
+        epochs=given.epochs or "auto",
+        train_limit=TRAIN,
+        eval_limit=EVAL,
+        max_length=MAX_LENGTH,
+    )
+    name = Path(given.model).name if given.model else "default"
     for seed in range(NUM_SEEDS):
         for method in METHODS:
-            key = {"method": method, "seed": seed, "train": TRAIN, "density": DENSITY}
-            recorded.run(key, lambda method=method, seed=seed: measure(method, seed, given.data_dir))
+            key = {"model": name, "tasks": given.tasks, "method": method, "seed": seed, "density": DENSITY}
+            recorded.run(key, lambda method=method, seed=seed: measure(method, replace(common, seed=seed)))
 
 
 if __name__ == "__main__":
