@@ -104,9 +104,9 @@ def scores(runs: list[Any], deltas: list[Delta], halves: list[Any]) -> dict[str,
     """Return each task's score with a delta in its model."""
     found = {}
     for run, delta, half in zip(runs, deltas, halves, strict=True):
-        model = run._base().model
+        model = run.base().model
         delta.apply_(model)
-        run.__dict__["_model"] = model.eval()
+        run.adopt(model.eval())
         found[run.config.task] = run.evaluate(half)[run.about["metrics"][0]]
     return found
 
@@ -119,7 +119,7 @@ def measure(method: str, common: RunConfig) -> dict[str, Any]:
         runs, deltas = [run for run, _ in tasks], [delta for _, delta in tasks]
         splits = [read_run_task(run.config)[0].dev for run in runs]
         chosen, told = ([split.subset(range(i, len(split), 2)) for split in splits] for i in (0, 1))
-        base = runs[0]._base().model
+        base = runs[0].base().model
         result: dict[str, Any] = {"alone": scores(runs, deltas, told)}
         ways = {"child-d disjoint": ["exact", "mean"], "full": ["mean", "ties", "dare"]}.get(
             method, ["mean", "ties"]

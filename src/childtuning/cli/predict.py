@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +13,23 @@ from childtuning.cli import options as o
 from childtuning.cli.printing import is_terminal, print_json, tell
 from childtuning.errors import ConfigError
 
+if TYPE_CHECKING:
+    from childtuning.runs import FinishedRun
+
 NAME = "predict"
 
 
 def run(
-    run_dir: o.RunDir,
+    run_dirs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN_DIR...", help="The output folder of `childtuning train`.", show_default=False
+        ),
+    ] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(help="Several runs of one base model, which is in memory once: --runs A B C."),
+    ] = None,
     input: Annotated[
         Path | None, typer.Option(help="File or folder of examples, of any type that `train` reads.")
     ] = None,
@@ -40,45 +54,82 @@ def run(
         childtuning predict runs/rte --input new.jsonl --output labelled.csv
 
         childtuning predict runs/mine --text "What a lovely day."
+
+        childtuning predict --runs runs/mood runs/topic --input new.csv --output labelled.csv
     """
     from childtuning.runs import load
     from childtuning.runs.predict import PredictionsFile
+    from childtuning.runs.several import RunsOfOneBase
     from childtuning.tasks import Answers
 
     into = PredictionsFile(output) if output is not None else None
+    folders = [*(runs or ()), *(run_dirs or ())]
+    if not folders:
+        raise ConfigError("pass a run's folder, got none: childtuning predict RUN_DIR --input FILE.")
     if (input is None) == (not text):
         raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
     if input is not None and text_pair:
         raise ConfigError("--text-pair needs --text; in a file the second text is a column. Leave it out.")
-    opened = load(run_dir, progress=is_terminal(), tell=tell)
-    if text:
-        if text_pair and len(text_pair) != len(text):
-            raise ConfigError(
-                f"each --text needs its --text-pair, got {len(text)} and {len(text_pair)}. Pass as many of each."
-            )
-        examples = opened.kind.of_texts(text, text_pair or None)
-        given = [
-            {"text": one} | ({"text_pair": text_pair[i]} if text_pair else {}) for i, one in enumerate(text)
-        ]
-    else:
-        assert input is not None
-        source = opened.source(input, labelled=False)
-        examples = opened.read_input(source, labelled=False)
-        given = (
-            source.rows
-            if source.is_table and opened.kind.auto_processor == "AutoTokenizer"
-            else [{} for _ in range(len(examples))]
+    if text_pair and len(text_pair) != len(text or ()):
+        raise ConfigError(
+            f"each --text needs its --text-pair, got {len(text or ())} and {len(text_pair)}. Pass as many of each."
         )
+    opened = {
+        name: load(folder, progress=is_terminal(), tell=tell)
+        for name, folder in zip(_names(folders), folders, strict=True)
+    }
+    asked = {name: _examples(one, input, text, text_pair) for name, one in opened.items()}
     if into is not None:
-        into.check(list(given[0]) if given else [], opened.label_names)
+        for name, (_, given) in asked.items():
+            into.check(list(given[0]) if given else [], opened[name].label_names, _prefix(name, opened))
+    answered: dict[str, dict[str, Any]] = {}
+    joined: list[dict[str, Any]] = []
+    shared = RunsOfOneBase(opened) if len(opened) > 1 else None
+    for name, (examples, given) in asked.items():
+        with shared.using(name) if shared else nullcontext(opened[name]) as one:
+            rows = one.predict(examples, Answers(max_new_tokens))
+        answered[name] = {"label_names": one.label_names, "predictions": rows}
+        if into is not None:
+            joined = into.joined(joined or given, rows, one.label_names, _prefix(name, opened))
+        elif not as_json:
+            if shared:
+                print(f"{name}:")
+            for index, row in enumerate(rows):
+                print(one.kind.line(row, examples.shown(index)))
+    if into is not None:
+        into.write(joined)
+        tell(f"{len(joined)} predictions in {into.path}")
+    if as_json and len(opened) > 1:
+        print_json({"runs": answered})
+    elif as_json:
+        print_json({"run": str(folders[0]), **next(iter(answered.values()))})
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Return what the runs are called: by their folders' names, or by their paths if two are the same."""
+    names = [folder.expanduser().resolve().name for folder in folders]
+    names = names if len({*names}) == len(names) else [str(folder) for folder in folders]
+    if len({*names}) < len(names):
+        raise ConfigError(f"a run is given twice: {max(names, key=names.count)!r}. Leave one out.")
+    return names
+
+
+def _prefix(name: str, runs: Mapping[str, Any]) -> str:
+    return f"{name}_" if len(runs) > 1 else ""
+
+
+def _examples(
+    run: FinishedRun, input: Path | None, text: list[str] | None, text_pair: list[str] | None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the examples as a run reads them, and their rows for the output."""
+    if text:
+        examples = run.kind.of_texts(text, text_pair or None)
+        pairs = [{"text_pair": other} for other in text_pair] if text_pair else [{} for _ in text]
+        return examples, [{"text": one, **pair} for one, pair in zip(text, pairs, strict=True)]
+    assert input is not None
+    source = run.source(input, labelled=False)
+    examples = run.read_input(source, labelled=False)
     if examples.num_empty:
         tell(f"{examples.num_empty} rows have empty text")
-    rows = opened.predict(examples, Answers(max_new_tokens))
-    if into is not None:
-        into.write(given, rows, opened.label_names)
-        tell(f"{len(rows)} predictions in {into.path}")
-    if as_json:
-        print_json({"run": str(run_dir), "label_names": opened.label_names, "predictions": rows})
-    elif into is None:
-        for index, row in enumerate(rows):
-            print(opened.kind.line(row, examples.shown(index)))
+    is_table = source.is_table and run.kind.auto_processor == "AutoTokenizer"
+    return examples, source.rows if is_table else [{} for _ in range(len(examples))]

@@ -13,6 +13,7 @@ from childtuning.child.pieces import local_of, piece_of, reshard
 from childtuning.child.units import Part
 from childtuning.delta.delta import Delta, persistent_buffers
 from childtuning.errors import DeltaError, did_you_mean
+from childtuning.fast.exchange import exchange_
 from childtuning.fast.runs import Runs
 
 
@@ -67,15 +68,10 @@ class Held:
     def exchange_(self, model: nn.Module) -> None:
         """Write the values into the model, and hold what was there; the same again is the way back."""
         reshard(model)
-        for name, local in zip(self._entries, self.tensors(model), strict=True):
-            runs, own = self._entries[name]
-            there = None if runs is None else runs.to(local.device)
-            before = local.reshape(-1).clone() if there is None else there.gather(local)
-            if there is None:
-                local.copy_(own.view_as(local))
-            else:
-                there.scatter_(local, own.to(local.device))
-            self._entries[name] = runs, before.to(own.device)
+        held, there = self._entries.values(), self.tensors(model)
+        before = exchange_([(runs, local, own) for (runs, own), local in zip(held, there, strict=True)])
+        for (name, (runs, _)), own in zip(self._entries.items(), before, strict=True):
+            self._entries[name] = runs, own
         if self._buffers:
             buffers = persistent_buffers(model)
             for name, own in self._buffers.items():
@@ -114,7 +110,7 @@ class ChildSwitch:
 
     def __init__(self, model: nn.Module, deltas: Mapping[str, Delta] | None = None) -> None:
         self._model = model
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, tuple[nn.Module, Held]] = {}
         self._active: str | None = None
         for name, delta in (deltas or {}).items():
             self.add(name, delta)
@@ -132,15 +128,17 @@ class ChildSwitch:
     @property
     def num_bytes(self) -> int:
         """Bytes that the deltas take besides the model."""
-        return sum(held.num_bytes for held in self._held.values())
+        return sum(held.num_bytes for _, held in self._held.values())
 
-    def add(self, name: str, delta: Delta, *, check: bool = True) -> None:
+    def add(self, name: str, delta: Delta, *, check: bool = True, model: nn.Module | None = None) -> None:
         """Hold another delta; the base model's values must be in the model.
 
         Args:
             name: it is called by, and no other.
             delta: of this model; its tensors are held as they are.
             check: verify that the model is its base (it reads every weight once).
+            model: for a delta of other shape, with a head or modules of its own: the model that it is of, in which all
+                else is this model's own tensors.
         Raises:
             BaseMismatchError: it is another base model.
             DeltaError: a delta is active, or the name is taken.
@@ -151,9 +149,10 @@ class ChildSwitch:
             raise DeltaError(
                 f"there is a delta {name!r} already. Call remove() first, or choose another name."
             )
+        model = self._model if model is None else model
         if check:
-            delta.check_base(self._model)
-        self._held[name] = Held(self._model, delta.parts, delta.values, delta.buffers)
+            delta.check_base(model)
+        self._held[name] = model, Held(model, delta.parts, delta.values, delta.buffers)
 
     def remove(self, name: str) -> None:
         """Forget a delta, which is deactivated first.
@@ -172,29 +171,30 @@ class ChildSwitch:
         Raises:
             DeltaError: there is no delta of this name.
         """
-        held = self._find(name)
+        model, held = self._find(name)
         if self._active != name:
             self.deactivate()
-            held.exchange_(self._model)
+            held.exchange_(model)
             self._active = name
 
     def deactivate(self) -> None:
         """Put the base model's values back; without an active delta nothing changes."""
         if self._active is not None:
-            self._held[self._active].exchange_(self._model)
+            model, held = self._held[self._active]
+            held.exchange_(model)
             self._active = None
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
-        """Activate a delta (``None``: the base) for a block, and then what was active before; yields the model."""
+        """Activate a delta (``None``: the base) for a block, and then what was active before; yields its model."""
         before = self._active
         try:
             self.deactivate() if name is None else self.activate(name)
-            yield self._model
+            yield self._model if name is None else self._find(name)[0]
         finally:
             self.deactivate() if before is None else self.activate(before)
 
-    def _find(self, name: str) -> Held:
+    def _find(self, name: str) -> tuple[nn.Module, Held]:
         if name not in self._held:
             raise DeltaError(f"there is no delta {name!r}. {did_you_mean(name, self._held)}")
         return self._held[name]

@@ -11,7 +11,7 @@ the CPU they are cut into tasks that threads take from a queue, on a GPU they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from childtuning.fast import gpu, library
 from childtuning.fast.library import MASKED, ROWS, STRETCH, AdamWStep, MaskDraw, Member, run_tasks
-from childtuning.fast.runs import Runs
+from childtuning.fast.runs import Runs, cut
 
 _ENTRIES_A_TASK = 1 << 16
 _BYTES = 4  # an entry's
@@ -51,7 +51,7 @@ class ChildTable:
 
     def __init__(self, runs: Sequence[Runs]) -> None:
         self._runs = [one.once() if one.starts.is_cuda else one for one in runs]
-        rows = [row for owner, one in enumerate(runs) for row in _tasks_of(owner, one)]
+        rows = [(owner, *row) for owner, one in enumerate(runs) for row in one.stretches(_ENTRIES_A_TASK)]
         columns = np.array(rows, np.int64).reshape(-1, 8).T
         self._owner, self._offset, self._at = columns[0], _BYTES * columns[1], _BYTES * columns[2]
         self._tasks = np.zeros(len(rows), STRETCH)
@@ -88,19 +88,6 @@ class ChildTable:
         run_tasks("ct_adamw_stretches", tasks, numbers.ctypes.data)
 
 
-def _tasks_of(owner: int, runs: Runs) -> Iterator[tuple[int, ...]]:
-    """Cut runs into tasks: owner, first compact entry, first entry of the weight, and the stretch itself."""
-    starts, width = runs.starts, runs.width
-    if runs.repeats == 1:
-        for first, count in _cut(len(starts), max(1, _ENTRIES_A_TASK // width)):
-            yield owner, first * width, 0, starts.data_ptr() + starts.itemsize * first, count, width, 1, 0
-        return
-    once = len(starts) * width
-    for first, times in _cut(runs.repeats if once else 0, max(1, _ENTRIES_A_TASK // max(once, 1))):
-        shape = (starts.data_ptr(), len(starts), width, times, runs.period)
-        yield owner, first * once, first * runs.period, *shape
-
-
 def masked_(members: Sequence[tuple[Member, MaskDraw]]) -> None:
     """Update whole parameters under masks of single entries that are drawn on the way; gradients are not written to."""
     _by_device(members, _masked_cpu_, gpu.masked_)
@@ -133,7 +120,7 @@ def _masked_cpu_(members: Sequence[tuple[Member, MaskDraw]]) -> None:
     rows = [
         (*_row(member)[:4], start, size, mask.start, ctypes.addressof(draw), number.ctypes.data)
         for (member, mask), draw, number in zip(members, draws, numbers, strict=True)
-        for start, size in _cut(member.weight.numel(), _ENTRIES_A_TASK)
+        for start, size in cut(member.weight.numel(), _ENTRIES_A_TASK)
     ]
     run_tasks("ct_adamw_masked", np.array(rows, MASKED))
 
@@ -143,7 +130,7 @@ def _rows_cpu_(members: Sequence[tuple[Member, Tensor]]) -> None:
     rows = []
     for (member, place), number in zip(members, numbers, strict=True):
         width = member.weight[0].numel()
-        for start, size in _cut(len(member.weight), max(1, _ENTRIES_A_TASK // max(width, 1))):
+        for start, size in cut(len(member.weight), max(1, _ENTRIES_A_TASK // max(width, 1))):
             rows.append((*_row(member)[:4], start, size, width, place.data_ptr(), number.ctypes.data))
     run_tasks("ct_adamw_rows", np.array(rows, ROWS))
 
@@ -153,7 +140,3 @@ def _row(member: Member) -> tuple[int, ...]:
     weight, gradient, first, second, _, _ = member
     is_compact = gradient.numel() < weight.numel()
     return weight.data_ptr(), gradient.data_ptr(), first.data_ptr(), second.data_ptr(), is_compact
-
-
-def _cut(total: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(size, total - start)) for start in range(0, total, size)]

@@ -91,6 +91,7 @@ STRETCH = _record(
 )  # ct_stretch
 MASKED = _record("weight gradient first second", "start count mask_start", "draw numbers")  # ct_masked
 ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
+ENTRIES = _record("there written before index", "count width repeats period stride")  # ct_entries
 POINTERS = ["weight", "gradient", "first", "second", "master", "places"]
 # Every column is 8 bytes wide, so that kernels find them by number; ``program`` is the record's first one.
 RECORD = np.dtype(
@@ -163,6 +164,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "ct_adamw_stretches": [pointer, number, pointer, pointer],
         "ct_adamw_masked": [pointer, number, pointer],
         "ct_adamw_rows": [pointer, number, pointer],
+        "ct_exchange": [pointer, number, pointer],
         "ct_keep_mask": [pointer, number, number, draw],
         "ct_dropout": [pointer, pointer, number, number, draw, real],
         "ct_sample": [pointer, number, number, real, pointer],

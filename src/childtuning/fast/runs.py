@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +51,30 @@ class Runs:
         once = (self.starts.long()[:, None] * self.width + inside).reshape(-1)
         return (torch.arange(self.repeats, device=device)[:, None] * self.period + once).reshape(-1)
 
+    def stretches(self, size: int) -> Iterator[tuple[int, ...]]:
+        """Cut the entries into stretches of at most about ``size`` for compiled kernels, which read the starts.
+
+        Yields:
+            the stretch's first entry, counted among these entries; the tensor's entry from which its own positions
+            count; the address of its starts, int32; how many they are; width, repeats and period.
+        """
+        starts, width = self.starts, self.width
+        if self.repeats == 1:
+            for first, count in cut(len(starts), max(1, size // width)):
+                yield first * width, 0, starts.data_ptr() + starts.itemsize * first, count, width, 1, 0
+            return
+        once = len(starts) * width
+        for first, times in cut(self.repeats if once else 0, max(1, size // max(once, 1))):
+            yield (
+                first * once,
+                first * self.period,
+                starts.data_ptr(),
+                len(starts),
+                width,
+                times,
+                self.period,
+            )
+
     def gather(self, source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the entries of a tensor (strided or sparse) of the parameter's shape: [repeats · n · width]."""
         flat = (source.to_dense() if source.is_sparse else source).reshape(self.repeats, -1, self.width)
@@ -65,3 +90,8 @@ class Runs:
         flat.view(self.repeats, -1, self.width)[:, self.starts] = values
         if flat is not target:
             target.copy_(flat)
+
+
+def cut(total: int, size: int) -> list[tuple[int, int]]:
+    """Cut a count into pieces of at most ``size``: first and length of each."""
+    return [(start, min(size, total - start)) for start in range(0, total, size)]

@@ -245,25 +245,16 @@ def base_model(run: RunFolder) -> LoadedModel:
     return loaded
 
 
-def tuned_model(run: RunFolder, base: LoadedModel | None = None) -> Any:
-    """Return a run's tuned model: the base model with the methods' modules and the delta applied.
-
-    Args:
-        run: a finished run.
-        base: its ``base_model``, which is modified; by default it is loaded.
-    """
-    model = prepare_run_model(run.config, run.config.methods(), base or base_model(run)).model
-    run.delta.apply_(model)
-    return model.eval()
-
-
 def merged_model(run: RunFolder) -> Any:
     """Return a run's tuned model in the base model's own architecture.
 
     Raises:
         ModelError: when the modules added by a method cannot be merged into it.
     """
-    return run.config.methods().merge(tuned_model(run)).eval()
+    methods = run.config.methods()
+    model = prepare_run_model(run.config, methods, base_model(run)).model
+    run.delta.apply_(model)
+    return methods.merge(model.eval()).eval()
 
 
 def is_model_folder(path: str) -> bool:

@@ -18,7 +18,7 @@ from childtuning.runs.config import json_ready
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.export import Form, export_run
 from childtuning.runs.folder import START, RunFolder, write_text
-from childtuning.runs.inputs import base_model, bits, is_model_folder, read_run_task, tuned_model
+from childtuning.runs.inputs import base_model, bits, is_model_folder, prepare_run_model, read_run_task
 from childtuning.runs.judgement import Answered, Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
 from childtuning.tasks.metrics import probabilities
@@ -51,24 +51,38 @@ class PredictionsFile:
         if self.path.exists():
             raise ConfigError(f"output file {str(path)!r} already exists. Pass another.")
 
-    def check(self, columns: Sequence[str], label_names: Sequence[str]) -> None:
+    def check(self, columns: Sequence[str], label_names: Sequence[str], prefix: str = "") -> None:
         """Check that no column of the input would be replaced.
 
+        Args:
+            columns: of the input.
+            label_names: of the run.
+            prefix: of the columns that are added.
         Raises:
             ConfigError: naming the first one.
         """
         added = {"prediction", "confidence", "probabilities", *(f"p_{name}" for name in label_names)}
         for name in columns:
-            if name in added:
+            if name in {prefix + one for one in added}:
                 raise ConfigError(
                     f"the input has a column {name!r}, which the output adds. Rename it in the input."
                 )
 
-    def write(
-        self, inputs: Sequence[Mapping[str, Any]], rows: Sequence[dict[str, Any]], label_names: Sequence[str]
-    ) -> None:
-        """Write the input's rows with their predictions."""
-        joined = [{**given, **self._added(row, label_names)} for given, row in zip(inputs, rows, strict=True)]
+    def joined(
+        self,
+        inputs: Sequence[Mapping[str, Any]],
+        rows: Sequence[dict[str, Any]],
+        label_names: Sequence[str],
+        prefix: str = "",
+    ) -> list[dict[str, Any]]:
+        """Return the input's rows with their predictions, as they are written."""
+        return [
+            {**given, **{prefix + name: value for name, value in self._added(row, label_names).items()}}
+            for given, row in zip(inputs, rows, strict=True)
+        ]
+
+    def write(self, joined: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows."""
         if self.path.suffix == ".jsonl":
             lines = (json.dumps(json_ready(row), ensure_ascii=False, default=str) for row in joined)
             write_text(self.path, "".join(line + "\n" for line in lines))
@@ -137,11 +151,20 @@ class FinishedRun(RunFolder):
 
     @cached_property
     def _model(self) -> Any:
-        return self._tuned(self._base())
+        return self._tuned(self.base())
 
-    def _base(self) -> LoadedModel:
+    def adopt(self, model: Any) -> None:
+        """Predict with this model, whose values somebody else puts in."""
+        self.__dict__["_model"] = model
+
+    def base(self) -> LoadedModel:
         """Load the base model."""
         return base_model(self)
+
+    def untuned(self, base: LoadedModel) -> Any:
+        """Return a base model, in place, with the modules that the method adds: what the delta is for."""
+        self.check_sound()
+        return prepare_run_model(self.config, self.config.methods(), base).model
 
     def base_folder(self) -> Path:
         """Return the folder that the base model is loaded from."""
@@ -158,7 +181,7 @@ class FinishedRun(RunFolder):
 
     def base_parameters(self) -> Iterable[tuple[str, Any]]:
         """Return the base model's parameters by name."""
-        loaded = self._base()
+        loaded = self.base()
         return [(n, p) for n, p in loaded.model.named_parameters() if n not in set(loaded.new_parameters)]
 
     def changes(self) -> Delta:
@@ -176,8 +199,9 @@ class FinishedRun(RunFolder):
 
     def _tuned(self, base: LoadedModel) -> Any:
         """Turn the base model into the tuned one, in place."""
-        self.check_sound()
-        return tuned_model(self, base)
+        model = self.untuned(base)
+        self.delta.apply_(model)
+        return model.eval()
 
     def merged(self) -> Any:
         """Return a tuned model in the base model's own architecture.
@@ -185,7 +209,7 @@ class FinishedRun(RunFolder):
         Raises:
             ModelError: when the modules added by a method cannot be merged into it.
         """
-        return self.config.methods().merge(self._tuned(self._base())).eval()
+        return self.config.methods().merge(self._tuned(self.base())).eval()
 
     def merge(self, folder: str | Path) -> Path:
         """Save the merged model: ``export(folder, "model")``."""
@@ -328,7 +352,7 @@ class FinishedRun(RunFolder):
             base, and how many entries outside the delta differ from the base (0 if all is well). Entries that the
             base does not have (the new head and added modules) are counted separately.
         """
-        loaded = self._base()
+        loaded = self.base()
         new = set(loaded.new_parameters)
         pretrained = {id(p): p.detach().clone() for n, p in loaded.model.named_parameters() if n not in new}
         model = self._tuned(loaded)

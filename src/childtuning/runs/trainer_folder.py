@@ -127,7 +127,7 @@ class TrainerFolder(FinishedRun):
     def _max_length(self) -> int:
         return num_positions(self.model()) or 512
 
-    def _base(self) -> LoadedModel:
+    def base(self) -> LoadedModel:
         import transformers
 
         if isinstance(self._given, nn.Module):
@@ -179,10 +179,10 @@ class TrainerFolder(FinishedRun):
         """Return the delta from the base model."""
         return self.delta
 
-    def _tuned(self, base: LoadedModel) -> Any:
-        self.delta.apply_(base.model)
-        return base.model.eval()
+    def untuned(self, base: LoadedModel) -> Any:
+        """Return the base model: nothing is added."""
+        return base.model
 
     def merged(self) -> Any:
         """Return a tuned model: it has the base model's architecture."""
-        return self._tuned(self._base())
+        return self._tuned(self.base())

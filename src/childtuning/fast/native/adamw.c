@@ -53,9 +53,6 @@ typedef struct {
     const ct_adamw *numbers;
 } ct_rows;
 
-/* Threads take tasks from the queue until none is left. */
-INLINE int64_t take(int64_t *queue) { return __atomic_fetch_add(queue, 1, __ATOMIC_RELAXED); }
-
 INLINE void update_with(float *restrict w, const float *restrict g, float *restrict m, float *restrict v, int64_t n,
                         const ct_adamw h, const float l2) {
     for (int64_t i = 0; i < n; i++) {
