@@ -158,3 +158,8 @@ def model_hash(model: nn.Module, *, without: Collection[str] = ()) -> str:
             digest.update(name.encode())
             _absorb(digest, whole_of(parameter))
     return digest.hexdigest()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of each entry of a tensor, uint8 [entries, bytes], for bitwise comparison."""
+    return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)

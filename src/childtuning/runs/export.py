@@ -12,10 +12,10 @@ from torch import Tensor
 from childtuning.child import Child
 from childtuning.child.eligible import named
 from childtuning.delta import Delta
+from childtuning.delta.files import bits
 from childtuning.delta.patch import Patch
 from childtuning.errors import BaseMismatchError, ConfigError, ModelError, did_you_mean
 from childtuning.runs.folder import METHOD_FILES
-from childtuning.runs.inputs import bits
 from childtuning.training import make_patch, write_model
 from childtuning.training.on_disk import Checkpoint
 

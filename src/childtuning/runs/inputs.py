@@ -15,6 +15,7 @@ from torch import Tensor
 from childtuning.child import Child
 from childtuning.child.eligible import match_names
 from childtuning.delta import Delta
+from childtuning.delta.files import bits
 from childtuning.errors import BaseMismatchError, ConfigError, ModelError
 from childtuning.methods import Combination
 from childtuning.options import options_of
@@ -261,8 +262,3 @@ def is_model_folder(path: str) -> bool:
     """Return whether a path is a model folder, and not a run's folder."""
     folder = Path(path).expanduser()
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of each entry of a tensor, uint8 [entries, bytes], for bitwise comparison."""
-    return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from childtuning.delta import Delta
+from childtuning.delta.files import bits
 from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs.config import json_ready
 from childtuning.runs.evaluate import Predictor, cut_at
 from childtuning.runs.export import Form, export_run
 from childtuning.runs.folder import START, RunFolder, write_text
-from childtuning.runs.inputs import base_model, bits, is_model_folder, prepare_run_model, read_run_task
+from childtuning.runs.inputs import base_model, is_model_folder, prepare_run_model, read_run_task
 from childtuning.runs.judgement import Answered, Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
 from childtuning.tasks.metrics import probabilities

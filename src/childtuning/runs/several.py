@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from childtuning.delta import ChildSwitch
+from childtuning.delta.files import bits
 from childtuning.errors import ConfigError
-from childtuning.runs.inputs import bits
 from childtuning.runs.predict import FinishedRun
 
 

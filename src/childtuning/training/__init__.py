@@ -1,6 +1,7 @@
 """Layer 2: child-tuning in the Hugging Face Trainer, and the interface of methods."""
 
 from childtuning.child.layers import Layers, find_layers
+from childtuning.training.adapters import adapter_delta, shira_mask
 from childtuning.training.child_choice import (
     ScoreFn,
     choose_child,
@@ -50,6 +51,7 @@ __all__ = [
     "Prepared",
     "ReferenceModel",
     "ScoreFn",
+    "adapter_delta",
     "bare_architecture",
     "choose_child",
     "find_layers",
@@ -67,6 +69,7 @@ __all__ = [
     "packaged_model",
     "predicted_labels",
     "saves_computation",
+    "shira_mask",
     "suggested_epochs",
     "suggested_rate",
     "task_head",
