@@ -85,7 +85,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             module._buffers.update(before)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if 0 not in buffer.stride():  # an expanded one cannot be written to
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -311,11 +311,11 @@ class ChildOptimizer(Optimizer):
 
     def attach(self) -> None:
         """Undo ``remove()``."""
+        if self._frozen is not None and self._is_removed:
+            self._frozen.freeze()  # first: hooks need parameters that require a gradient
         if not self._changed.attached:
             self._changed.attach()
             self._changed.draw(self._num_steps)
-        if self._frozen is not None and self._is_removed:
-            self._frozen.freeze()
         self._is_removed = False
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -27,6 +26,7 @@ from transformers.training_args import ParallelMode
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.eligible import named
 from childtuning.child.pieces import piece_of
+from childtuning.delta.delta import persistent_buffers
 from childtuning.errors import ConfigError
 from childtuning.fisher.batches import is_token_level, num_examples
 from childtuning.fisher.without_trace import without_trace
@@ -35,7 +35,7 @@ from childtuning.training.further_pass import IGNORED, predicted_labels, unwrapp
 from childtuning.training.method import Method
 
 _FREED = "free_full_weight"  # transformers' word for: gather for each pass, and free
-_COUNTS, SHARE = "_counts", "_share"
+_COUNTS, _LABELS, SHARE = "_counts", "_labels", "_share"
 
 
 def shared_loader(
@@ -115,17 +115,24 @@ def weigh(samples: list[dict[str, Any]], model: Any, *, divides_by_items: bool) 
     totals = Ranks.everyone().sum_(counts.clone())
     for sample, own, total in zip(samples, counts.tolist(), totals.tolist(), strict=True):
         del sample[_COUNTS]
-        sample[SHARE] = 1.0 if divides_by_items else Ranks.everyone().size * own / max(total, 1)
+        sample[SHARE] = float(own > 0) if divides_by_items else Ranks.everyone().size * own / max(total, 1)
 
 
-def leave_out_uncounted(sample: Any) -> Any:
-    """Return a sample in which what another process counts has no label."""
+def hide_uncounted(sample: Any) -> Any:
+    """Return a sample in which what another process counts has no label: transformers counts the labels."""
     if not isinstance(sample, Mapping):  # a trainer that makes its batches itself
         return sample
     counts, labels = sample.get(_COUNTS), sample.get("labels")
     if counts is None or bool(counts.all()) or not isinstance(labels, Tensor):
         return sample
-    return {**sample, "labels": torch.full_like(labels, IGNORED)}
+    return {**sample, "labels": torch.full_like(labels, IGNORED), _LABELS: labels}
+
+
+def show_uncounted(sample: Any) -> Any:
+    """Return a sample with all its labels: what they say of others' examples weighs nothing."""
+    if not isinstance(sample, Mapping) or _LABELS not in sample:
+        return sample
+    return {**{k: v for k, v in sample.items() if k != _LABELS}, "labels": sample[_LABELS]}
 
 
 def _num_items(sample: Mapping[str, Any], model: Any) -> Tensor:
@@ -164,45 +171,49 @@ def check_processes(trainer: Any) -> bool:
 def averages_copies(model: nn.Module, child: Child | TaskFree, arguments: TrainingArguments) -> bool:
     """Tell whether a child's optimizer can average the gradients of the processes' copies, in place of DDP.
 
-    It pays where parameters are trained in part. DDP stays where it does more: it also brings back running statistics,
-    and a GradScaler has to see the same overflow everywhere.
+    It pays where parameters are trained in part. DDP stays where it does more: it brings back running statistics and
+    whatever else a forward pass writes into a model's saved buffers, and a GradScaler has to see the same overflow
+    everywhere.
     """
     in_part = isinstance(child, Child) and not all(part.is_whole for part in child.parts.values())
-    keeps_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
     in_processes = arguments.parallel_mode is ParallelMode.DISTRIBUTED
-    return in_part and in_processes and not keeps_statistics and not arguments.fp16
+    return in_part and in_processes and not persistent_buffers(model) and not arguments.fp16
 
 
 @torch.no_grad()
-def alike(model: nn.Module) -> None:
+def make_alike(tensors: Iterable[Tensor]) -> None:
     """Give every process the main process's values, as DDP does it."""
-    for tensor in chain(model.parameters(), model.buffers()):
+    for tensor in tensors:
         values = tensor.contiguous()
         torch.distributed.broadcast(values, src=0)
-        tensor.copy_(values)
+        if 0 not in tensor.stride():  # an expanded one cannot be written to
+            tensor.copy_(values)
 
 
 def divides_by_items(trainer: Any, inputs: dict[str, Any]) -> bool:
     """Return whether the loss divides by ``num_items_in_batch``: it is half as large for twice the items.
 
-    Many models accept the argument in ``**kwargs`` but ignore it, and no attribute distinguishes them. Label
-    smoothers use it; for the user's own loss function, the setting is not checked.
+    Many models accept the argument in ``**kwargs`` but ignore it, and no attribute distinguishes them; so do losses of
+    users' own. Label smoothers use it.
     """
     adds_up = trainer.args.gradient_accumulation_steps > 1 or trainer.args.world_size > 1
-    is_the_models = trainer.label_smoother is None and trainer.compute_loss_func is None
-    if not (trainer.model_accepts_loss_kwargs and adds_up and is_the_models) or "labels" not in inputs:
-        return trainer.model_accepts_loss_kwargs
+    own = trainer.compute_loss_func
+    accepts = trainer.model_accepts_loss_kwargs or own is not None
+    if not (accepts and adds_up and trainer.label_smoother is None) or "labels" not in inputs:
+        return accepts
     given = trainer._prepare_inputs({key: value for key, value in inputs.items() if key != _COUNTS})
+    counts = [torch.tensor(count, device=given["labels"].device) for count in (1, 2)]
     with (
         without_trace(trainer.bare_model, training=False),
         torch.no_grad(),
         trainer.compute_loss_context_manager(),
     ):
-        one, two = (
-            trainer.bare_model(**given, num_items_in_batch=torch.tensor(n, device=given["labels"].device))
-            for n in (1, 2)
-        )
-    losses = [float(output["loss"] if isinstance(output, dict) else output[0]) for output in (one, two)]
+        if own is not None:
+            output = trainer.bare_model(**{key: value for key, value in given.items() if key != "labels"})
+            outputs: list[Any] = [[own(output, given["labels"], num_items_in_batch=n)] for n in counts]
+        else:
+            outputs = [trainer.bare_model(**given, num_items_in_batch=n) for n in counts]
+    losses = [float(output["loss"] if isinstance(output, dict) else output[0]) for output in outputs]
     return math.isclose(losses[0], 2 * losses[1], rel_tol=1e-2)
 
 

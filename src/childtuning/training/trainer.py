@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
+from transformers.training_args import ParallelMode
 
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.budget import Costs
@@ -41,15 +44,16 @@ from childtuning.training.method import LossStep, Method
 from childtuning.training.scored_examples import ScoredExamples
 from childtuning.training.sharing import (
     SHARE,
-    alike,
     averages_copies,
     check_processes,
     check_sharded_run,
     divides_by_items,
-    leave_out_uncounted,
+    hide_uncounted,
+    make_alike,
     resumable,
     share_of_mean,
     shared_loader,
+    show_uncounted,
     weigh,
 )
 
@@ -149,6 +153,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         self._divides_by_items: bool | None = None
         self._share = 1.0  # of this process's loss in the batch's
         self._averages_copies = False
+        self._alike: Callable[[], nn.Module | None] = lambda: None  # the model that all processes have
         self.add_callback(_ForgetGradients())
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
@@ -199,6 +204,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         """Return the child, choosing it first if necessary."""
         if self.child is None:
             assert self.child_config is not None
+            self._make_alike()
             progress = not self.args.disable_tqdm if self._progress is None else self._progress
             with fisher_bar() as bar:
                 self.child = choose_child(
@@ -219,6 +225,18 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             # Scores may differ in the last bit between ranks, and with them the children.
             self.child = of_main_process(self.child)
         return self.child
+
+    def _make_alike(self) -> None:
+        """Let every process begin with the main process's model: what is chosen and watched is the same everywhere."""
+        model = self.bare_model
+        if self._in_copies and self._alike() is not model:
+            make_alike(chain(model.parameters(), model.buffers()))
+            self._alike = weakref.ref(model)
+
+    @property
+    def _in_copies(self) -> bool:
+        """Whether each process has a model of its own."""
+        return self.args.parallel_mode is ParallelMode.DISTRIBUTED and not self.is_sharded
 
     def count_costs(self) -> Costs:
         """Count what a training step costs, on the largest batch of a Fisher pass."""
@@ -264,6 +282,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         """Build the ``ChildOptimizer`` around the optimizer that ``TrainingArguments`` names."""
         if self.optimizer is None:
             module = self.bare_model if model is None else model
+            self._make_alike()  # a child that was given has not asked for it
             child = self.select()
             reshard(module)
             inner, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
@@ -284,8 +303,6 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             release = may_release and isinstance(child, Child) if wanted is None else wanted
             structured = may_form and wanted is not False and saves_computation(child)
             self._averages_copies = of_copies and (release or structured)
-            if self._averages_copies:
-                alike(module)
             if isinstance(child, TaskFree) and self.args.fp16:
                 structured = False  # a GradScaler sees only the parameters' own gradients
             self.optimizer = ChildOptimizer(
@@ -329,6 +346,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as ``transformers.Trainer`` does; afterwards the model's layers are restored."""
+        if self._in_copies:  # an evaluation marks it as prepared, and it would not be wrapped
+            vars(self.bare_model).pop("_is_accelerate_prepared", None)
         if self.model_init is None:
             if self.methods and not resume_from_checkpoint:
                 self.select()
@@ -356,6 +375,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         return model
 
     def _begin(self) -> None:
+        self._make_alike()
         for method in self.methods:
             self._begun.append((method, self.bare_model))
             method.begin(self.bare_model, self.always)
@@ -384,23 +404,17 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
         """Return the batches of an update and, if the loss divides by it, their number of items."""
         iterator, *rest = args
-        if self._sums_items:
-            iterator = map(leave_out_uncounted, iterator)
-        samples, num_items = super().get_batch_samples(iterator, *rest, **kwargs)
+        samples, num_items = super().get_batch_samples(map(hide_uncounted, iterator), *rest, **kwargs)
+        samples = [show_uncounted(sample) for sample in samples]
         if self._divides_by_items is None and samples:
             self._divides_by_items = divides_by_items(self, samples[0])
             # Otherwise the loss is the batch's mean whatever num_items_in_batch is, and accumulated gradients would
             # be summed, not averaged.
             self.model_accepts_loss_kwargs = self._divides_by_items
-            if not self._divides_by_items and self.compute_loss_func is None:
-                num_items = None
-        weigh(samples, self.bare_model, divides_by_items=self._sums_items)
-        return samples, num_items
-
-    @property
-    def _sums_items(self) -> bool:
-        """Whether the loss is a sum divided by the items of all processes."""
-        return bool(self._divides_by_items) or self.compute_loss_func is not None
+            if not self._divides_by_items and self.loss_is_scaled_for_ga is None:
+                self.loss_is_scaled_for_ga = False
+        weigh(samples, self.bare_model, divides_by_items=bool(self._divides_by_items))
+        return samples, num_items if self._divides_by_items else None
 
     def compute_loss(
         self,
