@@ -90,7 +90,7 @@ def thinned(delta: Delta, base: Mapping[str, torch.Tensor], seed: int) -> Delta:
 def merged(how: str, weight: float, deltas: list[Delta], base: Any, seed: int) -> list[Delta]:
     """Merge in one of the ways that are compared."""
     if how == "exact":
-        return merge_deltas(deltas, own=HEADS)
+        return merge_deltas(deltas, base=base, own=HEADS)
     if how == "dare":
         originals = {n: p.detach() for n, p in base.named_parameters() if not n.startswith("classifier")}
         deltas = [thinned(delta, originals, 100 * seed + i) for i, delta in enumerate(deltas)]

@@ -56,7 +56,12 @@ def test_children_combine_with_their_patterns() -> None:
     one = select_child(scores(0), 0.2, always=("head.*", "norm"))
     two = select_child(scores(1), 0.2, always=("head.*", "pooler"))
     assert (one | two).always == ("head.*", "norm", "pooler")
-    assert (one & two).always == ("head.*",) and (one - two).always == ("norm",)
+    for wrong in (Child.__and__, Child.__sub__):  # "norm" may or may not be among "n*": no model says so
+        with pytest.raises(ParameterError, match="Give both the same"):
+            wrong(one, two)
+    assert 0 < one.overlap(two) < 1
+    two = Child(two.parts, always=("norm", "head.*"))
+    assert (one & two).always == ("head.*", "norm") and (one - two).always == ()
     assert (one | two).num_trained == one.num_trained + two.num_trained - (one & two).num_trained
     assert ((one - two) & two).num_trained == 0
     assert one.overlap(two) == (one & two).num_trained / min(one.num_trained, two.num_trained)
@@ -87,3 +92,15 @@ def test_what_is_left_must_be_enough(granularity: str) -> None:
         select_child({"x": torch.rand(3, 3)}, 0.1, avoid=Child({"x": Part((2, 2))}))
     with pytest.raises(ConfigError, match="Pass a density"):
         select_child(scores(), budget=Budget(step=0.5), avoid=first)
+
+
+def test_what_the_other_always_trains_is_avoided_too() -> None:
+    name = next(iter(scores()))
+    first = Child({n: Part.none(s.shape) for n, s in scores().items() if n != name}, always=(name,))
+    second = select_child(scores(), 0.2, avoid=first)
+    assert second.parts[name].is_empty and second.num_trained == round(0.2 * second.num_eligible)
+    some = select_child(scores(), 0.9)
+    with pytest.raises(ParameterError, match="is always trained"):
+        select_child(scores(), 0.01, always=(name,), avoid=some)
+    both = select_child(scores(), 0.2, always=(name,), avoid=first)  # each task has its own head
+    assert both.always == (name,)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Command
 
 import childtuning as ct
+from childtuning.child import Part
+from childtuning.errors import ConfigError
+from childtuning.runs.certify import certify
 
 FRESH = """
 import json, sys, torch
@@ -132,5 +137,98 @@ def test_models_of_other_origin(childtuning: Command, tmp_path: Path) -> None:
     save_file(tuned, tmp_path / "tuned" / "model.safetensors")
     assert reason("head", "embed.weight[8:]", "layers.1.*") == "'layers.0.w' is missing in the model"
     assert reason("head", "embed.weight[8:]", "layers.*") == ""
+    for rows in ("[9:8]", "[0:99]", "[10:]"):
+        none = childtuning(*words, "--trained", f"embed.weight{rows}")
+        assert none.code == 2 and "Name rows that it has" in none.err
     wrong = childtuning(*words, "--trained", "nothing.*")
     assert wrong.code == 2 and "nothing.*" in wrong.err
+
+
+def test_verify_reads_what_transformers_loads(
+    childtuning: Command, run: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    cert, model = tmp_path / "cert", tmp_path / "model"
+    childtuning("inspect", run, "--certificate", cert)
+    childtuning("export", run, "--output", model)
+    words = ["verify", cert, "--base", tiny_bert, "--model", model, "--json"]
+    assert childtuning(*words).json["holds"]
+    weights = load_file(model / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+
+    def verdict(tensors: dict[str, torch.Tensor]) -> str:
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        return childtuning(*words).json["reason"]
+
+    renamed = {f"x.{name}" if n == name else n: t for n, t in weights.items()}
+    assert "in the model and neither" in verdict(renamed)
+    bare = {f"x.{n.removeprefix('bert.')}": t for n, t in weights.items()}
+    assert verdict(bare)
+    assert "was added as" in verdict({**weights, "classifier.bias": torch.zeros(7)})
+
+    shard = tmp_path / "model" / "model-00001-of-00001.safetensors"  # transformers takes the single file
+    save_file(weights, shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard.name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    free = ~ct.load(run).delta.parts[name].mask()
+    moved = weights[name].clone()
+    moved[tuple(free.nonzero()[0])] += 1
+    assert "moved, and was not to be trained" in verdict({**weights, name: moved})
+    assert verdict(weights) == ""
+
+    (model / "adapter_config.json").write_text("{}")
+    assert "an adapter lies beside the model" in childtuning(*words).json["reason"]
+
+
+def test_a_certificate_binds_what_was_added_and_where(
+    childtuning: Command, run: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    made = certify(ct.load(run))
+    name = "encoder.layer.0.output.dense.weight"
+    forged = dataclasses.replace(made, added=(*made.added, name))
+    assert forged.root != made.root
+    moved = dataclasses.replace(made, parts={**made.parts, name: Part(made.parts[name].shape)})
+    assert moved.root != made.root
+    forged.save(tmp_path / "forged")
+    childtuning("export", run, "--output", tmp_path / "model")
+    sides = ["--base", tiny_bert, "--model", tmp_path / "model"]
+    found = childtuning("verify", tmp_path / "forged", *sides, "--json")
+    assert "says that it was added" in found.json["reason"]
+
+
+def test_a_run_that_started_from_another_checks_the_whole_base(
+    childtuning: Command, train_words: list[object], tiny_bert: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    words = [base if word == tiny_bert else word for word in train_words]
+    common = [*words, "--method", "child-d", "--density", "0.1"]
+    assert childtuning(*common, "--output", tmp_path / "a").code == 0
+    assert (
+        childtuning(*common, "--seed", 1, "--init-from", tmp_path / "a", "--output", tmp_path / "b").code == 0
+    )
+    certificate = certify(ct.load(tmp_path / "b"))
+    frozen = {n for n, part in certificate.parts.items() if not part.is_whole}
+    assert frozen == set(certificate.hashes)
+    both = ct.load(tmp_path / "b").changes()
+    name = next(n for n, part in both.parts.items() if 0 < part.num_trained < part.numel)
+    weights = load_file(base / "model.safetensors")
+    place = tuple((~both.parts[name].mask()).nonzero()[0])
+    weights[name.removeprefix("bert.")][place] += 5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    refused = childtuning("export", tmp_path / "b", "--output", tmp_path / "out")
+    assert refused.code == 2 and "another base model" in refused.err and not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_overwritten(tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    from childtuning.training import make_patch, write_model
+
+    model = AutoModel.from_pretrained(tiny_bert)
+    delta = ct.Delta.capture(model, ct.random_child(model, 0.1))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        write_model(make_patch(delta, model, base), model, base, base)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before

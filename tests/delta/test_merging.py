@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from childtuning import Child, Delta, merge_deltas, random_child
-from childtuning.errors import BaseMismatchError, ConfigError, DeltaError
+from childtuning.child import Part
+from childtuning.delta.files import frozen_hash
+from childtuning.errors import BaseMismatchError, ConfigError, DeltaError, ParameterError
 
 
 def net(classes: int = 2) -> nn.Module:
@@ -43,7 +45,19 @@ def deltas(*, disjoint: bool) -> list[Delta]:
 @pytest.mark.parametrize("with_base", [False, True])
 def test_disjoint_children_add_exactly(with_base: bool) -> None:
     tasks = deltas(disjoint=True)
-    merged = merge_deltas(tasks, own=("head.*",), base=net() if with_base else None)
+    if not with_base:  # a parameter that no task changes tells that they are of one base
+        with pytest.raises(DeltaError, match="Pass base=model"):
+            merge_deltas(tasks, own=("head.*",))
+        digest = frozen_hash(torch.zeros(3), None)
+        for task in tasks:
+            task.parts["untouched"], task.hashes["untouched"] = Part.none((3,)), digest
+        merged = merge_deltas(tasks, own=("head.*",))
+        assert merged[0].hashes["untouched"] == digest
+        tasks[1].hashes["untouched"] = "another"
+        with pytest.raises(DeltaError, match="one base model"):
+            merge_deltas(tasks, own=("head.*",))
+        return
+    merged = merge_deltas(tasks, own=("head.*",), base=net())
     for task, delta, classes in zip(tasks, merged, (2, 3), strict=True):
         model, alone = net(classes), net(classes)
         delta.apply_(model)
@@ -57,15 +71,14 @@ def test_disjoint_children_add_exactly(with_base: bool) -> None:
     other = net()
     with torch.no_grad():
         other.body.bias += 1
-    if with_base:
-        with pytest.raises(BaseMismatchError):
-            merge_deltas(tasks, own=("head.*",), base=other)
+    with pytest.raises(BaseMismatchError):
+        merge_deltas(tasks, own=("head.*",), base=other)
 
 
 def test_entries_of_two_values_are_refused() -> None:
     tasks = deltas(disjoint=False)
     with pytest.raises(DeltaError, match="different values for entries of 'body"):
-        merge_deltas(tasks, own=("head.*",))
+        merge_deltas(tasks, own=("head.*",), base=net())
     with pytest.raises(DeltaError, match=r"'head.* differs.*own="):
         merge_deltas(deltas(disjoint=True))
     same = [tasks[0], tasks[0]]
@@ -107,6 +120,7 @@ def test_mean_and_ties_are_their_definitions() -> None:
         ({"how": "ties"}, "Pass base="),
         ({"how": "tie"}, "Did you mean 'ties'"),
         ({"kept": 0}, "kept must lie"),
+        ({"weight": 2.0}, "Leave it out"),
     ],
 )
 def test_bad_arguments_are_named(options: dict, words: str) -> None:
@@ -114,3 +128,15 @@ def test_bad_arguments_are_named(options: dict, words: str) -> None:
         merge_deltas(deltas(disjoint=True), **options)
     with pytest.raises(ConfigError, match="no deltas"):
         merge_deltas([])
+    with pytest.raises(ParameterError, match="matched no parameter"):
+        merge_deltas(deltas(disjoint=True), own=("haed.*",))
+
+
+def test_float64_is_not_rounded_on_the_way() -> None:
+    base = net().double()
+    child = random_child(base, 0.5)
+    same = [Delta.capture(base, child), Delta.capture(base, child)]
+    for how in ("mean", "ties"):
+        merged = merge_deltas(same, how, base=base)[0]
+        for name, value in merged.values.items():
+            assert torch.equal(value, same[0].values[name]), (how, name)

@@ -97,3 +97,78 @@ def test_a_view_of_the_weights_sees_the_switch() -> None:
     before = model.weight.data_ptr()
     ChildSwitch(model, {"two": delta}).activate("two")
     assert model.weight.data_ptr() == before and float(model.weight.detach().sum()) == 128
+
+
+def test_a_switch_that_cannot_be_made_changes_nothing() -> None:
+    one, with_one = tuned(CHILDREN["element"], 0)
+    model = a_model()
+    base = snapshot(model)
+    switch = ChildSwitch(model, {"one": one})
+    last = list(model.parameters())[-1]
+    kept = last.data
+    for broken, words in (
+        (kept.double(), "is torch.float64 now"),
+        (kept.flatten()[:1].expand(kept.numel()).view(kept.shape), "no memory of its own"),
+        (torch.cat([kept, kept]), "has shape"),
+    ):
+        last.data = broken
+        with pytest.raises(DeltaError, match=words):
+            switch.activate("one")
+        last.data = kept
+        assert switch.active is None and same(snapshot(model), base)
+    switch.activate("one")
+    assert same(snapshot(model), with_one)
+
+
+def test_parameters_that_share_memory_come_back() -> None:
+    """Two parameters over one storage, which no name ties."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
+    model["b"].weight.data = model["a"].weight.data
+    base = model["a"].weight.detach().clone()
+    child = random_child(model, 0.5, seed=0)
+    delta = Delta.capture(model, child)
+    for seed, value in enumerate(delta.values.values()):
+        value.add_(1.0 + seed)
+    switch = ChildSwitch(model, {"one": delta})
+    for _ in range(3):
+        with switch.using("one"):
+            assert not torch.equal(model["a"].weight, base)
+        assert torch.equal(model["a"].weight, base)
+
+
+def test_a_delta_that_was_removed_inside_a_block_leaves_the_base() -> None:
+    one, _ = tuned(CHILDREN["element"], 0)
+    two, _ = tuned(CHILDREN["row"], 1)
+    model = a_model()
+    base = snapshot(model)
+    switch = ChildSwitch(model, {"one": one, "two": two})
+    switch.activate("one")
+
+    def fails() -> None:
+        with switch.using("two"):
+            switch.remove("one")
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert switch.active is None and same(snapshot(model), base)
+
+
+def test_a_delta_with_a_head_of_its_own() -> None:
+    """Its model shares all but the head with the switch's."""
+    body = nn.Linear(6, 6)
+    small, large = (nn.Sequential(body, nn.Linear(6, n)) for n in (2, 3))
+    base = {name: p.clone() for name, p in small.named_parameters()}
+    deltas = {}
+    for name, model in (("small", small), ("large", large)):
+        delta = Delta.capture(model, random_child(model, 0.5, eligible=("0.*",), always=("1.*",)))
+        for value in delta.values.values():
+            value.add_(1.0)
+        deltas[name] = delta
+    switch = ChildSwitch(small, {"small": deltas["small"]})
+    switch.add("large", deltas["large"], model=large)
+    with switch.using("large") as model:
+        assert model is large and torch.equal(model[1].weight, deltas["large"].values["1.weight"])
+    with switch.using("small") as model:
+        assert model is small
+    assert all(torch.equal(p, base[name]) for name, p in small.named_parameters())

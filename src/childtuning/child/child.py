@@ -94,26 +94,43 @@ class Child:
             ParameterError: the two children are not over the same parameters.
         """
         smaller = min(self.num_trained, other.num_trained)
-        return (self & other).num_trained / smaller if smaller else 0.0
+        common = sum(part.num_trained for part in self._with(other, Part.__and__).values())
+        return common / smaller if smaller else 0.0
 
     def __or__(self, other: Child) -> Child:
         """Return the union: what either trains. Raises a ``ParameterError`` as ``overlap`` does."""
-        return self._with(other, Part.__or__, lambda ours, theirs: dict.fromkeys([*ours, *theirs]))
+        return Child(self._with(other, Part.__or__), always=dict.fromkeys([*self.always, *other.always]))
 
     def __and__(self, other: Child) -> Child:
-        """Return the intersection: what both train."""
-        return self._with(other, Part.__and__, lambda ours, theirs: [p for p in ours if p in theirs])
+        """Return the intersection: what both train. Raises as ``-`` does."""
+        own = self._always_alone(other)
+        return Child(self._with(other, Part.__and__), always=[p for p in self.always if p not in own])
 
     def __sub__(self, other: Child) -> Child:
-        """Return the difference: what this trains and the other does not."""
-        return self._with(other, Part.__sub__, lambda ours, theirs: [p for p in ours if p not in theirs])
+        """Return the difference: what this trains and the other does not.
 
-    def _with(
-        self,
-        other: Child,
-        of_parts: Callable[[Part, Part], Part],
-        of_patterns: Callable[[tuple[str, ...], tuple[str, ...]], Iterable[str]],
-    ) -> Child:
+        Raises:
+            ParameterError: as ``overlap``; or each has patterns in ``always`` that the other lacks: without a model
+                nobody knows what they have in common.
+        """
+        return Child(self._with(other, Part.__sub__), always=self._always_alone(other))
+
+    def _always_alone(self, other: Child) -> list[str]:
+        """Return the patterns of what this child always trains and the other never."""
+        ours = [pattern for pattern in self.always if pattern not in other.always]
+        theirs = [pattern for pattern in other.always if pattern not in self.always]
+        common = any(
+            not part.is_empty and matches(name, patterns)
+            for patterns, child in ((ours, other), (theirs, self))
+            for name, part in child.parts.items()
+        )
+        if (ours and theirs) or common:
+            raise ParameterError(
+                f"one child always trains {list(self.always)} and the other {list(other.always)}. Give both the same."
+            )
+        return ours
+
+    def _with(self, other: Child, of_parts: Callable[[Part, Part], Part]) -> dict[str, Part]:
         ours = {name: part.shape for name, part in self.parts.items()}
         theirs = {name: part.shape for name, part in other.parts.items()}
         if ours != theirs:
@@ -121,8 +138,7 @@ class Child:
             raise ParameterError(
                 f"the children are over different parameters ({differing[0]!r}). Choose both from the same model."
             )
-        parts = {name: of_parts(part, other.parts[name]) for name, part in self.parts.items()}
-        return Child(parts, always=of_patterns(self.always, other.always))
+        return {name: of_parts(part, other.parts[name]) for name, part in self.parts.items()}
 
     def resolve(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
         """Match the child against a model: return the trained units of every parameter, with shapes checked.

@@ -23,7 +23,7 @@ from childtuning.child.eligible import (
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.child.pieces import is_sharded
 from childtuning.child.ranking import Scope, Share, not_numbers, random_parts, top_parts
-from childtuning.child.units import Granularity
+from childtuning.child.units import Granularity, Part
 from childtuning.config import Budget, check_density, mass_fault
 from childtuning.errors import ConfigError, ParameterError
 
@@ -125,8 +125,8 @@ def _without(scores: Mapping[str, Tensor], avoid: Child, share: Share, *, lowest
     """Return scores that rank every unit with an entry of another child last."""
     found = {}
     for name, score in scores.items():
-        part = avoid.parts.get(name)
-        if part is not None and not part.is_empty:
+        part = _taken(avoid, name, score.shape)
+        if not part.is_empty:
             refuse_sharded(name, score)
             if part.shape != tuple(score.shape):
                 raise ParameterError(
@@ -140,10 +140,23 @@ def _without(scores: Mapping[str, Tensor], avoid: Child, share: Share, *, lowest
     return found
 
 
+def _taken(avoid: Child, name: str, shape: Sequence[int]) -> Part:
+    """Return what a child to avoid trains of a parameter."""
+    return Part(tuple(shape)) if matches(name, avoid.always) else avoid.parts.get(name, Part.none(shape))
+
+
 def _check_apart(child: Child, avoid: Child, share: Share) -> None:
-    """Raise a ParameterError if there was not enough besides the entries to avoid."""
+    """Raise a ParameterError if there was not enough besides the entries to avoid.
+
+    What both train by ``always``, such as heads, is each task's own.
+    """
+    for name, part in avoid.parts.items():
+        if not part.is_empty and matches(name, child.always):
+            raise ParameterError(
+                f"{name!r} is always trained, and the child to avoid has entries of it. Leave it out of one of them."
+            )
     overlaps = any(
-        not (part & avoid.parts[n]).is_empty for n, part in child.parts.items() if n in avoid.parts
+        not (part & _taken(avoid, name, part.shape)).is_empty for name, part in child.parts.items()
     )
     unit = max(int(share.units(n).sizes(part.shape).max()) for n, part in child.parts.items() if part.numel)
     if overlaps or round(share.density * child.num_eligible) - child.num_trained >= max(unit, 2):

@@ -5,6 +5,7 @@ Whoever has the base model and the tuned one can check it, one tensor at a time,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -52,16 +53,26 @@ class Certificate:
 
     @property
     def root(self) -> str:
-        """The Merkle root over the hashes of what is frozen, hexadecimal.
+        """The Merkle root over all tensors, hexadecimal.
 
-        Leaves are sha256(name, 0, hash) in order of names; a node is sha256(1, left, right), and an odd one moves up.
+        Leaves are sha256(0, JSON) in order of names: name, shape, ``added``, the hash of what is frozen, that of the
+        trained positions (little-endian int64). A node is sha256(1, left, right), and an odd one moves up.
         """
-        level = [sha256(f"{name}\0{self.hashes[name]}".encode()).digest() for name in sorted(self.hashes)]
+        level = [self._leaf(name) for name in sorted(self.parts)]
         while len(level) > 1:
             pairs = zip(level[::2], level[1::2], strict=False)
             odd = level[-1:] if len(level) % 2 else []
             level = [sha256(b"\1" + left + right).digest() for left, right in pairs] + odd
         return (level or [sha256(b"").digest()])[0].hex()
+
+    def _leaf(self, name: str) -> bytes:
+        part = self.parts[name]
+        partial = not (part.is_empty or part.is_whole)
+        places = (
+            sha256(part.indices().numpy().astype("<i8").tobytes()).hexdigest() if partial else part.is_whole
+        )
+        content = [name, list(part.shape), name in self.added, self.hashes.get(name), places]
+        return sha256(b"\0" + json.dumps(content).encode()).digest()
 
     @property
     def num_trained(self) -> int:
@@ -121,7 +132,7 @@ class Certificate:
                 raise CorruptFileError(
                     f"{folder} has another root than its hashes. Get the certificate anew."
                 )
-        except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as fault:
             raise CorruptFileError(f"{folder} is no certificate ({fault!r}). Get it anew.") from None
         return found
 

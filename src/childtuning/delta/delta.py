@@ -231,6 +231,16 @@ class Delta:
                 raise DeltaError(f"the two deltas were made for different base models ({name!r} differs).")
         return Delta(parts, values, later.buffers, {**same, **untouched}, self.base)
 
+    def hashed(self, model: nn.Module) -> Delta:
+        """Return the delta with the hashes that it lacks, of a model that is known to be its base.
+
+        ``then`` leaves out those of parameters that both deltas change.
+        """
+        known = named(model)
+        missing = [n for n, part in self.parts.items() if not part.is_whole and n not in self.hashes]
+        found = {name: _hash(known[name], self.parts[name]) for name in missing}
+        return replace(self, hashes={**self.hashes, **found})
+
     def save(self, folder: str | Path) -> None:
         """Write the delta to a folder: ``delta.safetensors`` and ``delta.json``."""
         drawn = self.from_recipe if (self.recipe or {}).get("density", 0) >= LEAST_DRAWN else ()
@@ -282,7 +292,7 @@ class Delta:
                 recipe=recipe,
                 from_recipe=frozenset(name for name, rec in records.items() if rec["trained"] == "recipe"),
             )
-        except (KeyError, TypeError, AttributeError) as fault:
+        except (KeyError, TypeError, AttributeError, OverflowError) as fault:
             raise CorruptFileError(f"{folder} lacks {fault}. Get the folder anew.") from None
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from childtuning.child.eligible import as_patterns, matches, named
+from childtuning.child.eligible import as_patterns, match_names, matches, named
 from childtuning.child.units import Part
 from childtuning.delta.delta import Delta, read, write
 from childtuning.delta.files import frozen_hash
@@ -54,12 +54,17 @@ def merge_deltas(
         raise ConfigError("there are no deltas to merge. Pass at least one.")
     if how != "exact" and base is None:
         raise ConfigError(f"how={how!r} measures changes from the base model. Pass base=model.")
+    if how == "exact" and weight != 1:
+        raise ConfigError(f"how='exact' writes values as they are, got weight={weight}. Leave it out.")
     own = as_patterns(own)
+    match_names(own, deltas[0].parts)  # a pattern that fits nothing is a mistake
     shared = _shared(deltas, own)
     originals = {} if base is None else {n: p.detach() for n, p in named(base).items() if n in shared}
     if base is not None:
         for delta in deltas:
             delta.check_base(base, shared)
+    elif len(deltas) > 1 and not _base_is_known(deltas, shared):
+        raise DeltaError("nothing in the deltas tells that they are of one base model. Pass base=model.")
     least = [_threshold(delta, originals, kept) if how == "ties" else 0.0 for delta in deltas]
     merged: dict[str, tuple[Part, Tensor | None, str | None]] = {}
     for name in shared:
@@ -72,7 +77,8 @@ def merge_deltas(
                 _change(delta, name, originals[name], low) for delta, low in zip(deltas, least, strict=True)
             ]
             change = _elected(changes) if how == "ties" else torch.stack(changes).mean(0)
-            values = read((originals[name].float() + weight * change).to(originals[name].dtype), part)
+            original = originals[name].cpu().to(change.dtype)
+            values = read((original + weight * change).to(originals[name].dtype), part)
         merged[name] = part, values, _frozen(name, part, deltas, originals.get(name))
     return [_complete(delta, merged) for delta in deltas]
 
@@ -120,23 +126,43 @@ def _bits(values: Tensor) -> Tensor:
     return values.contiguous().view(-1).view(torch.uint8)
 
 
-def _change(delta: Delta, name: str, original: Tensor, least: float) -> Tensor:
-    """Return what a delta adds to a parameter, float32 of its shape; what is smaller than ``least`` is left out."""
-    change = torch.zeros(original.shape)
-    if not (part := delta.parts[name]).is_empty:
-        write(
-            change, part, (delta.values[name].reshape(-1).float() - read(original, part).reshape(-1).float())
+def _base_is_known(deltas: Sequence[Delta], shared: Sequence[str]) -> bool:
+    """Tell whether hashes of the deltas can be compared: of a parameter that no two of them change differently."""
+    first = deltas[0]
+    return all(
+        any(
+            name in first.hashes
+            and first.hashes[name] == delta.hashes.get(name)
+            and (
+                first.parts[name].is_empty
+                or torch.equal(first.parts[name].indices(), delta.parts[name].indices())
+            )
+            for name in shared
         )
+        for delta in deltas[1:]
+    )
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _changes(delta: Delta, name: str, original: Tensor) -> Tensor:
+    """Return what a delta adds to the entries that it trained, flat, float32 or float64, on the CPU."""
+    return _wide(delta.values[name].reshape(-1)) - _wide(read(original, delta.parts[name]).reshape(-1))
+
+
+def _change(delta: Delta, name: str, original: Tensor, least: float) -> Tensor:
+    """Return what a delta adds to a parameter, of its shape; what is smaller than ``least`` is left out."""
+    change = torch.zeros(original.shape, dtype=torch.promote_types(original.dtype, torch.float32))
+    if not (part := delta.parts[name]).is_empty:
+        write(change, part, _changes(delta, name, original))
     return change.masked_fill_(change.abs() < least, 0.0) if least else change
 
 
 def _threshold(delta: Delta, originals: Mapping[str, Tensor], kept: float) -> float:
     """Return the smallest of the share ``kept`` of a delta's largest changes."""
-    sizes = [
-        (values.reshape(-1).float() - read(originals[name], delta.parts[name]).reshape(-1).float()).abs()
-        for name, values in delta.values.items()
-        if name in originals
-    ]
+    sizes = [_changes(delta, name, originals[name]).abs() for name in delta.values if name in originals]
     everything = torch.cat(sizes) if sizes else torch.zeros(0)
     count = max(round(kept * len(everything)), 1)
     return float(everything.topk(count).values[-1]) if len(everything) else 0.0

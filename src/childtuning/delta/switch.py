@@ -38,6 +38,7 @@ class Held:
     ) -> None:
         reshard(model)
         self._buffers = dict(buffers or {})
+        self._back = False
         self._entries: dict[str, tuple[Runs | None, Tensor]] = {}
         parameters = named(model, sharded=True)
         for name, part in parts.items():
@@ -66,18 +67,50 @@ class Held:
 
     @torch.no_grad()
     def exchange_(self, model: nn.Module) -> None:
-        """Write the values into the model, and hold what was there; the same again is the way back."""
+        """Write the values into the model, and hold what was there; the same again is the way back.
+
+        Raises:
+            DeltaError: a tensor has another shape or dtype now, or cannot be written to; nothing was changed.
+        """
         reshard(model)
-        held, there = self._entries.values(), self.tensors(model)
-        before = exchange_([(runs, local, own) for (runs, own), local in zip(held, there, strict=True)])
-        for (name, (runs, _)), own in zip(self._entries.items(), before, strict=True):
-            self._entries[name] = runs, own
-        if self._buffers:
-            buffers = persistent_buffers(model)
-            for name, own in self._buffers.items():
-                before = buffers[name].detach().clone()
-                buffers[name].copy_(own)
-                self._buffers[name] = before.to(own.device)
+        members = [
+            (name, runs, local, own)
+            for (name, (runs, own)), local in zip(self._entries.items(), self.tensors(model), strict=True)
+        ]
+        buffers = persistent_buffers(model) if self._buffers else {}
+        members += [(name, None, buffers[name].detach(), own) for name, own in self._buffers.items()]
+        for member in members:
+            _check_room(*member)
+        # Where parameters share memory, the way back is the other way round, one by one.
+        storages = [local.untyped_storage().data_ptr() for _, _, local, _ in members if local.numel()]
+        at_once = len(members) if len({*storages}) == len(storages) else 1
+        members = members[::-1] if self._back else members
+        for start in range(0, len(members), max(at_once, 1)):
+            some = members[start : start + at_once]
+            before = exchange_([(runs, local, own) for _, runs, local, own in some])
+            for (name, runs, _, _), own in zip(some, before, strict=True):
+                if name in self._buffers:
+                    self._buffers[name] = own
+                else:
+                    self._entries[name] = runs, own
+        self._back = not self._back
+
+
+def _check_room(name: str, runs: Runs | None, tensor: Tensor, values: Tensor) -> None:
+    """Raise a DeltaError if values cannot be written into a tensor."""
+    reason = None
+    if tensor.dtype != values.dtype:
+        reason = f"is {tensor.dtype} now, and was {values.dtype}"
+    elif tensor.is_meta or 0 in tensor.stride():
+        reason = "has no memory of its own"
+    elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+        reason = "was made in inference mode"
+    elif tensor.numel() != values.numel() if runs is None else tensor.numel() < runs.end:
+        reason = f"has shape {list(tensor.shape)} now"
+    if reason:
+        raise DeltaError(
+            f"{name!r} {reason}, so that the delta cannot be written. Use the model that it was added for."
+        )
 
 
 class ChildSwitch:
@@ -192,7 +225,7 @@ class ChildSwitch:
             self.deactivate() if name is None else self.activate(name)
             yield self._model if name is None else self._find(name)[0]
         finally:
-            self.deactivate() if before is None else self.activate(before)
+            self.activate(before) if before in self._held else self.deactivate()
 
     def _find(self, name: str) -> tuple[nn.Module, Held]:
         if name not in self._held:

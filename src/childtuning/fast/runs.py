@@ -32,6 +32,13 @@ class Runs:
         """Count the entries."""
         return self.repeats * len(self.starts) * self.width
 
+    @property
+    def end(self) -> int:
+        """How many entries the tensor must have at least."""
+        if not len(self):
+            return 0
+        return (self.repeats - 1) * self.period + (int(self.starts[-1]) + 1) * self.width
+
     def to(self, device: torch.device) -> Runs:
         """Return the same runs on a device."""
         return replace(self, starts=self.starts.to(device))

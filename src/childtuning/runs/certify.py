@@ -102,11 +102,13 @@ def verify(
     elif certificate is not None:
         told = certificate
     names = _aligned(before, after)
-    parts = told.parts if told is not None else _claimed(before, after, names, trained)
+    parts = _told(told, before, after, names) if told is not None else _claimed(before, after, names, trained)
     added = set(told.added) if told is not None else set(parts).difference(before.tensors)
     unknown = sorted(set(after.tensors).difference({names.get(n, n) for n in parts}))
     entries = moved = compared = 0
     reason = f"{unknown[0]!r} is in the model and neither in the base nor trained" if unknown else ""
+    if (after.folder / "adapter_config.json").is_file():
+        reason = "an adapter lies beside the model (adapter_config.json), which transformers applies as it loads it"
     for name, part in parts.items():
         if reason:
             break
@@ -116,12 +118,16 @@ def verify(
             continue
         compared, entries = compared + 1, entries + part.numel
         if name in added:
+            if name in before.tensors:
+                reason = f"{name!r} is in the base, and the certificate says that it was added"
+            elif after.tensors[there].shape != part.shape:
+                reason = f"{name!r} has shape {list(after.tensors[there].shape)}, and was added as {list(part.shape)}"
             continue
         if name not in before.tensors:
             reason = f"{name!r} is missing in the base"
             continue
         old = before.tensors[name].read()
-        if told is not None and not told.is_base(name, old):
+        if told is not None and name in told.parts and not told.is_base(name, old):
             reason = f"{name!r} is not that of the certificate's base model"
             continue
         try:
@@ -139,14 +145,28 @@ def verify(
 
 
 def _aligned(before: Checkpoint, after: Checkpoint) -> dict[str, str]:
-    """Return the model's name for each of the base's: the same, or with a prefix that all have."""
-    names = set(after.tensors)
-    for name in before.tensors:
-        for other in after.tensors:
-            if other.endswith(f".{name}") and name not in names:
-                prefix = other.removesuffix(name)
-                return {n: prefix + n for n in before.tensors if prefix + n in names}
-    return {}
+    """Return the model's name for each of the base's where the base is a bare body, and the model has a head.
+
+    Then all of them have the prefix that transformers gives this architecture's body.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(after.folder)
+        architecture = getattr(transformers, (config.architectures or ["none"])[0])
+        prefix = f"{architecture.base_model_prefix}."
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}
+    has_own = any(name in after.tensors for name in before.tensors)
+    return {} if has_own or prefix == "." else {name: prefix + name for name in before.tensors}
+
+
+def _told(
+    certificate: Certificate, before: Checkpoint, after: Checkpoint, names: dict[str, str]
+) -> dict[str, Part]:
+    """Return what a certificate says was trained; tensors that its model did not take may not have moved."""
+    others = [n for n in before.tensors if n not in certificate.parts and names.get(n, n) in after.tensors]
+    return {**certificate.parts, **{name: Part.none(before.tensors[name].shape) for name in others}}
 
 
 def _claimed(
@@ -166,7 +186,12 @@ def _claimed(
             part = Part(known[name])
             if found:
                 size = known[name][0] if known[name] else 0
-                rows = range(size)[int(found[2] or 0) : int(found[3] or size)]
+                rows = range(int(found[2] or 0), int(found[3] or size))
+                if not rows or rows.stop > size:
+                    raise ConfigError(
+                        f"{pattern!r} means rows {rows.start} to {rows.stop} of {name!r}, which has {size}. "
+                        "Name rows that it has."
+                    )
                 part = Part(known[name], torch.arange(rows.start, rows.stop), Granularity("row"))
             parts[name] = parts[name] | part
     return {n: part for n, part in parts.items() if not part.is_whole or names.get(n, n) in after.tensors}

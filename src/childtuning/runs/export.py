@@ -17,6 +17,7 @@ from childtuning.delta.patch import Patch
 from childtuning.errors import BaseMismatchError, ConfigError, ModelError, did_you_mean
 from childtuning.runs.folder import METHOD_FILES
 from childtuning.training import make_patch, write_model
+from childtuning.training.export import check_empty
 from childtuning.training.on_disk import Checkpoint
 
 Form = Literal["model", "patch", "peft"]
@@ -40,8 +41,7 @@ def export_run(run: Any, folder: str | Path, to: Form = "model") -> Path:
         raise ConfigError(f"a run is exported to {', '.join(get_args(Form))}, got {to!r}. "
                           + did_you_mean(str(to), get_args(Form)))  # fmt: skip
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output {str(folder)!r} is not an empty folder. Pass a new one.")
+    check_empty(folder)
     run.check_sound()
     if to == "peft":
         _export_adapter(run, folder)

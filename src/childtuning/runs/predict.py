@@ -188,7 +188,11 @@ class FinishedRun(RunFolder):
     def changes(self) -> Delta:
         """Return the delta from the base model on disk: of a run that started from another one, both."""
         start = self.path / START
-        return Delta.load(start).then(self.delta) if start.is_dir() else self.delta
+        if not start.is_dir():
+            return self.delta
+        both = Delta.load(start).then(self.delta)
+        # The model that the run started from has the base model's frozen entries, and is checked as it is loaded.
+        return both.hashed(self.untuned(self.base()))
 
     def check_sound(self) -> None:
         """Raise a ModelError if training diverged."""

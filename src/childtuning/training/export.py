@@ -16,7 +16,7 @@ from childtuning.child.files import write_atomically
 from childtuning.delta import Delta
 from childtuning.delta.files import frozen_hash
 from childtuning.delta.patch import Patch
-from childtuning.errors import BaseMismatchError, ModelError
+from childtuning.errors import BaseMismatchError, ConfigError, ModelError
 from childtuning.training.on_disk import INDEX, Checkpoint, Group, Layout, Stored, write_tensors
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
@@ -146,6 +146,12 @@ def _in_order(
     return where[order].to(torch.int32 if math.prod(shape) <= 2**31 else torch.int64), what[order]
 
 
+def check_empty(folder: Path) -> None:
+    """Raise a ConfigError if a folder to write is not new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"output {str(folder)!r} is not an empty folder. Pass a new one.")
+
+
 def write_model(patch: Patch, model: Any, base: str | Path | Checkpoint, folder: str | Path) -> None:
     """Write the base model with a patch applied, as an ordinary model folder, one tensor at a time.
 
@@ -158,10 +164,12 @@ def write_model(patch: Patch, model: Any, base: str | Path | Checkpoint, folder:
         model, base: as for ``make_patch``.
         folder: new or empty.
     Raises:
+        ConfigError: the folder is not empty.
         BaseMismatchError: the checkpoint is another base model's. What was written is removed.
     """
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     layout, folder = Layout(model, checkpoint), Path(folder)
+    check_empty(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     prefix = layout.prefix if layout.lacks_prefix and patch.added else ""
@@ -175,7 +183,8 @@ def write_model(patch: Patch, model: Any, base: str | Path | Checkpoint, folder:
         raise
     for path in sorted(checkpoint.folder.rglob("*")):
         place = folder / path.relative_to(checkpoint.folder)
-        is_kept = not path.name.endswith(_WEIGHTS) and path.name not in ("README.md", "config.json")
+        inside = str(path.relative_to(checkpoint.folder))
+        is_kept = not path.name.endswith(_WEIGHTS) and inside not in ("README.md", "config.json")
         if (
             path.is_file()
             and is_kept

@@ -77,8 +77,9 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.is_sharded = (self.folder / INDEX).is_file()
-        if not self.is_sharded and not (self.folder / _SINGLE).is_file():
+        # transformers takes the single file where there are both.
+        self.is_sharded = not (self.folder / _SINGLE).is_file()
+        if self.is_sharded and not (self.folder / INDEX).is_file():
             raise ModelError(
                 f"{self.folder} has no {_SINGLE}: only safetensors can be read tensor by tensor."
             )
