@@ -28,8 +28,8 @@ from childtuning.runs import RunConfig, train_run
 from childtuning.runs.inputs import Inputs, read_run_task
 
 TASKS = ("sst2", "stsb", "mrpc", "qqp", "snli", "sick")
-METHODS = ("child-d disjoint", "full", "lora:rank=16,alpha=32", "child-d")
-DENSITY, TRAIN, EVAL, MAX_LENGTH, NUM_SEEDS = 0.05, 500, 1000, 64, 3
+METHODS = ("child-d disjoint", "full", "lora:rank=16,alpha=32")
+DENSITY, TRAIN, EVAL, MAX_LENGTH = 0.05, 500, 1000, 64
 HEADS = ("classifier.*",)
 WEIGHTS = (1.0, 2.0, 3.0, 6.0)  # times the mean of six changes: 6 is their sum
 DROPPED = 0.9  # of DARE
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder; the packaged model if not given")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--epochs", type=float, help="as many as train takes by itself if not given")
+    parser.add_argument("--seeds", default="0,1,2")
     given = parser.parse_args()
     restart_with_settings(threads=1)
     torch.set_num_threads(1)
@@ -163,7 +164,7 @@ def main() -> None:
         max_length=MAX_LENGTH,
     )
     name = Path(given.model).name if given.model else "default"
-    for seed in range(NUM_SEEDS):
+    for seed in map(int, given.seeds.split(",")):
         for method in METHODS:
             key = {"model": name, "tasks": given.tasks, "method": method, "seed": seed, "density": DENSITY}
             recorded.run(key, lambda method=method, seed=seed: measure(method, replace(common, seed=seed)))

@@ -1,8 +1,8 @@
 """A patch: what a delta writes, in the names and places of the checkpoint on disk.
 
 A delta names parameters as the model has them; a server reads a checkpoint, in which the same weights may have other
-names, be split or be joined. A patch is for it: for each tensor of the checkpoint flat positions and values. It is
-absolute, so that the order of patches does not matter and none builds on another.
+names, be split or be joined. A patch is for it: for each tensor of the checkpoint flat positions and values. Every
+patch is for the base model: none builds on another.
 """
 
 from __future__ import annotations
