@@ -19,6 +19,7 @@ EXPECTED = {
     "methods",
     "plan",
     "predict",
+    "push",
     "report",
     "score",
     "train",

@@ -17,8 +17,15 @@ def run(
     run_dir: o.RunDir,
     output: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
     to: Annotated[
-        str, typer.Option(help="model (a folder for transformers), patch (of the base's checkpoint) or peft.")
+        str,
+        typer.Option(
+            help="model (a folder for transformers), patch (of the base's checkpoint), peft, hub (what `push` sends)."
+        ),
     ] = "model",
+    base: Annotated[
+        str | None,
+        typer.Option(help="For hub: the base model's name there, if the run was trained from a folder."),
+    ] = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Write a run's model as servers read it: a whole model, or what differs from the base model.
@@ -36,7 +43,7 @@ def run(
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    output = opened.export(output, to)  # type: ignore[arg-type]
+    output = opened.export(output, to, base=base)  # type: ignore[arg-type]
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if as_json:
         print_json({"run": str(run_dir), "to": to, "output": str(output), "bytes": size})

@@ -26,9 +26,9 @@ def load(
     """Open the folder of a finished run, or one that ``ChildTrainer`` saved.
 
     Args:
-        path: the folder, str or Path.
-        model: for a folder of ``ChildTrainer``: the base model, if it is no longer where the delta says; a folder, a
-            hub name or a model, which is not changed.
+        path: the folder, or ``hf://OWNER/NAME``, also with ``@REVISION``, of the Hugging Face hub.
+        model: the base model, if it is no longer where the run says: a folder or a hub name; for a folder of
+            ``ChildTrainer`` also a model, which is not changed.
         progress: draw bars on standard error.
         tell: called with lines for the user.
     Returns:
@@ -39,19 +39,20 @@ def load(
     """
     from pathlib import Path
 
-    from childtuning.errors import ConfigError
     from childtuning.runs.folder import CONFIG
 
     folder = Path(path).expanduser()
+    if str(path).startswith("hf:/"):
+        from childtuning.runs.hub import local_folder
+
+        folder = local_folder(path)
     if (folder / "delta.json").is_file() and not (folder / CONFIG).is_file():
         from childtuning.runs.trainer_folder import TrainerFolder
 
         return TrainerFolder(folder, model=model, progress=progress, tell=tell)
-    if model is not None:
-        raise ConfigError("a run's folder names its own base model, got model=. Leave it out.")
     from childtuning.runs.predict import FinishedRun
 
-    return FinishedRun(folder, progress=progress, tell=tell)
+    return FinishedRun(folder, model=model, progress=progress, tell=tell)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,16 +27,24 @@ if TYPE_CHECKING:
 _RANGE = re.compile(r"(.+?)\[(\d*):(\d*)\]")
 
 
-def certify(run: FinishedRun) -> Certificate:
+def certify(run: FinishedRun, folder: Path | None = None, base: str | None = None) -> Certificate:
     """Return a run's certificate, after a check of its base model.
 
+    Args:
+        run: finished.
+        folder: whose files are hashed, if they are not the run's own.
+        base: what the base model is called there.
     Raises:
         BaseMismatchError: the base model has changed.
     """
     patch, checkpoint = checked_patch(run)
-    files = {"delta": run.path / "delta.safetensors", "config": run.path / CONFIG, "data": run.path / DATA}
+    folder = folder or run.path
+    files = {"delta": folder / "delta.safetensors", "config": folder / CONFIG, "data": folder / DATA}
     about = {
-        "base": {"name": run.about["base_name"], "sha256": {f.name: file_hash(f) for f in checkpoint.files}},
+        "base": {
+            "name": base or run.about["base_name"],
+            "sha256": {f.name: file_hash(f) for f in checkpoint.files},
+        },
         "method": run.method,
         "sha256": {name: file_hash(path) for name, path in files.items() if path.is_file()},
         "versions": {

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class FinishedRun(RunFolder):
 
     Args:
         path: its folder.
+        model: the base model's folder or hub name, if it is no longer where the run found it.
         progress: draw bars on standard error.
         tell: called with lines for the user.
     Raises:
@@ -128,10 +130,23 @@ class FinishedRun(RunFolder):
     """
 
     def __init__(
-        self, path: str | Path, *, progress: bool = False, tell: Callable[[str], None] = lambda line: None
+        self,
+        path: str | Path,
+        *,
+        model: str | Path | None = None,
+        progress: bool = False,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(path)
         self.progress, self.tell = progress, tell
+        if model is not None:
+            if not isinstance(model, (str, Path)):
+                raise ConfigError(
+                    f"model must be a folder or a hub name, got {type(model).__name__}. Pass one."
+                )
+            starts = self.config.init_from is not None and not (self.path / START).is_dir()
+            start = None if starts else self.config.init_from
+            self.config = replace(self.config, model=str(model), init_from=start)
 
     def __repr__(self) -> str:
         found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics["metrics"].items())
@@ -220,9 +235,38 @@ class FinishedRun(RunFolder):
         """Save the merged model: ``export(folder, "model")``."""
         return self.export(folder)
 
-    def export(self, folder: str | Path, to: Form = "model") -> Path:
+    def export(self, folder: str | Path, to: Form = "model", *, base: str | None = None) -> Path:
         """Write the run's model in a form that others read; arguments and errors as for ``export_run``."""
-        return export_run(self, folder, to)
+        return export_run(self, folder, to, base)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the run to the Hugging Face hub: delta, tokenizer, model card and certificate.
+
+        No example and no base model is uploaded.
+        ``childtuning.load("hf://OWNER/NAME")`` opens it elsewhere.
+
+        Args:
+            repo_id: OWNER/NAME; it is created if it does not exist.
+            base: the base model's name on the hub; needed if the run was trained from a folder.
+            private: whether a new repository is; ``None``: as the owner's settings say.
+            token: ``None``: the one that ``hf auth login`` saved.
+            revision: the branch; ``None``: main.
+        Returns:
+            the address of the commit.
+        Raises:
+            ConfigError: the base model has no name, or the hub refuses.
+        """
+        from childtuning.runs.hub import push
+
+        return push(self, repo_id, base=base, private=private, token=token, revision=revision)
 
     def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
         """Return a file or folder as a source.
