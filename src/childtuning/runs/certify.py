@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,17 +21,14 @@ from childtuning.runs.export import checked_patch
 from childtuning.runs.folder import CONFIG, DATA
 from childtuning.training.on_disk import Checkpoint
 
-if TYPE_CHECKING:
-    from childtuning.runs.predict import FinishedRun
-
 _RANGE = re.compile(r"(.+?)\[(\d*):(\d*)\]")
 
 
-def certify(run: FinishedRun, folder: Path | None = None, base: str | None = None) -> Certificate:
+def certify(run: Any, folder: Path | None = None, base: str | None = None) -> Certificate:
     """Return a run's certificate, after a check of its base model.
 
     Args:
-        run: finished.
+        run: a ``FinishedRun``.
         folder: whose files are hashed, if they are not the run's own.
         base: what the base model is called there.
     Raises:

@@ -20,10 +20,10 @@ from childtuning.training import make_patch, write_model
 from childtuning.training.export import check_empty
 from childtuning.training.on_disk import Checkpoint
 
-Form = Literal["model", "patch", "peft", "hub"]
+Form = Literal["model", "patch", "peft", "hub"]  # hub: written by ``hub.publish``
 
 
-def export_run(run: Any, folder: str | Path, to: Form = "model", base: str | None = None) -> Path:
+def export_run(run: Any, folder: str | Path, to: Form = "model") -> Path:
     """Write a run's model in a form that others read.
 
     Args:
@@ -31,8 +31,7 @@ def export_run(run: Any, folder: str | Path, to: Form = "model", base: str | Non
         folder: new or empty.
         to: ``model``: an ordinary folder for transformers, with the tokenizer or image processor; written tensor by
             tensor where the run changed the base model's parameters alone. ``patch``: see ``Patch``. ``peft``: the
-            adapter as PEFT reads it. ``hub``: what ``push_to_hub`` uploads, which ``load`` opens.
-        base: for ``hub``, the base model's name there.
+            adapter as PEFT reads it.
     Raises:
         ConfigError: the folder is not empty, or the run has no such form.
         BaseMismatchError: the base model has changed.
@@ -48,15 +47,6 @@ def export_run(run: Any, folder: str | Path, to: Form = "model", base: str | Non
         _export_adapter(run, folder)
     elif to == "patch":
         checked_patch(run)[0].save(folder)
-    elif to == "hub":
-        from childtuning.runs.hub import publish
-
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            publish(run, folder, base=base)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
     else:
         _export_model(run, folder)
     return folder

@@ -13,17 +13,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
 from childtuning.errors import ChildTuningError, ConfigError, ModelError
 from childtuning.runs.certify import certify
 from childtuning.runs.config import RunConfig
 from childtuning.runs.folder import CONFIG, DATA, LABELS, METHOD_FILES, METRICS, START, write_json, write_text
 from childtuning.runs.inputs import is_model_folder
+from childtuning.training.export import check_empty
 from childtuning.training.models import PACKAGED_NAME
-
-if TYPE_CHECKING:
-    from childtuning.runs.predict import FinishedRun
 
 _HUB = re.compile(r"hf:/{1,2}([^@]+)(?:@(.+))?")  # pathlib makes one slash of two
 _PACKAGED = f"sentence-transformers/{PACKAGED_NAME}"
@@ -41,19 +39,31 @@ _PIPELINES = {
 }
 
 
-def publish(run: FinishedRun, folder: Path, *, base: str | None = None, name: str | None = None) -> None:
-    """Write what others need to use a run, and to check it, to an empty folder.
+def publish(run: Any, folder: str | Path, *, base: str | None = None, name: str | None = None) -> Path:
+    """Write what others need to use a run, and to check it, to a folder.
 
     Args:
-        run: whose delta is written, not its base model.
-        folder: it exists.
+        run: a ``FinishedRun``; its delta is written, not its base model.
+        folder: new or empty.
         base: the base model's name on the hub; by default the one that the run was trained with.
         name: what the model card calls the run, and loads it by; by default the folder's.
     Raises:
-        ConfigError: the base model is a folder of this machine, and ``base`` is not given.
+        ConfigError: the folder is not empty, or the base model is one of this machine and ``base`` is not given.
     """
+    folder = Path(folder).expanduser()
+    check_empty(folder)
     run.check_sound()
     base = _base_name(run, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(run, folder, base, name or folder.name)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return folder
+
+
+def _write(run: Any, folder: Path, base: str, name: str) -> None:
     replace(run.delta, base={**run.delta.base, "name": base}).save(folder)
     if (run.path / "child.safetensors").is_file():
         shutil.copyfile(run.path / "child.safetensors", folder / "child.safetensors")
@@ -70,11 +80,11 @@ def publish(run: FinishedRun, folder: Path, *, base: str | None = None, name: st
         root = made.root
     except ModelError as fault:
         run.tell(f"there is no certificate: {fault}")
-    write_text(folder / "README.md", _card(run, name or folder.name, base, root))
+    write_text(folder / "README.md", _card(run, name, base, root))
 
 
 def push(
-    run: FinishedRun,
+    run: Any,
     repo_id: str,
     *,
     base: str | None = None,
@@ -92,7 +102,7 @@ def push(
         raise ConfigError("the hub needs a token to write, got none. Log in with `hf auth login`.")
     api = HfApi(token=token)
     with TemporaryDirectory() as place:
-        publish(run, Path(place), base=base, name=f"hf://{repo_id}")
+        publish(run, place, base=base, name=f"hf://{repo_id}")
         with _told(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             done = api.upload_folder(
@@ -136,7 +146,7 @@ def _told(repo_id: str) -> Iterator[None]:
         ) from None
 
 
-def _base_name(run: FinishedRun, base: str | None) -> str:
+def _base_name(run: Any, base: str | None) -> str:
     """Return the name that others load the base model by."""
     if base is not None:
         return base
@@ -150,7 +160,7 @@ def _base_name(run: FinishedRun, base: str | None) -> str:
     return name
 
 
-def _write_run(run: FinishedRun, folder: Path, base: str) -> None:
+def _write_run(run: Any, folder: Path, base: str) -> None:
     """Write a run's files without examples and without paths."""
     config = run.config
     bare: dict[str, str | None] = {
@@ -174,7 +184,7 @@ def _write_run(run: FinishedRun, folder: Path, base: str) -> None:
             shutil.copytree(run.path / inside, folder / inside)
 
 
-def _card(run: FinishedRun, name: str, base: str, root: str | None) -> str:
+def _card(run: Any, name: str, base: str, root: str | None) -> str:
     """Return the model card: how it was made, how good it is, how to load it and how to check it."""
     from huggingface_hub import EvalResult, ModelCardData
 

@@ -236,8 +236,15 @@ class FinishedRun(RunFolder):
         return self.export(folder)
 
     def export(self, folder: str | Path, to: Form = "model", *, base: str | None = None) -> Path:
-        """Write the run's model in a form that others read; arguments and errors as for ``export_run``."""
-        return export_run(self, folder, to, base)
+        """Write the run's model in a form that others read; arguments and errors as for ``export_run``.
+
+        ``hub`` is what ``push_to_hub`` uploads, and ``load`` opens: ``base`` is the base model's name there.
+        """
+        if to == "hub":
+            from childtuning.runs.hub import publish
+
+            return publish(self, folder, base=base)
+        return export_run(self, folder, to)
 
     def push_to_hub(
         self,
