@@ -35,8 +35,8 @@ def certify(run: Any, folder: Path | None = None, base: str | None = None) -> Ce
         BaseMismatchError: the base model has changed.
     """
     patch, checkpoint = checked_patch(run)
-    folder = folder or run.path
-    files = {"delta": folder / "delta.safetensors", "config": folder / CONFIG, "data": folder / DATA}
+    place: Path = run.path if folder is None else folder
+    files = {"delta": place / "delta.safetensors", "config": place / CONFIG, "data": place / DATA}
     about = {
         "base": {
             "name": base or run.about["base_name"],
