@@ -41,6 +41,13 @@ def test_entries_are_exchanged_bit_for_bit(shape, kind, dtype, monkeypatch):
     (again,) = exchange_([(part.runs(), tensor, before)])
     assert torch.equal(tensor, base)
     assert torch.equal(again, given)
+    monkeypatch.undo()
+    for enabled in (True, False):
+        monkeypatch.setattr(fast, "enabled", lambda enabled=enabled: enabled)
+        swapped, other = base.clone(), values.clone()
+        (same,) = exchange_([(part.runs(), swapped, other)], in_place=True)
+        assert same is other and torch.equal(swapped, wanted)
+        assert torch.equal(other, base.view(-1)[part.indices()])
 
 
 def test_many_tensors_some_whole_some_strided():

@@ -39,6 +39,7 @@ class Held:
         reshard(model)
         self._buffers = dict(buffers or {})
         self._back = False
+        self._is_own = values is None  # the tensors of values are this object's; else those of a delta
         self._entries: dict[str, tuple[Runs | None, Tensor]] = {}
         parameters = named(model, sharded=True)
         for name, part in parts.items():
@@ -87,13 +88,13 @@ class Held:
         members = members[::-1] if self._back else members
         for start in range(0, len(members), max(at_once, 1)):
             some = members[start : start + at_once]
-            before = exchange_([(runs, local, own) for _, runs, local, own in some])
+            before = exchange_([(runs, local, own) for _, runs, local, own in some], in_place=self._is_own)
             for (name, runs, _, _), own in zip(some, before, strict=True):
                 if name in self._buffers:
                     self._buffers[name] = own
                 else:
                     self._entries[name] = runs, own
-        self._back = not self._back
+        self._back, self._is_own = not self._back, True
 
 
 def _check_room(name: str, runs: Runs | None, tensor: Tensor, values: Tensor) -> None:

@@ -16,12 +16,15 @@ from childtuning.fast.runs import Runs
 _BYTES_A_TASK = 1 << 18
 
 
-def exchange_(members: Sequence[tuple[Runs | None, Tensor, Tensor]]) -> list[Tensor]:
+def exchange_(
+    members: Sequence[tuple[Runs | None, Tensor, Tensor]], *, in_place: bool = False
+) -> list[Tensor]:
     """Write values into tensors, in place, and return what was there.
 
     Args:
         members: which entries of a tensor (``None``: all), the tensor, which shares no memory with another one, and
             their values, [num_entries] or of the tensor's shape, of its dtype.
+        in_place: return the tensors of values, with what was there in them.
     Returns:
         for each the values that were there, like those that were written: on their device.
     """
@@ -36,11 +39,13 @@ def exchange_(members: Sequence[tuple[Runs | None, Tensor, Tensor]]) -> list[Ten
             before = runs.gather(tensor)
             runs.scatter_(tensor, values.to(tensor.device))
         else:
-            before, size = torch.empty_like(values), tensor.element_size()
+            before, size = values if in_place else torch.empty_like(values), tensor.element_size()
             for own, at, index, count, width, repeats, period in runs.stretches(_BYTES_A_TASK // size):
                 where = tensor.data_ptr() + size * at, values.data_ptr() + size * own
                 shape = count, size * width, repeats, size * period, size * width * count
                 tasks.append((*where, before.data_ptr() + size * own, index, *shape))
+        if in_place and before is not values:
+            before = values.copy_(before.view_as(values))
         found.append(before.to(values.device))
     if tasks:
         run_tasks("ct_exchange", np.array(tasks, ENTRIES))

@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-#define AHEAD 64 /* positions looked ahead of the exchange */
+#define AHEAD 64   /* positions looked ahead of the exchange */
+#define PIECE 2048 /* bytes of a unit exchanged at a time */
 
 /* count units of width bytes, unit i at index[i] * width bytes, and the same again a period further, repeats times in
    all; what is written and what was there lie in that order, repeats stride bytes apart. */
@@ -23,8 +24,9 @@ typedef struct {
         type *old = (type *)before;                                                 \
         for (int64_t i = 0; i < e->count; i++) {                                    \
             if (i + AHEAD < e->count) __builtin_prefetch(at + e->index[i + AHEAD], 1); \
+            const type kept = new[i]; /* old may be new */                          \
             old[i] = at[e->index[i]];                                               \
-            at[e->index[i]] = new[i];                                               \
+            at[e->index[i]] = kept;                                                 \
         }                                                                           \
     } while (0)
 
@@ -36,10 +38,15 @@ INLINE void exchange(const ct_entries *e, char *there, const char *written, char
     case 4: EXCHANGE(uint32_t); return;
     case 8: EXCHANGE(uint64_t); return;
     }
+    char kept[PIECE];
     for (int64_t i = 0; i < e->count; i++) {
-        char *at = there + e->index[i] * width;
-        memcpy(before + i * width, at, width);
-        memcpy(at, written + i * width, width);
+        for (int64_t j = 0; j < width; j += PIECE) {
+            const int64_t size = width - j < PIECE ? width - j : PIECE, own = i * width + j;
+            char *at = there + e->index[i] * width + j;
+            memcpy(kept, written + own, size);
+            memcpy(before + own, at, size);
+            memcpy(at, kept, size);
+        }
     }
 }
 
