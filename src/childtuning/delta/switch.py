@@ -61,22 +61,27 @@ class Held:
         held = [t for runs, own in self._entries.values() for t in (own, *([runs.starts] if runs else ()))]
         return sum(tensor.nbytes for tensor in (*held, *self._buffers.values()))
 
-    def tensors(self, model: nn.Module) -> list[Tensor]:
+    def tensors(self, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> list[Tensor]:
         """Return what ``exchange_`` writes to: this process's tensors."""
-        parameters = named(model, sharded=True)
+        parameters = named(model, sharded=True) if parameters is None else parameters
         return [local_of(parameters[name]).detach() for name in self._entries]
 
     @torch.no_grad()
-    def exchange_(self, model: nn.Module) -> None:
+    def exchange_(self, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         """Write the values into the model, and hold what was there; the same again is the way back.
 
+        Args:
+            model: whose entries they are.
+            parameters: its parameters by name, if the caller has them and nothing is gathered.
         Raises:
             DeltaError: a tensor has another shape or dtype now, or cannot be written to; nothing was changed.
         """
-        reshard(model)
+        if parameters is None:
+            reshard(model)
+        there = self.tensors(model, parameters)
         members = [
             (name, runs, local, own)
-            for (name, (runs, own)), local in zip(self._entries.items(), self.tensors(model), strict=True)
+            for (name, (runs, own)), local in zip(self._entries.items(), there, strict=True)
         ]
         buffers = persistent_buffers(model) if self._buffers else {}
         members += [(name, None, buffers[name].detach(), own) for name, own in self._buffers.items()]
@@ -206,10 +211,19 @@ class ChildSwitch:
             DeltaError: there is no delta of this name.
         """
         model, held = self._find(name)
-        if self._active != name:
+        if self._active == name:
+            return
+        before, other = self._held.get(self._active or "", (None, None))
+        parameters = None
+        if other is not None and before is model:  # looked up once for both
+            reshard(model)
+            parameters = named(model, sharded=True)
+            other.exchange_(model, parameters)
+            self._active = None
+        else:
             self.deactivate()
-            held.exchange_(model)
-            self._active = name
+        held.exchange_(model, parameters)
+        self._active = name
 
     def deactivate(self) -> None:
         """Put the base model's values back; without an active delta nothing changes."""

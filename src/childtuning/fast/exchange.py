@@ -29,12 +29,13 @@ def exchange_(
         for each the values that were there, like those that were written: on their device.
     """
     found: list[Tensor] = []
+    is_fast = LIBRARY is not None and fast.enabled()
     tasks: list[tuple[int, ...]] = []
     for runs, tensor, values in members:
         if runs is None:
             before = tensor.reshape(-1).clone()
             tensor.copy_(values.view_as(tensor))
-        elif not _fits(runs, tensor, values):
+        elif not (is_fast and _fits(runs, tensor, values)):
             runs = runs.to(tensor.device)
             before = runs.gather(tensor)
             runs.scatter_(tensor, values.to(tensor.device))
@@ -55,9 +56,10 @@ def exchange_(
 
 def _fits(runs: Runs, tensor: Tensor, values: Tensor) -> bool:
     return (
-        LIBRARY is not None
-        and fast.enabled()
-        and tensor.dtype is values.dtype
+        tensor.dtype is values.dtype
         and runs.starts.dtype is torch.int32
-        and all(t.is_cpu and t.layout is torch.strided and t.is_contiguous() for t in (tensor, values))
+        and tensor.is_cpu
+        and values.is_cpu
+        and tensor.is_contiguous()
+        and values.is_contiguous()
     )

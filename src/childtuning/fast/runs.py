@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Runs:
         """Count the entries."""
         return self.repeats * len(self.starts) * self.width
 
-    @property
+    @cached_property
     def end(self) -> int:
         """How many entries the tensor must have at least."""
         if not len(self):
