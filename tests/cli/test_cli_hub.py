@@ -50,7 +50,7 @@ def test_a_run_goes_to_the_hub_and_is_opened_elsewhere(
     home = tmp_path / "home"
     with fake_hub() as hub:
         code, _, said = command(hub, home, "push", run, "me/run")
-        assert code == 2 and "Pass base, its name on the hub" in said and not hub.asked
+        assert code == 2 and "its name on the hub" in said and not hub.asked
         code, _, said = command(hub, home, "push", run, "me/run", "--base", "me/base", token="hf_wrong")
         assert code == 2 and "Check the name, the token" in said and len(said.splitlines()) == 1
         code, told, said = command(hub, home, "push", run, "me/run", "--base", "me/base", "--private")
@@ -73,7 +73,7 @@ def test_a_run_goes_to_the_hub_and_is_opened_elsewhere(
 def test_what_is_published(run: Path, tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
     place = tmp_path / "published"
     opened = ct.load(run)
-    with pytest.raises(ConfigError, match="Pass base"):
+    with pytest.raises(ConfigError, match="its name on the hub"):
         opened.export(place, "hub")
     assert not place.exists()
     opened.export(place, "hub", base="me/base")
@@ -89,6 +89,7 @@ def test_what_is_published(run: Path, tiny_bert: Path, sentiment: Path, tmp_path
     assert about["base_model"] == "me/base" and about["pipeline_tag"] == "text-classification"
     (result,) = about["model-index"][0]["results"]
     name, value = next(iter(opened.metrics["metrics"].items()))
+    assert result["dataset"]["name"] == "dev.jsonl"
     assert result["metrics"][0]["type"] == name and result["metrics"][0]["value"] == pytest.approx(value)
     low, high = opened.metrics["interval"]
     assert f"{low:.4f} to {high:.4f}" in body

@@ -43,6 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         write(partial)
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -188,6 +188,8 @@ class ChildSwitch:
             raise DeltaError(
                 f"there is a delta {name!r} already. Call remove() first, or choose another name."
             )
+        if not isinstance(delta, Delta):
+            raise DeltaError(f"a Delta is needed, got {type(delta).__name__}. Pass Delta.load(folder).")
         model = self._model if model is None else model
         if check:
             delta.check_base(model)

@@ -46,7 +46,7 @@ def publish(run: Any, folder: str | Path, *, base: str | None = None, name: str 
         run: a ``FinishedRun``; its delta is written, not its base model.
         folder: new or empty.
         base: the base model's name on the hub; by default the one that the run was trained with.
-        name: what the model card calls the run, and loads it by; by default the folder's.
+        name: what the model card calls the run, and loads it by; by default OWNER and the run's name.
     Raises:
         ConfigError: the folder is not empty, or the base model is one of this machine and ``base`` is not given.
     """
@@ -56,7 +56,7 @@ def publish(run: Any, folder: str | Path, *, base: str | None = None, name: str 
     base = _base_name(run, base)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _write(run, folder, base, name or folder.name)
+        _write(run, folder, base, name or f"hf://OWNER/{run.path.resolve().name}")
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -98,6 +98,7 @@ def push(
 
     with _told(repo_id):
         validate_repo_id(repo_id)
+    _base_name(run, base)
     if token is None and get_token() is None:
         raise ConfigError("the hub needs a token to write, got none. Log in with `hf auth login`.")
     api = HfApi(token=token)
@@ -155,7 +156,8 @@ def _base_name(run: Any, base: str | None) -> str:
         return _PACKAGED if name else ""
     if Path(name).expanduser().exists() or Path(name).is_absolute():
         raise ConfigError(
-            f"the base model is the folder {str(name)!r}, which others do not have. Pass base, its name on the hub."
+            f"the base model is the folder {str(name)!r}, which others do not have. "
+            "Pass base (--base), its name on the hub."
         )
     return name
 
@@ -191,10 +193,14 @@ def _card(run: Any, name: str, base: str, root: str | None) -> str:
     metrics: Mapping[str, float] = run.metrics["metrics"]
     is_run = (run.path / CONFIG).is_file()
     data = run.config.task or Path(run.config.train or "").name if is_run else "data of one's own"
+    measured = data
+    if is_run and run.config.task is None:
+        measured = Path(run.config.eval).name if run.config.eval else f"{data}, held out"
     pipeline = _PIPELINES.get(run.kind.auto_model)
     title = name.removeprefix("hf://")
     results = [
-        EvalResult(pipeline or run.kind.name, data, data, key, value) for key, value in metrics.items()
+        EvalResult(pipeline or run.kind.name, measured, measured, key, value)
+        for key, value in metrics.items()
     ]
     about = ModelCardData(
         base_model=base or None,
@@ -230,7 +236,7 @@ def _card(run: Any, name: str, base: str, root: str | None) -> str:
     for index, (key, value) in enumerate(metrics.items()):
         interval = f"{ends[0]:.4f} to {ends[1]:.4f}" if index == 0 and ends else ""
         lines.append(
-            f"| {run.metrics.get('eval_examples', '')} examples of {data} | {key} | {value:.4f} | {interval} |"
+            f"| {run.metrics.get('eval_examples', '')} examples of {measured} | {key} | {value:.4f} | {interval} |"
         )
     if not metrics:
         del lines[-2:]

@@ -239,8 +239,8 @@ def base_model(run: RunFolder) -> LoadedModel:
     loaded = load_run_model(run.config, run.kind, run.label_names)
     if loaded.base_hash != run.about["base_hash"]:
         raise BaseMismatchError(
-            f"the delta was made for another base model: the weights of {loaded.name!r} have changed since the run was "
-            "trained. Restore the original model."
+            f"the delta was made for another base model: the weights of {loaded.name!r} are not those that the run was "
+            "trained on. Load the original model."
         )
     apply_start(run.config, loaded, run.path)
     return loaded

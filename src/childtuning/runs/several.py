@@ -24,13 +24,14 @@ class RunsOfOneBase:
     Args:
         runs: by name.
     Raises:
-        ConfigError: a run has no parameter in common with the first: it is of another base model.
+        ConfigError: a run is of another base model than the first.
     """
 
     def __init__(self, runs: Mapping[str, FinishedRun]) -> None:
         self._runs = dict(runs)
         self._switch: ChildSwitch | None = None
         first, *others = self._runs
+        hashes = {name: run.about.get("base_hash") for name, run in self._runs.items()}
         base = self._runs[first].base()
         known = _pretrained(base)
         self._add(first, self._runs[first].untuned(base))
@@ -38,7 +39,8 @@ class RunsOfOneBase:
             loaded = self._runs[name].base()
             names = {id(parameter): n for n, parameter in _pretrained(loaded).items()}
             model = self._runs[name].untuned(loaded)
-            if not _share(model, names, known):
+            is_other = None not in (hashes[first], hashes[name]) and hashes[first] != hashes[name]
+            if is_other or not _share(model, names, known):
                 raise ConfigError(
                     f"the runs {first!r} and {name!r} have different base models. Predict with each alone."
                 )

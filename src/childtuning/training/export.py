@@ -63,7 +63,9 @@ def make_patch(delta: Delta, model: Any, base: str | Path | Checkpoint) -> Patch
         values[name] = what
         if where is not None:
             indices[name] = where
-    return Patch(shapes, indices, values, hashes, added, {"name": checkpoint.folder.name, **delta.base})
+    known = Path(str(delta.base.get("name") or checkpoint.folder))
+    name = known.name if known.is_absolute() or known.exists() else str(known)  # no path travels
+    return Patch(shapes, indices, values, hashes, added, {**delta.base, "name": name})
 
 
 def _take_as_it_is(
