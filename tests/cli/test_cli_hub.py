@@ -139,3 +139,16 @@ def test_a_run_that_lost_its_base_is_told_where_it_is(run: Path, tiny_bert: Path
     assert opened.predict(TEXTS) == ct.load(run).predict(TEXTS)
     with pytest.raises(ConfigError, match="model must be a folder or a hub name"):
         ct.load(run, model=object())
+
+
+def test_no_path_is_published_of_a_start_or_an_adapter(
+    childtuning: Command, train_words: list[object], run: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    for name, words in (("later", ["--init-from", run]), ("lora", ["--method", "lora:rank=2"])):
+        assert childtuning(*train_words, *words, "--output", tmp_path / name).code == 0
+        place = tmp_path / f"{name}-published"
+        opened = ct.load(tmp_path / name)
+        opened.export(place, "hub", base="me/base")
+        for path in place.rglob("*"):
+            assert path.is_dir() or str(tmp_path.parent).encode() not in path.read_bytes(), path
+        assert ct.load(place, model=tiny_bert).predict(TEXTS) == opened.predict(TEXTS)

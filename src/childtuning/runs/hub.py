@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from childtuning.delta import Delta
 from childtuning.errors import ChildTuningError, ConfigError, ModelError
 from childtuning.runs.certify import certify
 from childtuning.runs.config import RunConfig
@@ -181,9 +182,15 @@ def _write_run(run: Any, folder: Path, base: str) -> None:
     if (run.path / DATA).is_file():
         hashes = json.loads((run.path / DATA).read_text(encoding="utf-8"))
         write_json(folder / DATA, {Path(path).name: digest for path, digest in hashes.items()})
-    for inside in (run.kind.processor_folder, METHOD_FILES, START):
+    for inside in (run.kind.processor_folder, METHOD_FILES):
         if (run.path / inside).is_dir():
-            shutil.copytree(run.path / inside, folder / inside)
+            shutil.copytree(run.path / inside, folder / inside, ignore=shutil.ignore_patterns("README.md"))
+    adapter = folder / METHOD_FILES / "adapter_config.json"
+    if adapter.is_file():
+        write_json(adapter, {**json.loads(adapter.read_text()), "base_model_name_or_path": base})
+    if (run.path / START).is_dir():
+        start = Delta.load(run.path / START)
+        replace(start, base={**start.base, "name": base}).save(folder / START)
 
 
 def _card(run: Any, name: str, base: str, root: str | None) -> str:
