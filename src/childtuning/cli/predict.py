@@ -23,7 +23,7 @@ def run(
     run_dirs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="RUN_DIR...", help="The output folder of `childtuning train`.", show_default=False
+            metavar="RUN_DIR", help="The output folder of `childtuning train`.", show_default=False
         ),
     ] = None,
     runs: Annotated[
