@@ -27,6 +27,7 @@ BENCHMARKS = {
     "select": "choosing a child from scores, beside numpy and torch",
     "memory": "peak memory of a training step, beside full fine-tuning and PEFT",
     "large": "the memory of training 1.1 billion weights, beside what plan predicts",
+    "dpo": "DPO with one copy of the model, beside two: losses, time and memory",
     "serving": "exporting a model of 1.1 billion weights, and switching between children of it",
     "costs": "what the cost model predicts of a training step and its peak memory, beside what is measured",
     "train": "the whole training step, beside the same; with --script, whole runs",

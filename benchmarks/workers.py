@@ -58,6 +58,12 @@ def _large_memory(**given: Any) -> dict[str, Any]:
     return measure(**given)
 
 
+def _dpo_memory(**given: Any) -> dict[str, Any]:
+    from bench_dpo import measure_memory
+
+    return measure_memory(**given)
+
+
 def _serving_files(**given: Any) -> dict[str, Any]:
     from bench_serving import make_files
 
@@ -86,6 +92,7 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "train-memory": _train_memory,
     "fisher-memory": _fisher_memory,
     "large-memory": _large_memory,
+    "dpo-memory": _dpo_memory,
     "serving-files": _serving_files,
     "serving-export": _serving_export,
     "serving-switch": _serving_switch,
