@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import childtuning as ct
 from childtuning.child import random_child
+from childtuning.fast import dropout
 from childtuning.fast.dropout import _SPARED, SeededDropout, attend, spare_dropouts, torchs_dropouts
 
 
@@ -325,6 +326,17 @@ def test_a_transformers_model_attends_so_beside_structured_layers() -> None:
         trained.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_attention_without_dropout_is_transformers_own(drops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert_model()
+    undo = spare_dropouts(model.train(drops))
+    seen: list[float] = []
+    monkeypatch.setattr(dropout, "attend", lambda *a, **k: seen.append(k["dropout_p"]) or attend(*a, **k))
+    model(input_ids=torch.tensor([[2, 5, 3, 6]]))
+    undo()
+    assert bool(seen) == drops and all(seen)
 
 
 def test_another_attention_is_left_alone() -> None:

@@ -137,8 +137,8 @@ def reshard(model: nn.Module) -> None:
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that ``fully_shard`` was called on, by their method: nothing is imported for a plain model."""
-    return [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
+    """Return the modules that ``fully_shard`` was called on, by their class: nothing is imported for a plain model."""
+    return [module for module in model.modules() if hasattr(type(module), "unshard")]
 
 
 @contextmanager

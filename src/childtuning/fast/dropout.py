@@ -216,7 +216,8 @@ def _let_transformers_attend() -> None:
         return
 
     def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_on or torch.compiler.is_compiling() or module not in _SPARED:
+        drops = kwargs.get("dropout", True)  # a number, unless it is among args
+        if not (_is_on and drops) or torch.compiler.is_compiling() or module not in _SPARED:
             return theirs(module, *args, **kwargs)
         with _Attending():
             return theirs(module, *args, **kwargs)

@@ -72,14 +72,15 @@ class StructuredLayer(nn.Module):
 
     @property
     def in_use(self) -> bool:
-        """Whether the module still has the weight that the leaf was installed for.
+        """Whether gradients are wanted, and the module still has the weight that the leaf was installed for.
 
-        It is not where the weight was frozen, parametrized or replaced since, in a copy of the model, or under
+        It does not where the weight was frozen, parametrized or replaced since, in a copy of the model, or under
         ``torch.func``'s transforms: then the gradient belongs to another tensor, or to none.
         """
         weight = self.leaf.weight
         return (
-            weight is not None
+            torch.is_grad_enabled()
+            and weight is not None
             and weight is self._parameters.get("weight")
             and weight.requires_grad
             and not torch._C._are_functorch_transforms_active()  # the one form that torch.compile can trace

@@ -59,21 +59,23 @@ class ReferenceModel(nn.Module):
         training = [module for module in self._model[0].modules() if module.training]
         try:
             for module in training:
-                module.training = False
+                vars(module)["training"] = False
             with torch.no_grad(), self._base_values():
                 return super().__call__(*args, **kwargs)
         finally:
             for module in training:
-                module.training = True
+                vars(module)["training"] = True
 
     @contextmanager
     def _base_values(self) -> Iterator[None]:
         """Write the base values in, and what was there back; for autograd nothing has changed."""
         model = self._model[0]
         reshard(model)
-        with _unsafe_preserve_version_counter(tuple(self._base.tensors(model))):
-            self._base.exchange_(model)
+        parameters = named(model, sharded=True)
+        with _unsafe_preserve_version_counter(tuple(self._base.tensors(model, parameters))):
+            self._base.exchange_(model, parameters)
             try:
                 yield
             finally:
-                self._base.exchange_(model)
+                reshard(model)
+                self._base.exchange_(model, parameters)
