@@ -2,7 +2,7 @@
 
 Losses and time are those of 50 steps of the small decoder of examples/decoder.py: the right answer to each of its
 instructions is preferred to another's. Memory is the peak of a process of its own, less what is resident after a tiny
-model's training, of a Llama of 134 million random weights. Both train the same row child of 0.1.
+model's training, of a Llama of 86 million random weights. Both train the same row child of 0.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workers import call
 
 decoder = example("decoder")
 _COPIES = {"one copy": True, "two copies": False}
-_LARGE, _DENSITY = "llama-134m", 0.1
+_LARGE, _DENSITY = "llama-86m", 0.1
 
 
 def run(record: Record, options: argparse.Namespace) -> None:

@@ -36,12 +36,12 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 32000,
     },
-    "llama-134m": {
+    "llama-86m": {
         "hidden_size": 768,
         "intermediate_size": 2048,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
-        "vocab_size": 32000,
+        "vocab_size": 512,
     },
     "llama-tiny": {
         "hidden_size": 32,
