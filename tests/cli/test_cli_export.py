@@ -90,6 +90,9 @@ def test_a_certificate_names_what_moved(
     yes = childtuning("verify", cert / "certificate.json", *sides, "--json")
     assert yes.code == 0 and yes.json["holds"] and yes.json["root"] == made["root"]
     assert 0 < yes.json["moved"] <= yes.json["trained"]
+    for words, remedy in (((run, *sides), "inspect"), ((cert, *sides[:3], run), "export")):
+        mixed_up = childtuning("verify", *words)
+        assert mixed_up.code == 2 and f"Write one: childtuning {remedy}" in mixed_up.err
 
     weights = load_file(model / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.weight"
@@ -128,7 +131,9 @@ def test_models_of_other_origin(childtuning: Command, tmp_path: Path) -> None:
         assert done.code == (1 if done.json["reason"] else 0)
         return done.json["reason"]
 
-    assert reason() == "'head' is in the model and neither in the base nor trained"
+    assert reason().startswith(
+        "'head' is in the model and neither in the base nor trained. Name with --trained"
+    )
     assert reason("head") == "embed.weight[8, 1] moved, and was not to be trained"
     assert reason("head", "embed.weight[9:]") == "embed.weight[8, 1] moved, and was not to be trained"
     assert reason("head", "embed.weight[8:]") == "layers.1.w[2, 0] moved, and was not to be trained"

@@ -98,6 +98,13 @@ def test_one_changed_bit_of_the_base_is_noticed_also_in_untouched_tensors() -> N
     delta.apply_(other, check=False)
 
 
+def test_a_delta_is_a_folder(tmp_path) -> None:
+    model = a_model()
+    Delta.capture(model, CHILDREN["element"](model)).save(tmp_path / "mine")
+    with pytest.raises(CorruptFileError, match=r"is a folder, got the file .*Pass .*mine\."):
+        Delta.load(tmp_path / "mine" / "delta.safetensors")
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "about", "missing", "version", "format", "not json"])
 def test_damaged_files_are_refused(tmp_path, damage: str) -> None:
     model = a_model()

@@ -76,6 +76,8 @@ class Format:
         remedy = "Copy the whole folder anew from where it was saved."
         path, values = folder / self.about, folder / self.values
         waiting = folder / f"{self.values}.new"
+        if folder.is_file():
+            raise CorruptFileError(f"a {self.noun} is a folder, got the file {folder}. Pass {folder.parent}.")
         for file in (path, values):
             if not file.is_file() and not (file == values and waiting.is_file()):
                 raise CorruptFileError(f"{folder} is not a {self.noun}: it has no {file.name}. {remedy}")

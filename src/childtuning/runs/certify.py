@@ -97,12 +97,20 @@ def verify(
         ConfigError: both are given, or a pattern matches nothing.
         CorruptFileError: a file is damaged.
     """
+    if (Path(model) / DATA).is_file():
+        raise ConfigError(
+            f"{model} is a run, not a model. Write one: childtuning export {model} --to model --output FOLDER"
+        )
     before, after = Checkpoint(base), Checkpoint(model)
     if certificate is not None and trained:
         raise ConfigError("a certificate says what was trained, got trained as well. Pass one of them.")
     told = None
     if certificate is not None and not isinstance(certificate, Certificate):
         path = Path(certificate)
+        if (path / DATA).is_file():
+            raise ConfigError(
+                f"{path} is a run, not a certificate. Write one: childtuning inspect {path} --certificate FOLDER"
+            )
         told = Certificate.load(path.parent if path.name.endswith(".json") else path)
     elif certificate is not None:
         told = certificate
@@ -112,6 +120,8 @@ def verify(
     unknown = sorted(set(after.tensors).difference({names.get(n, n) for n in parts}))
     entries = moved = compared = 0
     reason = f"{unknown[0]!r} is in the model and neither in the base nor trained" if unknown else ""
+    if reason and told is None:
+        reason += ". Name with --trained what may differ, or give a certificate."
     if (after.folder / "adapter_config.json").is_file():
         reason = "an adapter lies beside the model (adapter_config.json), which transformers applies as it loads it"
     for name, part in parts.items():
