@@ -17,7 +17,7 @@ from tests.fast.layer_cases import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from childtuning.fast import layers
+from childtuning.fast import products
 from childtuning.fast.layers import Leaf
 from childtuning.fast.structured import install
 
@@ -201,7 +201,7 @@ def test_where_a_cpu_has_no_product_of_bf16_the_backward_pass_takes_float32(
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 16, bias=False).bfloat16(), torch.randn(40, 24).bfloat16()
     dY = torch.randn(40, 16).bfloat16()
-    monkeypatch.setattr(layers, "_SLOW", frozenset({torch.bfloat16}))
+    monkeypatch.setattr(products, "_SLOW", frozenset({torch.bfloat16}))
     part = part_of((16, 24), kind)
     leaf = leaf_of(part, layer.weight)
     install(layer, {"weight": leaf})

@@ -17,6 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from childtuning.fast.products import multiply
+
 # What of one axis is trained: sorted indices, a run, or ``None`` for all of it; a group is rows and columns.
 Chosen = Tensor | slice | None
 Group = tuple[Chosen, Chosen]
@@ -123,25 +125,6 @@ def _copy(x: Tensor, chosen: Tensor | slice) -> Tensor:
     """Return the chosen coordinates of axis 1 in memory of their own: a view would keep all of x."""
     taken = take(x, chosen)
     return taken.clone(memory_format=torch.contiguous_format) if isinstance(chosen, slice) else taken
-
-
-def _slow_dtypes() -> frozenset[torch.dtype]:
-    """The short dtypes that this CPU has no product of: torch's own is 20 to 270 times slower than that of float32."""
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    known = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
-    return frozenset(
-        dtype for dtype, name in names.items() if not (hasattr(known, name) and getattr(known, name)())
-    )
-
-
-_SLOW = _slow_dtypes()
-
-
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right``, by way of float32 where a CPU has no product of their dtype."""
-    if left.device.type == "cpu" and left.dtype in _SLOW:
-        return (left.float() @ right.float()).to(left.dtype)
-    return left @ right
 
 
 def join(gradients: Iterable[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from childtuning.child.budget import Costs
 from childtuning.child.eligible import bare_model
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.errors import ConfigError, DataError, did_you_mean
+from childtuning.fast.products import wide_products
 from childtuning.fisher.batches import num_entries, num_examples, to_device, unpacked
 from childtuning.fisher.costs import training_costs
 from childtuning.fisher.estimators import PerBatch, PerExample, not_reached
@@ -167,7 +168,7 @@ def fisher_information(
             device = next(iter(parameters.values())).device
             scored = {id(parameter) for parameter in parameters.values()}
             trainable: list[Tensor] = [p for p in model.parameters() if p.requires_grad or id(p) in scored]
-            with without_trace(model, training=training):
+            with without_trace(model, training=training), wide_products(trainable):
                 add_: PerExample | PerBatch = (
                     PerExample(model, loss, sums, trainable, training=training)
                     if estimator == "per-example"
