@@ -17,6 +17,8 @@ from childtuning import fast
 from childtuning.fast import products
 from childtuning.fisher import fisher_information
 
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm_.default}
+
 
 def test_equals_the_loop(case, agree, fast):
     batch = case.batch(5)
@@ -167,7 +169,7 @@ def test_where_a_cpu_has_no_product_of_bf16_the_pass_takes_float32(
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             is_backward = torch._C._current_graph_task_id() != -1
-            if is_backward and func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            if is_backward and func in PRODUCTS:
                 seen.append(args[0].dtype)
             return func(*args, **(kwargs or {}))
 

@@ -29,13 +29,18 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 
 
 _SLOW = _slow_dtypes()
+_AT_ONCE = 1 << 22  # entries of a factor that are in float32 at a time
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right``, by way of float32 where a CPU has no product of its dtype."""
-    if left.device.type == "cpu" and left.dtype in _SLOW:
-        return (left.float() @ right.float()).to(left.dtype)
-    return left @ right
+    if left.device.type != "cpu" or left.dtype not in _SLOW:
+        return left @ right
+    wide = torch.zeros(left.shape[0], right.shape[1])
+    rows = max(1, _AT_ONCE // max(1, *wide.shape))
+    for some, others in zip(left.split(rows, 1), right.split(rows), strict=True):
+        wide.addmm_(some.float(), others.float())
+    return wide.to(left.dtype)
 
 
 class _Linear(Function):
