@@ -28,10 +28,10 @@ _LARGE, _DENSITY = "llama-86m", 0.1
 
 def run(record: Record, options: argparse.Namespace) -> None:
     """Train with one copy and with two, in turn; then measure both peaks."""
-    if options.data_dir is None:
-        record.skipped.append({"name": "dpo", "skipped": "no --data-dir, which holds weights_stories260K"})
+    weights = None if options.data_dir is None else options.data_dir / "weights_stories260K"
+    if weights is None or not weights.is_dir():
+        record.skipped.append({"name": "dpo", "skipped": "no --data-dir that holds weights_stories260K"})
         return
-    weights = options.data_dir / "weights_stories260K"
     steps = 2 if options.quick else 50
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -48,6 +48,8 @@ def run(record: Record, options: argparse.Namespace) -> None:
             for name in _COPIES
         }
         alternating(record, cases, options.repeats)
+        if record.failed:
+            return
         record.ratio(
             f"{steps} steps of DPO, one copy ÷ two",
             "one copy",

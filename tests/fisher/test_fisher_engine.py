@@ -8,16 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.products import BackwardProducts
 from tests.reference.fisher_loop import hugging_face_loss, per_example
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from childtuning import fast
 from childtuning.fast import products
 from childtuning.fisher import fisher_information
-
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm_.default}
 
 
 def test_equals_the_loop(case, agree, fast):
@@ -164,15 +162,6 @@ def test_a_part_of_the_model(eligible, make_case):
 def test_where_a_cpu_has_no_product_of_bf16_the_pass_takes_float32(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.dtype] = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            is_backward = torch._C._current_graph_task_id() != -1
-            if is_backward and func in PRODUCTS:
-                seen.append(args[0].dtype)
-            return func(*args, **(kwargs or {}))
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 1))
     wide = copy.deepcopy(model)
@@ -182,10 +171,10 @@ def test_where_a_cpu_has_no_product_of_bf16_the_pass_takes_float32(
         return (model(batch[0]).sum((1, 2)) - batch[1]).square()
 
     monkeypatch.setattr(products, "_SLOW", frozenset({torch.bfloat16}))
-    with Products():
+    with BackwardProducts() as seen:
         found = fisher_information(model.bfloat16(), batches, loss_fn)
     if fast.enabled():
-        assert seen and set(seen) == {torch.float32}
+        assert seen.dtypes == {torch.float32}
     exact = fisher_information(wide, [(x.float(), y.float()) for x, y in batches], loss_fn)
     for name, scores in exact.items():
         torch.testing.assert_close(found[name], scores, rtol=0.1, atol=0.05 * float(scores.max()))

@@ -138,7 +138,8 @@ def reshard(model: nn.Module) -> None:
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
     """Return the modules that ``fully_shard`` was called on, by their class: nothing is imported for a plain model."""
-    return [module for module in model.modules() if hasattr(type(module), "unshard")]
+    words = ("unshard", "reshard")
+    return [module for module in model.modules() if all(hasattr(type(module), word) for word in words)]
 
 
 @contextmanager

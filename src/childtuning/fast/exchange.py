@@ -58,8 +58,5 @@ def _fits(runs: Runs, tensor: Tensor, values: Tensor) -> bool:
     return (
         tensor.dtype is values.dtype
         and runs.starts.dtype is torch.int32
-        and tensor.is_cpu
-        and values.is_cpu
-        and tensor.is_contiguous()
-        and values.is_contiguous()
+        and all(t.is_cpu and t.layout is torch.strided and t.is_contiguous() for t in (tensor, values))
     )

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -36,7 +36,7 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left @ right``, by way of float32 where a CPU has no product of its dtype."""
     if left.device.type != "cpu" or left.dtype not in _SLOW:
         return left @ right
-    wide = torch.zeros(left.shape[0], right.shape[1])
+    wide = torch.zeros(left.shape[0], right.shape[1], dtype=torch.float32, device=left.device)
     rows = max(1, _AT_ONCE // max(1, *wide.shape))
     for some, others in zip(left.split(rows, 1), right.split(rows), strict=True):
         wide.addmm_(some.float(), others.float())
@@ -82,7 +82,8 @@ class _WideProducts(TorchFunctionMode):
     @staticmethod
     def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return (
-            weight.is_cpu
+            type(weight) in (Tensor, nn.Parameter)  # others multiply in a way of their own
+            and weight.is_cpu
             and weight.dtype in _SLOW
             and x.dtype is weight.dtype
             and weight.dim() == 2

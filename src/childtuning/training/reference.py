@@ -59,12 +59,12 @@ class ReferenceModel(nn.Module):
         training = [module for module in self._model[0].modules() if module.training]
         try:
             for module in training:
-                vars(module)["training"] = False
+                module.training = False
             with torch.no_grad(), self._base_values():
                 return super().__call__(*args, **kwargs)
         finally:
             for module in training:
-                vars(module)["training"] = True
+                module.training = True
 
     @contextmanager
     def _base_values(self) -> Iterator[None]:
