@@ -103,6 +103,8 @@ def test_a_delta_is_a_folder(tmp_path) -> None:
     Delta.capture(model, CHILDREN["element"](model)).save(tmp_path / "mine")
     with pytest.raises(CorruptFileError, match=r"is a folder, got the file .*Pass .*mine\."):
         Delta.load(tmp_path / "mine" / "delta.safetensors")
+    with pytest.raises(CorruptFileError, match=r"there is no delta at .*nowhere\. Check the path"):
+        Delta.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "about", "missing", "version", "format", "not json"])

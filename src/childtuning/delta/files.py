@@ -76,6 +76,8 @@ class Format:
         remedy = "Copy the whole folder anew from where it was saved."
         path, values = folder / self.about, folder / self.values
         waiting = folder / f"{self.values}.new"
+        if not folder.exists():
+            raise CorruptFileError(f"there is no {self.noun} at {folder}. Check the path.")
         if folder.is_file():
             raise CorruptFileError(f"a {self.noun} is a folder, got the file {folder}. Pass {folder.parent}.")
         for file in (path, values):
