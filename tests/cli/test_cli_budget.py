@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tests.cli.killed import killed_at_batch
 
 from childtuning.child import Child
 
@@ -33,6 +36,19 @@ def test_a_run_within_a_budget_says_what_it_costs_and_is_repeated_from_its_confi
     )
     assert other.code == 0 and other.json["density"] == pytest.approx(0.2, abs=0.01)
     assert other.json["budget"] is None
+
+
+@pytest.mark.slow
+def test_a_resumed_run_remembers_what_it_chose(childtuning, train_words, tmp_path) -> None:
+    words = [*train_words, *BUDGET, "--save-steps", 4, "--epochs", 3]
+    run = tmp_path / "run"
+    killed_at_batch(6, words, run)
+    chosen = json.loads((run / "checkpoints" / "chosen.json").read_text())
+    resumed = childtuning(*words, "--output", run, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert chosen["budget"]["limit"] == "step=0.5" and chosen["fisher_seconds"] > 0
+    assert {key: resumed.json[key] for key in chosen} == chosen
+    assert not (run / "checkpoints").exists()
 
 
 def test_a_prediction_that_does_not_hold_is_named(childtuning, train_words, tmp_path) -> None:

@@ -35,7 +35,7 @@ from childtuning.tasks.metrics import is_share, lower_is_better
 
 CONFIG, LABELS, METRICS, DATA = "config.toml", "labels.json", "metrics.json", "data.json"
 METHOD_FILES, CHECKPOINTS, START, TENSORBOARD = "method", "checkpoints", "start", "tensorboard"
-FOLDS = "folds"
+FOLDS, CHOSEN = "folds", "chosen.json"
 _OURS = (
     "log.jsonl",
     CONFIG,
@@ -186,6 +186,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
+def chosen_before(folder: Path) -> dict[str, Any]:
+    """Return what a run that is resumed noted when it chose its child; empty if it noted nothing."""
+    path = folder / CHECKPOINTS / CHOSEN
+    return json.loads(path.read_text(encoding="utf-8")) if _is_json(path) else {}
+
+
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
@@ -218,14 +224,14 @@ class RunResult:
         eligible_parameters: the number of entries that the child is chosen from.
         state_bytes: the optimizer's memory, without the model and its gradients.
         delta_bytes: size of the delta's two files.
-        fisher_seconds, train_seconds: wall time of the Fisher pass and of training.
+        fisher_seconds, train_seconds: wall time of the Fisher pass, and of training since it last went on.
         peak_memory_bytes: of the GPU if there is one, else of the process, during choice and training.
         train_examples, eval_examples, empty_texts: counts.
         cut_by_length: the number of words or rows (by kind of task) that ``max_length`` truncated in both splits.
         output: the run's folder.
         learning_rate, epochs: of the training; ``None`` in results of earlier versions.
         budget: its ``limit``, and the predicted shares of full fine-tuning's costs by kind; for a step also
-            ``measured_passes``, that of a forward and backward pass. ``None`` without a budget, and after a resumption.
+            ``measured_passes``, that of a forward and backward pass. ``None`` without a budget.
         understood: what ``Understood`` describes.
         notes: what was guessed about the files or left out, one line each.
         diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.

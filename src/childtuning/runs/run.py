@@ -27,6 +27,7 @@ from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.folder import (
     CHECKPOINTS,
+    CHOSEN,
     CONFIG,
     DATA,
     FOLDS,
@@ -38,6 +39,7 @@ from childtuning.runs.folder import (
     RunResult,
     as_begun,
     check_output,
+    chosen_before,
     clear_run,
     data_hashes,
     last_checkpoint,
@@ -221,11 +223,13 @@ def train_run(
         if checkpoint is None:
             tell(_describe(trainer.select(), trainer.num_scored, len(train)))
         budget = _budget(config, trainer, tell) if checkpoint is None else None
+        chosen = {"fisher_seconds": time.perf_counter() - start, "budget": budget}
+        if checkpoint is not None:
+            chosen |= chosen_before(folder)
     except BaseException:
         if is_main:
             remove_empty(folder)
         raise
-    fisher_seconds = time.perf_counter() - start
     if is_main:
         if overwrite:
             clear_run(folder)
@@ -234,6 +238,8 @@ def train_run(
         if begun.start is not None and checkpoint is None:
             begun.start.save(folder / START)
         write_json(folder / DATA, data_hashes(asdict(config)))
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        write_json(folder / CHECKPOINTS / CHOSEN, chosen)
     wait_for_all()
     folds = None
     if has_folds:
@@ -263,7 +269,7 @@ def train_run(
     if scaled and diverged_at is None:
         temperature = scale(trainer.bare_model, scaled, tests, tell)
     facts = {
-        "fisher_seconds": fisher_seconds,
+        **chosen,
         "train_seconds": train_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "train_examples": len(train),
@@ -274,7 +280,6 @@ def train_run(
         "understood": found.to_dict(),
         "checkpoint": _checkpoint(trainer, task),
         "temperature": temperature,
-        "budget": budget,
         **(tests.measure(trainer.model, folds) if diverged_at is None else tests.nothing()),
     }
     delta = trainer.delta()  # of a sharded model every process gathers it
