@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from childtuning.errors import ConfigError, ParameterError
 _MOMENTS = 8.0  # bytes of a trained entry's two moments
 _INDEX = 4.0  # bytes of the position of a trained entry, where entries are chosen one by one
 _UPDATE = 28.0  # bytes that AdamW moves for an entry
+_SLICE = 1 << 20  # units looked at together
 _STRUCTURED = ("row", "block")  # kinds whose layers form the gradient of trained units alone
 
 
@@ -296,65 +298,108 @@ def child_within(
     whole = {name: Part(tuple(score.shape)) for name, score in scores.items()}
     if costs.total(what, rest | whole) <= limit:
         return Child(whole, always=always)
-    values, prices, firsts, depths, owners = [], [], [], [], []
-    for owner, (name, score) in enumerate(scores.items()):
-        unit = share.units(name)
-        once, each = (torch.tensor(some, dtype=torch.float64) for some in costs.of_entries(what, name, unit))
-        sizes = unit.sizes(tuple(score.shape)).double()
-        values.append(unit.sums(score).cpu())
-        prices.append(sizes[None] * each[:, None])
-        firsts.append(once)
-        depths.append(torch.full((len(sizes),), costs.places[name].depth, dtype=torch.int16))
-        owners.append(torch.full((len(sizes),), owner, dtype=torch.int32))
-    value, price, depth, owner = torch.cat(values), torch.cat(prices, 1), torch.cat(depths), torch.cat(owners)
-    order = torch.sort(value / price[0].clamp(min=1e-300), descending=True, stable=True).indices
+    units = _Units.of(what, costs, scores, share)
+    order = units.by_worth()
+    depth = torch.tensor([costs.places[name].depth for name in scores])
     best: tuple[float, Tensor] | None = None
-    for lowest in sorted({costs.places[name].depth for name in scores}, reverse=True):
-        here = order[depth[order] >= lowest]
+    for lowest in sorted(set(depth.tolist()), reverse=True):
         spent = costs.moments(what, rest, lowest, _is_structured(share.granularity))
         left = limit - torch.tensor(spent, dtype=torch.float64)
-        taken = _fill(here, price, torch.stack(firsts, 1), owner, left)
-        held = float(value[taken].sum())
+        taken = units.fill(order, depth >= lowest, left)
+        held = sum(float(units.value[some].sum()) for some in taken.split(_SLICE))
         if len(taken) and (best is None or held > best[0]):
             best = held, taken
     if best is None:
         raise ConfigError(
             f"no child of these units fits the budget {budget}. Raise it, or choose smaller units, or columns."
         )
-    chosen = torch.zeros(len(value), dtype=torch.bool)
+    chosen = torch.zeros(len(units.value), dtype=torch.bool)
     chosen[best[1]] = True
     parts = {
         name: Part.from_sorted(tuple(score.shape), taken.nonzero().squeeze(1), share.units(name))
-        for (name, score), taken in zip(scores.items(), chosen.split([len(v) for v in values]), strict=True)
+        for (name, score), taken in zip(scores.items(), chosen.split(units.counts), strict=True)
     }
     return Child(parts, always=always)
 
 
-def _fill(order: Tensor, price: Tensor, first: Tensor, owner: Tensor, left: Tensor) -> Tensor:
-    """Take units in order, each that still fits.
+@dataclass(frozen=True)
+class _Units:
+    """The units of all parameters, and what they cost, by moment.
 
     Args:
-        order: int64 [n], of units.
-        price: float64 [moments, units]; ``first``: [moments, parameters], what a parameter's first unit costs besides.
+        value: float64 [units], the sums of their scores.
+        size: int32 [units], their entries.
         owner: int32 [units], their parameters.
-        left: float64 [moments], the budget.
-    Returns:
-        int64 [m], the units taken.
+        first: float64 [moments, parameters], what a parameter adds once any of it is taken.
+        each: float64 [moments, parameters], what each entry adds.
     """
-    is_open = torch.zeros(first.shape[1], dtype=torch.bool)
-    taken = []
-    while len(order) and bool((left >= 0).all()):
-        owners = owner[order].long()
-        opening = torch.full((first.shape[1],), len(order))
-        opening.scatter_reduce_(0, owners, torch.arange(len(order)), "amin")
-        opening = opening[(opening < len(order)) & ~is_open]
-        costs = price[:, order]
-        costs[:, opening] += first[:, owners[opening]]
-        count = int((costs.cumsum(1) <= left[:, None]).all(0).sum())
-        taken.append(order[:count])
-        left = left - costs[:, :count].sum(1)
-        is_open[owners[:count]] = True
-        order, owners = order[count:], owners[count:]
-        alone = price[:, order] + first[:, owners] * ~is_open[owners]
-        order = order[(alone <= left[:, None]).all(0)]
-    return torch.cat(taken) if taken else order[:0]
+
+    value: Tensor
+    size: Tensor
+    owner: Tensor
+    first: Tensor
+    each: Tensor
+
+    @classmethod
+    def of(cls, what: str, costs: Costs, scores: Mapping[str, Tensor], share: Share) -> _Units:
+        """Return the units of these scores, and their costs of this kind."""
+        sums, sizes, owners, prices = [], [], [], []
+        for owner, (name, score) in enumerate(scores.items()):
+            unit = share.units(name)
+            sums.append(unit.sums(score).cpu())
+            sizes.append(unit.sizes(tuple(score.shape)).int())
+            owners.append(torch.full((len(sizes[-1]),), owner, dtype=torch.int32))
+            prices.append(costs.of_entries(what, name, unit))
+        first, each = torch.tensor(prices, dtype=torch.float64).permute(1, 2, 0)
+        return cls(torch.cat(sums), torch.cat(sizes), torch.cat(owners), first, each)
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of units by parameter."""
+        return self.owner.bincount(minlength=self.each.shape[1]).tolist()
+
+    def by_worth(self) -> Tensor:
+        """Return all units in order of value for the cost: int64 [units]."""
+        worth = torch.empty_like(self.value)
+        for at in range(0, len(worth), _SLICE):
+            some = slice(at, at + _SLICE)
+            price = self.size[some] * self.each[0][self.owner[some].long()]
+            worth[some] = -self.value[some] / price.clamp(min=1e-300)
+        return torch.from_numpy(np.argsort(worth.numpy(), kind="stable"))  # half the memory of torch's
+
+    def fill(self, order: Tensor, is_open_to: Tensor, left: Tensor) -> Tensor:
+        """Take units in order, each that still fits.
+
+        Args:
+            order: int64 [units].
+            is_open_to: bool [parameters], whose units may be taken.
+            left: float64 [moments], the budget.
+        Returns:
+            int64 [m], the units taken.
+        """
+        has_any = torch.zeros_like(is_open_to)
+        least = self.each[:, is_open_to].amin(1)  # of any unit
+        taken = []
+        for some in order.split(_SLICE):
+            if bool((left < least).any()):
+                break
+            owners = self.owner[some].long()
+            may = is_open_to[owners]
+            some, owners = some[may], owners[may]
+            while len(some):
+                price = self.size[some] * self.each[:, owners]
+                alone = price + self.first[:, owners] * ~has_any[owners]
+                fits = (alone <= left[:, None]).all(0)
+                some, owners, costs = some[fits], owners[fits], price[:, fits]
+                if not len(some):
+                    break
+                opening = torch.full((len(has_any),), len(some))
+                opening.scatter_reduce_(0, owners, torch.arange(len(some)), "amin")
+                opening = opening[(opening < len(some)) & ~has_any]
+                costs[:, opening] += self.first[:, owners[opening]]
+                count = int((costs.cumsum(1) <= left[:, None]).all(0).sum())
+                taken.append(some[:count])
+                left = left - costs[:, :count].sum(1)
+                has_any[owners[:count]] = True
+                some, owners = some[count:], owners[count:]
+        return torch.cat(taken) if taken else order[:0]
