@@ -12,6 +12,7 @@ from costs import table
 from scipy import stats
 from torch.nn import Linear
 
+from childtuning.compare.statistics import compare_stratified
 from childtuning.methods import Combination
 from childtuning.training import suggested_rate
 
@@ -51,26 +52,44 @@ def comparison_tables(folder: Path) -> dict[str, str]:
 
 
 def units(export: Export) -> str:
-    """Return the score by task of children cut into entries, rows and columns, with the interval of the mean."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Return the score by task of children cut into entries, rows and columns, and how far each is from `full`."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for run in export["records"]:
         if run["state"] != "done":
             continue
         group, point = run["group"], run["point"]
         cut = [f"{point['density']:g}, {point['granularity']}"] if "density" in point else []
         name = " ".join([f"`{group['method']}`", *cut])
-        of_task = found.setdefault(name, {}).setdefault(_TASKS[group["task"]], [])
-        of_task.append(run["result"]["metric"]["value"])
+        found.setdefault(name, {}).setdefault(_TASKS[group["task"]], {})[run["seed"]] = run["result"][
+            "metric"
+        ]["value"]
     tasks = list(dict.fromkeys(task for scores in found.values() for task in scores))
     rows = [
-        [name, *(_with_interval(scores.get(task, [])) for task in tasks)] for name, scores in found.items()
+        [
+            name,
+            *(_with_interval(list(scores.get(task, {}).values())) for task in tasks),
+            *_from_full(scores, found["`full`"]),
+        ]
+        for name, scores in found.items()
     ]
     said = (
         "all-MiniLM-L6-v2, 1,000 examples, 3 epochs; mean, half of its 95 % interval (Student's t), and the seeds in "
-        "brackets where they are not five. One rate a method: 1e-4 for `full`, 3e-4 for the others."
+        "brackets where they are not five. One rate a method: 1e-4 for `full`, 3e-4 for the others. *− full* is the "
+        "mean difference over the tasks, each of equal weight, with its 95 % interval; p is of a test that flips the "
+        "signs of the pairs of one task and seed."
     )
     command = export["comparison"]["command"]
-    return "\n".join([said, "", table(["method", *tasks], rows), "", "```bash", command, "```"])
+    header = ["method", *tasks, "− `full`", "p"]
+    return "\n".join([said, "", table(header, rows), "", "```bash", command, "```"])
+
+
+def _from_full(scores: dict[str, dict[int, float]], full: dict[str, dict[int, float]]) -> list[str]:
+    if scores is full:
+        return ["", ""]
+    found = compare_stratified([(scores[task], full[task]) for task in full])
+    assert found.difference is not None and found.interval is not None and found.p_permutation is not None
+    low, high = found.interval
+    return [f"{found.difference:+.3f} ({low:+.3f} … {high:+.3f})", f"{found.p_permutation:.2g}"]
 
 
 def _with_interval(values: list[float]) -> str:
@@ -83,6 +102,7 @@ def _with_interval(values: list[float]) -> str:
 def rates(exports: Iterable[Export]) -> list[str]:
     """Return a table of the default learning rate beside the best of those tried, and the mean shortfall."""
     cells, lost, commands = [], [], []
+    at_default: dict[str, dict[str, dict[int, float]]] = {}
     for export in exports:
         commands.append(export["comparison"]["command"])
         found: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
@@ -99,6 +119,9 @@ def rates(exports: Iterable[Export]) -> list[str]:
             means = {rate: mean(scores[seed] for seed in common) for rate, scores in sorted(by_rate.items())}
             best = max(means, key=means.__getitem__)
             lost.append(means[best] - means[default])
+            at_default.setdefault(f"`{method}`", {})[f"{task} {size}"] = {
+                s: by_rate[default][s] for s in common
+            }
             values = " / ".join(f"{value:.3f}" for value in means.values())
             tried = ", ".join(f"{rate:g}" for rate in means)
             cells.append(
@@ -121,6 +144,12 @@ def rates(exports: Iterable[Export]) -> list[str]:
         "scores, which favours it. Mean shortfall of the default: "
         f"{100 * mean(lost):.1f} points over {len(lost)} rows, at most {100 * max(lost):.1f}."
     )
+    full = at_default["`full`"]
+    apart = [[name, *_from_full(scores, full)] for name, scores in at_default.items() if scores is not full]
+    said += " At the defaults, over all tasks and sizes: " + "; ".join(
+        f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart
+    )
+    said += f", of {sum(map(len, full.values()))} pairs each."
     return ["\n".join([said, "", table(header, cells, text=(0, 3, 6, 7)), "", "```bash", *commands, "```"])]
 
 
