@@ -163,7 +163,12 @@ def test_where_a_cpu_has_no_product_of_bf16_the_pass_takes_float32(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 1))
+
+    class ByName(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(input=x, weight=self.weight, bias=self.bias)
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh(), ByName(8, 1))
     wide = copy.deepcopy(model)
     batches = [(torch.randn(size, 3, 6).bfloat16(), torch.randn(size).bfloat16()) for _ in range(3)]
 

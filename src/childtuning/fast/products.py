@@ -73,21 +73,22 @@ def wide_products(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
 class _WideProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and self._is_slow(*args):
-            x, weight, *bias = args
-            y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias[0] if bias else None)
-            return y.view(*x.shape[:-1], weight.shape[0])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return (_linear if func is F.linear else func)(*args, **kwargs)
 
-    @staticmethod
-    def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        return (
-            type(weight) in (Tensor, nn.Parameter)  # others multiply in a way of their own
-            and weight.is_cpu
-            and weight.dtype in _SLOW
-            and x.dtype is weight.dtype
-            and weight.dim() == 2
-            and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch._C._are_functorch_transforms_active()
-        )
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    is_slow = (
+        type(weight) in (Tensor, nn.Parameter)  # others multiply in a way of their own
+        and weight.is_cpu
+        and weight.dtype in _SLOW
+        and input.dtype is weight.dtype
+        and weight.dim() == 2
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
+    if not is_slow:
+        return F.linear(input, weight, bias)
+    y = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    return y.view(*input.shape[:-1], weight.shape[0])
