@@ -328,7 +328,7 @@ class _Units:
 
     Args:
         value: float64 [units], the sums of their scores.
-        size: int32 [units], their entries.
+        size: int32 or int64 [units], their entries.
         owner: int32 [units], their parameters.
         first: float64 [moments, parameters], what a parameter adds once any of it is taken.
         each: float64 [moments, parameters], what each entry adds.
@@ -347,7 +347,8 @@ class _Units:
         for owner, (name, score) in enumerate(scores.items()):
             unit = share.units(name)
             sums.append(unit.sums(score).cpu())
-            sizes.append(unit.sizes(tuple(score.shape)).int())
+            size = unit.sizes(tuple(score.shape))
+            sizes.append(size.int() if score.numel() < 1 << 31 else size)
             owners.append(torch.full((len(sizes[-1]),), owner, dtype=torch.int32))
             prices.append(costs.of_entries(what, name, unit))
         first, each = torch.tensor(prices, dtype=torch.float64).permute(1, 2, 0)
