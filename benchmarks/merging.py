@@ -11,7 +11,7 @@ scores are those of the other half. Exact sums have nothing to choose.
 from __future__ import annotations
 
 import argparse
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
@@ -62,8 +62,10 @@ def trained(method: str, common: RunConfig, folder: Path) -> list[tuple[Any, Del
     for name in (*tasks[first:], *tasks[:first]):
         density = DENSITY if method.startswith("child") else None
         config = replace(common, task=name, method=method.split()[0], density=density)
-        train_run(config, folder / name, inputs=Apart(avoid if method.endswith("disjoint") else None))
-        run = load(folder / name)
+        place = folder / name
+        inputs = Apart(avoid if method.endswith("disjoint") else None)
+        train_run(config, place, resume=(place / "config.toml").is_file(), inputs=inputs)
+        run = load(place)
         if method.startswith("child"):
             delta = run.delta
             child = Child.load(folder / name / "child.safetensors")
@@ -111,34 +113,31 @@ def scores(runs: list[Any], deltas: list[Delta], halves: list[Any]) -> dict[str,
     return found
 
 
-def measure(method: str, common: RunConfig) -> dict[str, Any]:
+def measure(method: str, common: RunConfig, folder: Path) -> dict[str, Any]:
     """Train all tasks in one way, merge them in each way that goes with it, and return all scores."""
     seed = common.seed
-    with tempfile.TemporaryDirectory() as folder:
-        tasks = trained(method, common, Path(folder))
-        runs, deltas = [run for run, _ in tasks], [delta for _, delta in tasks]
-        splits = [read_run_task(run.config)[0].dev for run in runs]
-        chosen, told = ([split.subset(range(i, len(split), 2)) for split in splits] for i in (0, 1))
-        base = runs[0].base().model
-        result: dict[str, Any] = {"alone": scores(runs, deltas, told)}
-        ways = {"child-d disjoint": ["exact", "mean"], "full": ["mean", "ties", "dare"]}.get(
-            method, ["mean", "ties"]
-        )
-        for how in ways:
-            best: tuple[float, float] | None = None
-            for weight in WEIGHTS if how != "exact" else (1.0,):
-                found = (
-                    scores(runs, merged(how, weight, deltas, base, seed), chosen) if how != "exact" else {}
-                )
-                total = sum(found.values())
-                if best is None or total > best[0]:
-                    best = total, weight
-            assert best is not None
-            result[how] = {
-                "weight": best[1],
-                "scores": scores(runs, merged(how, best[1], deltas, base, seed), told),
-            }
-        return result
+    tasks = trained(method, common, folder)
+    runs, deltas = [run for run, _ in tasks], [delta for _, delta in tasks]
+    splits = [read_run_task(run.config)[0].dev for run in runs]
+    chosen, told = ([split.subset(range(i, len(split), 2)) for split in splits] for i in (0, 1))
+    base = runs[0].base().model
+    result: dict[str, Any] = {"alone": scores(runs, deltas, told)}
+    ways = {"child-d disjoint": ["exact", "mean"], "full": ["mean", "ties", "dare"]}.get(
+        method, ["mean", "ties"]
+    )
+    for how in ways:
+        best: tuple[float, float] | None = None
+        for weight in WEIGHTS if how != "exact" else (1.0,):
+            found = scores(runs, merged(how, weight, deltas, base, seed), chosen) if how != "exact" else {}
+            total = sum(found.values())
+            if best is None or total > best[0]:
+                best = total, weight
+        assert best is not None
+        result[how] = {
+            "weight": best[1],
+            "scores": scores(runs, merged(how, best[1], deltas, base, seed), told),
+        }
+    return result
 
 
 def main() -> None:
@@ -150,6 +149,9 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--epochs", type=float, help="as many as train takes by itself if not given")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs-merging"), help="keeps runs until all are merged"
+    )
     given = parser.parse_args()
     restart_with_settings(threads=1)
     torch.set_num_threads(1)
@@ -167,7 +169,12 @@ def main() -> None:
     for seed in map(int, given.seeds.split(",")):
         for method in METHODS:
             key = {"model": name, "tasks": given.tasks, "method": method, "seed": seed, "density": DENSITY}
-            recorded.run(key, lambda method=method, seed=seed: measure(method, replace(common, seed=seed)))
+            runs = given.runs / f"{name}-{method.split(':')[0].replace(' ', '-')}-{seed}"
+            recorded.run(
+                key,
+                lambda method=method, seed=seed, runs=runs: measure(method, replace(common, seed=seed), runs),
+            )
+            shutil.rmtree(runs, ignore_errors=True)
 
 
 if __name__ == "__main__":
