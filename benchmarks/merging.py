@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, help="as many as train takes by itself if not given")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs-merging"), help="keeps runs until all are merged"
+        "--runs", type=Path, default=Path("runs/merging"), help="keeps runs until all are merged"
     )
     given = parser.parse_args()
     restart_with_settings(threads=1)
