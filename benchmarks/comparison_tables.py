@@ -16,7 +16,7 @@ from childtuning.compare.statistics import compare_stratified
 from childtuning.methods import Combination
 from childtuning.training import suggested_rate
 
-_TASKS = {
+TASKS = {
     "rte": "RTE",
     "cola": "CoLA",
     "mrpc": "MRPC",
@@ -60,7 +60,7 @@ def units(export: Export) -> str:
         group, point = run["group"], run["point"]
         cut = [f"{point['density']:g}, {point['granularity']}"] if "density" in point else []
         name = " ".join([f"`{group['method']}`", *cut])
-        found.setdefault(name, {}).setdefault(_TASKS[group["task"]], {})[run["seed"]] = run["result"][
+        found.setdefault(name, {}).setdefault(TASKS[group["task"]], {})[run["seed"]] = run["result"][
             "metric"
         ]["value"]
     tasks = list(dict.fromkeys(task for scores in found.values() for task in scores))
@@ -126,7 +126,7 @@ def rates(exports: Iterable[Export]) -> list[str]:
             tried = ", ".join(f"{rate:g}" for rate in means)
             cells.append(
                 [
-                    _TASKS.get(task, task),
+                    TASKS.get(task, task),
                     f"{size}",
                     str(len(common)),
                     f"`{method}`",
@@ -190,7 +190,7 @@ def ranking(export: Export) -> str:
         known, costs, start = row["description"], row["costs"], row["group"]["start"]
         rows.append(
             [
-                _where(row) + ("" if start is None else f" after {_TASKS.get(start, start)}"),
+                _where(row) + ("" if start is None else f" after {TASKS.get(start, start)}"),
                 f"`{row['group']['method']}`",
                 _described(known),
                 "—" if known["interval"] is None else " … ".join(f"{end:.3f}" for end in known["interval"]),
@@ -233,7 +233,7 @@ def domains(export: Export) -> str:
     cells = []
     for task, method in dict.fromkeys((r["group"]["task"], r["group"]["method"]) for r in done):
         mine = [r["result"] for r in done if (r["group"]["task"], r["group"]["method"]) == (task, method)]
-        cells.append([_TASKS.get(task, task), f"`{method}`", _of(r["metric"]["value"] for r in mine)])
+        cells.append([TASKS.get(task, task), f"`{method}`", _of(r["metric"]["value"] for r in mine)])
         for name in names:
             cells[-1].append(_of(r["elsewhere"][name]["accuracy"] for r in mine if name in r["elsewhere"]))
     header = ["trained on", "method", "own dev", *map(_elsewhere, names)]
@@ -244,7 +244,7 @@ def _elsewhere(name: str) -> str:
     """A split of another task as papers name it: ``mnli/dev_matched`` is MNLI-m."""
     task, _, split = name.partition("/")
     which = next((short for start, short in _SPLITS.items() if split.startswith(start)), None)
-    return _TASKS.get(task, task) + (f"-{which}" if which else "")
+    return TASKS.get(task, task) + (f"-{which}" if which else "")
 
 
 def _with_setting(export: Export, content: str) -> str:
@@ -267,7 +267,7 @@ def _read(folder: Path, name: str) -> list[Export]:
 
 def _where(row: dict[str, Any]) -> str:
     task = row["group"]["task"]
-    return f"{_TASKS.get(task, task)} ({_METRICS.get(row['metric'], row['metric'])})"
+    return f"{TASKS.get(task, task)} ({_METRICS.get(row['metric'], row['metric'])})"
 
 
 def _beside(row: dict[str, Any]) -> list[str]:

@@ -16,11 +16,10 @@ import front
 import method_tables
 import scale
 import transfer_tables
+from comparison_tables import TASKS
 from costs import costs, floors, table
 
 ROOT = Path(__file__).resolve().parent.parent
-
-_NAMES = {"rte": "RTE", "cola": "CoLA", "mrpc": "MRPC", "stsb": "STS-B"}
 
 
 def results(name: str) -> Any:
@@ -46,6 +45,33 @@ def serving() -> str:
     return table(["file", "size", "of the model"], rows)
 
 
+def merges() -> str:
+    """Each task's score alone and after each kind of merge: means over the seeds."""
+    runs = (results("merging.json") or {"runs": []})["runs"]
+    parts = []
+    for model, tasks in dict.fromkeys((run["key"]["model"], run["key"]["tasks"]) for run in runs):
+        names, rows = tasks.split(","), []
+        found: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            if (run["key"]["model"], run["key"]["tasks"]) == (model, tasks):
+                found.setdefault(run["key"]["method"], []).append(run["result"])
+        for method, of_seeds in found.items():
+            alone = [result["alone"] for result in of_seeds]
+            rows.append([f"`{method}`", "alone", str(len(alone)), *_means(names, alone), ""])
+            for how in (key for key in of_seeds[0] if key != "alone"):
+                merged = [result[how]["scores"] for result in of_seeds]
+                kept = mean(sum(m.values()) / sum(a.values()) for m, a in zip(merged, alone, strict=True))
+                rows.append(["", how, str(len(merged)), *_means(names, merged), f"{kept:.0%}"])
+        header = ["method", "merge", "seeds", *(TASKS[name] for name in names), "kept"]
+        title = "all-MiniLM-L6-v2" if model == "default" else model
+        parts.append(f"{title}, 500 examples a task:\n\n{table(header, rows, text=(0, 1))}")
+    return "\n\n".join(parts) or "Not recorded yet."
+
+
+def _means(names: list[str], scores: list[dict[str, float]]) -> list[str]:
+    return [f"{mean(score[name] for score in scores):.3f}" for name in names]
+
+
 def scores() -> str:
     """Mean over seeds of each method on each task, at the learning rate that is best on seed 0."""
     runs = results("scores.json")
@@ -63,7 +89,7 @@ def scores() -> str:
             last = chosen[0]
             rows.append(
                 [
-                    f"{_NAMES.get(task, task)} ({last['metric']['name']}) {method}",
+                    f"{TASKS[task]} ({last['metric']['name']}) {method}",
                     f"{mean(values):.3f}{spread}",
                     ", ".join(f"{value:.3f}" for value in values),
                     f"{best} of {', '.join(sorted({run['key'][2] for run in first}, key=float))}",
@@ -137,7 +163,7 @@ def main() -> int:
         ROOT / "docs" / "forgetting.svg": {"front": front.chart(folder)},
         ROOT / "docs" / "scale.md": scale.tables(folder),
         ROOT / "docs" / "learning-rates.md": {"rates": compared["rates"]},
-        ROOT / "docs" / "serving.md": {"serving": serving()},
+        ROOT / "docs" / "serving.md": {"serving": serving(), "merges": merges()},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
             "cnn": transfer_tables.cnn(folder),
