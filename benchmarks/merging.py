@@ -68,7 +68,7 @@ def trained(method: str, common: RunConfig, folder: Path) -> list[tuple[Any, Del
         run = load(place)
         if method.startswith("child"):
             delta = run.delta
-            child = Child.load(folder / name / "child.safetensors")
+            child = Child.load(place / "child.safetensors")
             avoid = child if avoid is None else reduce(or_, (avoid, child))
         else:
             model = run.merged()

@@ -188,8 +188,11 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def chosen_before(folder: Path) -> dict[str, Any]:
     """Return what a run that is resumed noted when it chose its child; empty if it noted nothing."""
-    path = folder / CHECKPOINTS / CHOSEN
-    return json.loads(path.read_text(encoding="utf-8")) if _is_json(path) else {}
+    try:
+        found = json.loads((folder / CHECKPOINTS / CHOSEN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_json(path: Path) -> bool:

@@ -224,8 +224,8 @@ def train_run(
             tell(_describe(trainer.select(), trainer.num_scored, len(train)))
         budget = _budget(config, trainer, tell) if checkpoint is None else None
         chosen = {"fisher_seconds": time.perf_counter() - start, "budget": budget}
-        if checkpoint is not None:
-            chosen |= chosen_before(folder)
+        before = {} if checkpoint is None else chosen_before(folder)
+        chosen |= {key: before[key] for key in chosen if key in before}
     except BaseException:
         if is_main:
             remove_empty(folder)
