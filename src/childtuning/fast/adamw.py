@@ -85,7 +85,8 @@ class ChildTable:
         tasks["second"] += offset.astype(np.uintp)
         tasks["compact_gradient"] = compact
         numbers = step.numbers()
-        run_tasks("ct_adamw_stretches", tasks, numbers.ctypes.data)
+        tasks["numbers"] = numbers.ctypes.data
+        run_tasks("ct_adamw_stretch", tasks)
 
 
 def masked_(members: Sequence[tuple[Member, MaskDraw]]) -> None:

@@ -2,6 +2,9 @@
 
 They are compiled when the package is installed. Where there was no compiler ``LIBRARY`` is ``None``, and the
 definitions in torch and numpy serve.
+
+Kernels run on torch's own threads where those are OpenMP's. For a while after each operation of torch's these threads
+wait without sleeping, and would keep threads of ours from the processors.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from childtuning import fast
+from childtuning.fast.runs import cut
 
 
 def _load() -> ctypes.CDLL | None:
@@ -33,6 +37,7 @@ def _load() -> ctypes.CDLL | None:
 LIBRARY = _load()
 BLOCK_ENTRIES = 32  # one Philox4x64 block: four words of eight bytes
 _ENTRIES_A_TASK = 1 << 18
+_PROCESS = os.getpid()  # threads do not survive a fork
 
 
 class MaskDraw(NamedTuple):
@@ -86,12 +91,25 @@ NUMBERS = np.dtype(
         ]
     ]
 )  # ct_adamw
+JOB = _record("kernel tasks", "num size next")  # ct_job
 STRETCH = _record(
-    "weight gradient first second index", "count width repeats period compact_gradient"
+    "weight gradient first second index", "count width repeats period compact_gradient", "numbers"
 )  # ct_stretch
 MASKED = _record("weight gradient first second", "start count mask_start", "draw numbers")  # ct_masked
 ROWS = _record("weight gradient first second", "start count width", "place numbers")  # ct_rows
 ENTRIES = _record("there written before index", "count width repeats period stride")  # ct_entries
+PRODUCTS = _record(
+    "left right score room",
+    "examples terms rows columns left_example left_term right_example right_term",
+)  # ct_products
+KEPT = _record("out", "start count", "draw")  # ct_kept
+DROPPED = np.dtype(
+    [
+        *_record("out in", "start count", "draw").descr,
+        ("scale", np.float32),
+        ("padding", np.float32),
+    ]
+)  # ct_dropped
 POINTERS = ["weight", "gradient", "first", "second", "master", "places"]
 # Every column is 8 bytes wide, so that kernels find them by number; ``program`` is the record's first one.
 RECORD = np.dtype(
@@ -159,14 +177,8 @@ class Member(NamedTuple):
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    draw = ctypes.POINTER(Draw)
     for name, types in {
-        "ct_adamw_stretches": [pointer, number, pointer, pointer],
-        "ct_adamw_masked": [pointer, number, pointer],
-        "ct_adamw_rows": [pointer, number, pointer],
-        "ct_exchange": [pointer, number, pointer],
-        "ct_keep_mask": [pointer, number, number, draw],
-        "ct_dropout": [pointer, pointer, number, number, draw, real],
+        "ct_work": [pointer],
         "ct_sample": [pointer, number, number, real, pointer],
         "ct_bracket": [pointer, number, real, real, real, pointer, pointer, number],
         "ct_collect": [pointer, number, real, real, number, number, number, pointer],
@@ -175,6 +187,7 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes = types
         function.restype = None
         setattr(library, name, function)
+    library.ct_adds_squares.argtypes, library.ct_adds_squares.restype = [], ctypes.c_int
 
 
 if LIBRARY is not None:
@@ -198,7 +211,7 @@ def parallel(work: Callable[[int], None], count: int) -> None:
         for i in range(first, count, num_threads):
             work(i)
 
-    threads = _threads(num_threads - 1, os.getpid())  # by process: threads do not survive a fork
+    threads = _threads(num_threads - 1, os.getpid())
     others = [threads.submit(share, first) for first in range(1, num_threads)]
     try:
         share(0)
@@ -208,12 +221,30 @@ def parallel(work: Callable[[int], None], count: int) -> None:
         other.result()
 
 
-def run_tasks(name: str, tasks: NDArray, *others: int) -> None:
+@cache
+def _torchs_threads(process: int) -> Callable[..., None] | None:
+    """Return what runs a function on torch's threads, GOMP_parallel; ``None`` where torch has others."""
+    if process != _PROCESS:
+        return None
+    try:
+        run = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    run.restype = None
+    return run
+
+
+def run_tasks(name: str, tasks: NDArray) -> None:
     """Run a compiled kernel: each thread takes tasks from the table until none is left."""
     assert LIBRARY is not None
-    function, queue = getattr(LIBRARY, name), np.zeros(1, np.int64)
-    arguments = (queue.ctypes.data, len(tasks), tasks.ctypes.data, *others)
-    parallel(lambda _: function(*arguments), min(torch.get_num_threads(), len(tasks)))
+    work, kernel = LIBRARY.ct_work, ctypes.cast(getattr(LIBRARY, name), ctypes.c_void_p).value
+    job = np.array((kernel, tasks.ctypes.data, len(tasks), tasks.itemsize, 0), JOB)
+    run, num_threads = _torchs_threads(os.getpid()), torch.get_num_threads()
+    if min(num_threads, len(tasks)) > 1 and run is not None:  # fewer threads would end torch's others
+        run(ctypes.cast(work, ctypes.c_void_p), job.ctypes.data, num_threads, 0)
+    else:
+        parallel(lambda _: work(job.ctypes.data), min(num_threads, len(tasks)))
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -232,17 +263,11 @@ def keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor | None:
 
 
 def _keep_mask(draw: MaskDraw, numel: int, start: int) -> Tensor:
-    assert LIBRARY is not None
-    function, bits = LIBRARY.ct_keep_mask, draw.native()
-    skip = start % BLOCK_ENTRIES
+    skip, bits = start % BLOCK_ENTRIES, draw.native()
     keep = torch.empty(skip + numel, dtype=torch.bool, device="cpu")
-    first, pointer = start - skip, keep.data_ptr()
-
-    def work(i: int) -> None:
-        at = i * _ENTRIES_A_TASK
-        function(pointer + at, first + at, min(_ENTRIES_A_TASK, len(keep) - at), bits)
-
-    parallel(work, -(-len(keep) // _ENTRIES_A_TASK))
+    to, address = keep.data_ptr(), ctypes.addressof(bits)
+    tasks = [(to + at, start - skip + at, size, address) for at, size in cut(len(keep), _ENTRIES_A_TASK)]
+    run_tasks("ct_keep_mask", np.array(tasks, KEPT))
     return keep[skip:]
 
 
@@ -251,12 +276,10 @@ def dropout_(out: Tensor, draw: MaskDraw, x: Tensor, scale: float) -> None:
     if not fits(x, out):
         torch.mul(x, _keep_mask(draw, x.numel(), 0).view(x.shape), out=out).mul_(scale)
         return
-    assert LIBRARY is not None
-    function, bits = LIBRARY.ct_dropout, draw.native()
-    to, source, numel = out.data_ptr(), x.data_ptr(), x.numel()
-
-    def work(i: int) -> None:
-        at = i * _ENTRIES_A_TASK
-        function(to + 4 * at, source + 4 * at, at, min(_ENTRIES_A_TASK, numel - at), bits, scale)
-
-    parallel(work, -(-numel // _ENTRIES_A_TASK))
+    bits = draw.native()
+    to, source, address = out.data_ptr(), x.data_ptr(), ctypes.addressof(bits)
+    tasks = [
+        (to + 4 * at, source + 4 * at, at, size, address, scale, 0)
+        for at, size in cut(x.numel(), _ENTRIES_A_TASK)
+    ]
+    run_tasks("ct_dropout", np.array(tasks, DROPPED))

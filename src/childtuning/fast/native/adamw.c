@@ -29,6 +29,7 @@ typedef struct {
     int64_t count, width;
     int64_t repeats, period;
     int64_t compact_gradient;
+    const ct_adamw *numbers;
 } ct_stretch;
 
 /* Entries start ... start + count - 1 of a parameter under a mask of single entries; the parameter's first entry is
@@ -108,59 +109,53 @@ INLINE void update_once(const ct_stretch *s, const ct_adamw h) {
     }
 }
 
-/* Update the entries of stretches. */
-EXPORT CLONES void ct_adamw_stretches(int64_t *queue, int64_t num, const ct_stretch *stretches, const ct_adamw *numbers) {
-    const ct_adamw h = *numbers;
-    for (int64_t k; (k = take(queue)) < num;) {
-        ct_stretch s = stretches[k];
-        const int64_t once = s.count * s.width;
-        for (int64_t r = 0; r < s.repeats; r++) {
-            update_once(&s, h);
-            s.weight += s.period;
-            s.gradient += s.compact_gradient ? once : s.period;
-            s.first += once;
-            s.second += once;
-        }
+/* Update the entries of a stretch. */
+EXPORT CLONES void ct_adamw_stretch(const ct_stretch *task) {
+    ct_stretch s = *task;
+    const ct_adamw h = *s.numbers;
+    const int64_t once = s.count * s.width;
+    for (int64_t r = 0; r < s.repeats; r++) {
+        update_once(&s, h);
+        s.weight += s.period;
+        s.gradient += s.compact_gradient ? once : s.period;
+        s.first += once;
+        s.second += once;
     }
 }
 
-/* Update whole parameters under fresh masks. The gradients are not written to. */
-EXPORT CLONES void ct_adamw_masked(int64_t *queue, int64_t num, const ct_masked *tasks) {
+/* Update entries under a fresh mask. The gradient is not written to. */
+EXPORT CLONES void ct_adamw_masked(const ct_masked *task) {
     uint8_t keep[CT_BATCH];
     float gradients[CT_BATCH];
-    for (int64_t k; (k = take(queue)) < num;) {
-        const ct_masked t = tasks[k];
-        const ct_adamw h = *t.numbers;
-        const ct_keys keys = ct_key_schedule(t.draw);
-        for (int64_t done = 0, n; done < t.count; done += n) {
-            const int64_t at = t.start + done, skip = (t.mask_start + at) % CT_BLOCK;
-            n = t.count - done < CT_BATCH - skip ? t.count - done : CT_BATCH - skip;
-            const float *g = t.gradient + at;
-            const uint8_t *kept = keep + skip;
-            ct_keep(t.draw, &keys, (uint64_t)(t.mask_start + at - skip), keep);
-            for (int64_t i = 0; i < n; i++) {
-                const float gradient = g[i];
-                gradients[i] = kept[i] ? gradient : 0.0f;
-            }
-            update(t.weight + at, gradients, t.first + at, t.second + at, n, h);
+    const ct_masked t = *task;
+    const ct_adamw h = *t.numbers;
+    const ct_keys keys = ct_key_schedule(t.draw);
+    for (int64_t done = 0, n; done < t.count; done += n) {
+        const int64_t at = t.start + done, skip = (t.mask_start + at) % CT_BLOCK;
+        n = t.count - done < CT_BATCH - skip ? t.count - done : CT_BATCH - skip;
+        const float *g = t.gradient + at;
+        const uint8_t *kept = keep + skip;
+        ct_keep(t.draw, &keys, (uint64_t)(t.mask_start + at - skip), keep);
+        for (int64_t i = 0; i < n; i++) {
+            const float gradient = g[i];
+            gradients[i] = kept[i] ? gradient : 0.0f;
         }
+        update(t.weight + at, gradients, t.first + at, t.second + at, n, h);
     }
 }
 
-/* Update whole parameters of which some rows have a gradient. */
-EXPORT CLONES void ct_adamw_rows(int64_t *queue, int64_t num, const ct_rows *tasks) {
+/* Update rows of which some have a gradient. */
+EXPORT CLONES void ct_adamw_rows(const ct_rows *task) {
     const float none[CT_BATCH] = {0};
-    for (int64_t k; (k = take(queue)) < num;) {
-        const ct_rows t = tasks[k];
-        const ct_adamw h = *t.numbers;
-        for (int64_t r = t.start; r < t.start + t.count; r++) {
-            float *w = t.weight + r * t.width, *m = t.first + r * t.width, *v = t.second + r * t.width;
-            if (t.place[r] >= 0) {
-                update(w, t.gradient + t.place[r] * t.width, m, v, t.width, h);
-                continue;
-            }
-            for (int64_t i = 0; i < t.width; i += CT_BATCH)
-                update(w + i, none, m + i, v + i, t.width - i < CT_BATCH ? t.width - i : CT_BATCH, h);
+    const ct_rows t = *task;
+    const ct_adamw h = *t.numbers;
+    for (int64_t r = t.start; r < t.start + t.count; r++) {
+        float *w = t.weight + r * t.width, *m = t.first + r * t.width, *v = t.second + r * t.width;
+        if (t.place[r] >= 0) {
+            update(w, t.gradient + t.place[r] * t.width, m, v, t.width, h);
+            continue;
         }
+        for (int64_t i = 0; i < t.width; i += CT_BATCH)
+            update(w + i, none, m + i, v + i, t.width - i < CT_BATCH ? t.width - i : CT_BATCH, h);
     }
 }

@@ -50,10 +50,7 @@ INLINE void exchange(const ct_entries *e, char *there, const char *written, char
     }
 }
 
-EXPORT void ct_exchange(int64_t *queue, int64_t num, const ct_entries *tasks) {
-    for (int64_t k; (k = take(queue)) < num;) {
-        const ct_entries *e = tasks + k;
-        for (int64_t r = 0; r < e->repeats; r++)
-            exchange(e, e->there + r * e->period, e->written + r * e->stride, e->before + r * e->stride);
-    }
+EXPORT void ct_exchange(const ct_entries *e) {
+    for (int64_t r = 0; r < e->repeats; r++)
+        exchange(e, e->there + r * e->period, e->written + r * e->stride, e->before + r * e->stride);
 }

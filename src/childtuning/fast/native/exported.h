@@ -13,7 +13,4 @@
 
 #include <stdint.h>
 
-/* Threads take tasks from the queue until none is left. */
-INLINE int64_t take(int64_t *queue) { return __atomic_fetch_add(queue, 1, __ATOMIC_RELAXED); }
-
 #endif
