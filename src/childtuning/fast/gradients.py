@@ -8,11 +8,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from childtuning.fast.library import LIBRARY, PRODUCTS, run_tasks
+from childtuning.fast.runs import cut
+
 _TOGETHER = 4  # examples whose gradients are formed by one call, where they are small
 _CACHED = 1 << 21  # entries that stay in a cache
+_SMALL = 1 << 20  # multiplications that are not worth a call of the kernel
+_TILE, _WIDTH = 8, 48  # the kernel's largest
+_ROWS, _TERMS = 192, 2048  # a thread's at a time: so many stay in its cache
 
 
 class ExampleGradients(ABC):
@@ -75,12 +82,42 @@ class Outer(ExampleGradients):
         if left.shape[1] == 1:
             score.addmm_(left[:, 0].square().T, right[:, 0].square())
             return
+        if _in_registers_(score, left, right):
+            return
         size = max(1, min(_TOGETHER, _CACHED // max(score.numel(), 1)))
         buffer = score.new_empty(min(size, len(left)), *score.shape)
         for left_some, right_some in zip(left.split(size), right.split(size), strict=True):
             some = torch.bmm(left_some.transpose(1, 2), right_some, out=buffer[: len(left_some)])
             for gradient in some:
                 score.addcmul_(gradient, gradient)
+
+
+def _in_registers_(score: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Add Σ_b (left_bᵀ right_b)² by the compiled kernel, which writes no product; tell whether it can."""
+    tensors = score, left, right
+    if (
+        LIBRARY is None
+        or not LIBRARY.ct_adds_squares()
+        or left.numel() * right.shape[2] < _SMALL
+        or not all(t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided for t in tensors)
+        or not score.is_contiguous()
+    ):
+        return False
+    num_threads, num_examples = torch.get_num_threads(), max(1, _TERMS // left.shape[1])
+    num_rows = min(_ROWS, -(-len(score) // (num_threads * _TILE)) * _TILE)
+    for some in zip(left.split(num_examples), right.split(num_examples), strict=True):
+        left, right = (t if t.stride(2) == 1 else t.contiguous() for t in some)
+        B, T, I = right.shape
+        rooms = score.new_empty(num_threads, (B * T + _WIDTH) * num_rows + T * _WIDTH)
+        numbers = (I, *left.stride()[:2], *right.stride()[:2])
+        tasks = [
+            (left.data_ptr() + 4 * first, right.data_ptr(), score[first].data_ptr(), 0, B, T, count, *numbers)
+            for first, count in cut(len(score), num_rows)
+        ]
+        for wave in np.split(np.array(tasks, PRODUCTS), range(num_threads, len(tasks), num_threads)):
+            wave["room"] = [room.data_ptr() for room in rooms[: len(wave)]]
+            run_tasks("ct_add_squares", wave)
+    return True
 
 
 def _without_trailing_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
