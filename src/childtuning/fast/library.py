@@ -226,13 +226,16 @@ def _torchs_threads(process: int) -> Callable[..., None] | None:
     """Return what runs a function on torch's threads, GOMP_parallel; ``None`` where torch has others."""
     if process != _PROCESS:
         return None
-    try:
-        run = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    run.restype = None
-    return run
+    path = str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")
+    for place in (None, path):  # first what was loaded for all, as torch itself looks
+        try:
+            run = ctypes.CDLL(place).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        run.restype = None
+        return run
+    return None
 
 
 def run_tasks(name: str, tasks: NDArray) -> None:
