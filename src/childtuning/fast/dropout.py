@@ -128,7 +128,7 @@ class _Attend(Function):
     ) -> Tensor:
         ctx.scale, ctx.p, seed = scale, p, _seed()
         ctx.save_for_backward(q, k, v, bias, seed)
-        probabilities = _probabilities(_times(q, scale), k, bias)
+        probabilities = _probabilities(q, k, bias, scale)
         y = _drop(probabilities, seed, p, out=probabilities) @ v
         return y if bias is None else y.mul_(_attends(bias))
 
@@ -137,27 +137,22 @@ class _Attend(Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # [B, heads, L, E']
         q, k, v, bias, seed = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_bias, *_ = ctx.needs_input_grad
-        q, k = _times(q, ctx.scale), k.contiguous()  # each is in two products, which would copy it twice
-        dY = dY.contiguous() if bias is None else _times(dY, _attends(bias))
-        probabilities = _probabilities(q, k, bias)
+        if bias is not None:
+            dY = dY * _attends(bias)
+        probabilities = _probabilities(q, k, bias, ctx.scale)
         dv = _drop(probabilities, seed, ctx.p).transpose(-2, -1) @ dY if needs_v else None
         dP = dY @ v.transpose(-2, -1)
         dP = _drop(dP, seed, ctx.p, out=dP)
         dS = torch.ops.aten._softmax_backward_data(dP, probabilities, -1, dP.dtype)
         del dP, probabilities
         dq = (dS @ k).mul_(ctx.scale) if needs_q else None
-        dk = dS.transpose(-2, -1) @ q if needs_k else None
+        dk = (dS.transpose(-2, -1) @ q).mul_(ctx.scale) if needs_k else None
         dbias = dS.sum_to_size(bias.shape) if bias is not None and needs_bias else None
         return dq, dk, dv, dbias, None, None
 
 
-def _times(x: Tensor, factor: Tensor | float) -> Tensor:
-    """Return a contiguous product, written once."""
-    return torch.mul(x, factor, out=x.new_empty(x.shape))
-
-
-def _probabilities(scaled_q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    scores = scaled_q @ k.transpose(-2, -1)
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         nothing = ~_attends(bias)  # rows of -inf alone, which have no softmax
         if bias.dtype == torch.bool:
