@@ -147,3 +147,9 @@ else:
     os._exit(keep_mask(0.5, "seed", numel=1 << 20).numpy().tobytes() != wanted)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_kernels_of_another_version_are_refused() -> None:
+    """After an update without a new build, one line says what to do."""
+    with pytest.raises(ImportError, match="another version .* Run `python hatch_build.py`"):
+        library._declare(ctypes.CDLL(None))

@@ -183,7 +183,12 @@ def _declare(library: ctypes.CDLL) -> None:
         "ct_bracket": [pointer, number, real, real, real, pointer, pointer, number],
         "ct_collect": [pointer, number, real, real, number, number, number, pointer],
     }.items():
-        function = library[name]
+        try:
+            function = library[name]
+        except AttributeError as fault:
+            raise ImportError(
+                f"the compiled kernels are of another version ({fault}). Run `python hatch_build.py`, or install again."
+            ) from None
         function.argtypes = types
         function.restype = None
         setattr(library, name, function)
