@@ -52,6 +52,30 @@ def test_an_error_in_a_block_leaves_what_was_active() -> None:
     assert same(snapshot(model), base) and switch.active is None
 
 
+@pytest.mark.parametrize("active", [None, "one"])
+def test_after_an_interruption_half_way_every_switch_is_refused(
+    active: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tuned(CHILDREN["element"], 0)[0], tuned(CHILDREN["row"], 1)[0]
+    model = a_model()
+    switch = ChildSwitch(model, {"one": one, "two": two})
+    if active is not None:
+        switch.activate(active)
+
+    def interrupted(*members: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("childtuning.delta.switch.exchange_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            switch.activate("two")
+    for again in (switch.deactivate, lambda: switch.activate("one"), lambda: switch.activate("two")):
+        with pytest.raises(DeltaError, match="Load the model anew"):
+            again()
+    with pytest.raises(DeltaError, match="Load the model anew"), switch.using(None):
+        pass
+
+
 def test_deltas_are_not_changed_and_can_be_removed() -> None:
     one, _ = tuned(CHILDREN["element"], 0)
     values = {name: value.clone() for name, value in one.values.items()}

@@ -123,7 +123,8 @@ class ChildSwitch:
     """Holds several deltas of one base model, and puts one of them at a time into a live model.
 
     A switch reads and writes the entries that differ, and nothing else; the way back is bitwise. A delta that is not
-    active is held as positions and values, on the CPU unless its tensors lie elsewhere.
+    active is held as positions and values, on the CPU unless its tensors lie elsewhere. After a switch that was
+    interrupted half-way, by a signal or a fault, all others are refused: the weights are of no delta.
 
     Args:
         model: the base model, which the deltas were made for. Nothing else may write to it while a delta is active.
@@ -151,6 +152,7 @@ class ChildSwitch:
         self._model = model
         self._held: dict[str, tuple[nn.Module, Held]] = {}
         self._active: str | None = None
+        self._is_between = False
         for name, delta in (deltas or {}).items():
             self.add(name, delta)
 
@@ -213,26 +215,46 @@ class ChildSwitch:
             DeltaError: there is no delta of this name.
         """
         model, held = self._find(name)
-        if self._active == name:
-            return
-        before, other = self._held.get(self._active or "", (None, None))
-        parameters = None
-        if other is not None and before is model:  # looked up once for both
-            reshard(model)
-            parameters = named(model, sharded=True)
-            other.exchange_(model, parameters)
-            self._active = None
-        else:
-            self.deactivate()
-        held.exchange_(model, parameters)
-        self._active = name
+        with self._moving():
+            if self._active == name:
+                return
+            before, other = self._held.get(self._active or "", (None, None))
+            parameters = None
+            if other is not None and before is model:  # looked up once for both
+                reshard(model)
+                parameters = named(model, sharded=True)
+                other.exchange_(model, parameters)
+                self._active = None
+            else:
+                self._take_out()
+            held.exchange_(model, parameters)
+            self._active = name
 
     def deactivate(self) -> None:
         """Put the base model's values back; without an active delta nothing changes."""
+        with self._moving():
+            self._take_out()
+
+    def _take_out(self) -> None:
         if self._active is not None:
             model, held = self._held[self._active]
             held.exchange_(model)
             self._active = None
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Note that values are being exchanged, so that an interruption is not forgotten."""
+        if self._is_between:
+            raise DeltaError(
+                "a switch was interrupted half-way: the weights are of no delta. Load the model anew."
+            )
+        self._is_between = True
+        try:
+            yield
+        except DeltaError:  # raised before anything is exchanged
+            self._is_between = False
+            raise
+        self._is_between = False
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
