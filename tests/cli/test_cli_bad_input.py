@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.cli.killed import killed_at_batch
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,16 @@ def finished(tmp_path_factory, tiny_bert, sentiment) -> Path:
     )
     train_run(config, output)
     return output
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tiny_bert, sentiment) -> tuple[list[object], Path]:
+    """A run that was killed behind its first checkpoint, and its options."""
+    files = ["--train", sentiment / "train.jsonl", "--eval", sentiment / "dev.jsonl", "--model", tiny_bert]
+    words = ["train", *files, "--method", "child-d", "--batch-size", 8, "--epochs", 1, "--save-steps", 2]
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    killed_at_batch(4, words, folder)
+    return words, folder
 
 
 def refused(done, *words: str) -> None:
@@ -172,6 +183,37 @@ def test_damaged_delta(childtuning, finished, tmp_path, damage) -> None:
     else:
         file.write_bytes(whole[:-20] if damage == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
     refused(childtuning("predict", run, "--text", "a cat"), "delta")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tokenizer/tokenizer.json", ["predict", "--text", "a cat"]),
+        ("tokenizer/tokenizer_config.json", ["evaluate", "--eval", "dev.jsonl"]),
+        ("child.safetensors", ["inspect", "--verify"]),
+        ("labels.json", ["predict", "--text", "a cat"]),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"[1]"], ids=["empty", "list"])
+def test_a_damaged_file_of_a_run_is_named(
+    childtuning, finished, sentiment, tmp_path, name, words, content
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / name).write_bytes(content)
+    command, *options = (sentiment / word if word == "dev.jsonl" else word for word in words)
+    refused(childtuning(command, run, *options), name.split("/")[0], "anew")
+
+
+@pytest.mark.parametrize("name", ["data.json", "checkpoints/checkpoint-2/child.json"])
+@pytest.mark.parametrize("content", [b"{\n", b"[1]"], ids=["cut", "list"])
+def test_a_damaged_file_of_an_interrupted_run_is_named(childtuning, stopped, tmp_path, name, content) -> None:
+    words, folder = stopped
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / name).write_bytes(content)
+    refused(childtuning(*words, "--output", run, "--resume"), name, "Resume from another one" if "child" in name
+            else "--overwrite")  # fmt: skip
 
 
 def test_output_folder_is_not_empty(childtuning, train_words, finished, tmp_path) -> None:

@@ -8,6 +8,7 @@ more than n·(k + 1) + N / 2^k bits, and for entries chosen independently it is 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -48,6 +49,21 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, remedy: str = "Copy the whole folder anew.") -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        CorruptFileError: it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as fault:
+        raise CorruptFileError(f"{path} cannot be read ({fault}). {remedy}") from None
+    return found
 
 
 def encode_gaps(indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int]:

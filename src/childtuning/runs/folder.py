@@ -27,6 +27,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from childtuning.child.files import read_json
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, CorruptFileError
 from childtuning.runs.config import RunConfig, json_ready, read_toml
@@ -133,7 +134,7 @@ def as_begun(folder: Path, config: RunConfig) -> RunConfig:
     """
     before = RunConfig.from_options(read_toml(folder / CONFIG))
     if (folder / DATA).is_file():
-        known = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        known = read_json(folder / DATA, "Start again with --overwrite.")
         check_data(known, asdict(config), "start again with --overwrite")
     autos = [name for name in RunConfig.__dataclass_fields__ if getattr(config, name) == "auto"]
     return replace(config, **{name: getattr(before, name) for name in autos})
@@ -170,6 +171,21 @@ def clear_run(folder: Path) -> None:
             path.unlink()
 
 
+def saved_processor(kind: Kind, folder: Path) -> Any:
+    """Return the tokenizer or image processor in a folder.
+
+    Raises:
+        CorruptFileError: a file of it is damaged.
+    """
+    import transformers
+
+    try:
+        return getattr(transformers, kind.auto_processor).from_pretrained(str(folder))
+    except Exception as fault:  # the tokenizers library raises bare Exceptions
+        reason = " ".join(str(fault).split())[:200]
+        raise CorruptFileError(f"{folder} cannot be read ({reason}). Copy the whole folder anew.") from None
+
+
 def remove_empty(folder: Path) -> None:
     """Remove a run's folder if the trainer created it and nothing was written to it."""
     for path in (folder / CHECKPOINTS, folder):
@@ -182,25 +198,23 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = sorted(
         (folder / CHECKPOINTS).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1])
     )
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+    whole = [path for path in found if _is_complete(path / "trainer_state.json")]
     return whole[-1] if whole else None
 
 
 def chosen_before(folder: Path) -> dict[str, Any]:
     """Return what a run that is resumed noted when it chose its child; empty if it noted nothing."""
     try:
-        found = json.loads((folder / CHECKPOINTS / CHOSEN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / CHECKPOINTS / CHOSEN)
+    except CorruptFileError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
-def _is_json(path: Path) -> bool:
+def _is_complete(trainer_state: Path) -> bool:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "global_step" in read_json(trainer_state)
+    except CorruptFileError:
         return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -360,15 +374,10 @@ class RunFolder:
             )
 
     def _json(self, name: str, *keys: str) -> dict[str, Any]:
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-            for key in keys:
-                content[key]
-            return content
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            raise CorruptFileError(
-                f"{self.path / name} cannot be read ({fault}). Copy the run's folder again."
-            ) from None
+        content = read_json(self.path / name)
+        if missing := [key for key in keys if key not in content]:
+            raise CorruptFileError(f"{self.path / name} has no {missing[0]!r}. Copy the whole folder anew.")
+        return content
 
     @property
     def kind(self) -> Kind:
@@ -387,7 +396,4 @@ class RunFolder:
 
     def processor(self) -> Any:
         """Return the tokenizer or image processor that the run used."""
-        import transformers
-
-        folder = str(self.path / self.kind.processor_folder)
-        return getattr(transformers, self.kind.auto_processor).from_pretrained(folder)
+        return saved_processor(self.kind, self.path / self.kind.processor_folder)

@@ -5,7 +5,6 @@ What is published names no path of this machine and holds no example.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from childtuning.child.files import read_json
 from childtuning.delta import Delta
 from childtuning.errors import ChildTuningError, ConfigError, ModelError
 from childtuning.runs.certify import certify
 from childtuning.runs.config import RunConfig
 from childtuning.runs.folder import CONFIG, DATA, LABELS, METHOD_FILES, METRICS, START, write_json, write_text
 from childtuning.runs.inputs import is_model_folder
+from childtuning.training.checkpoint_files import CHILD_FILE
 from childtuning.training.export import check_empty
 from childtuning.training.models import PACKAGED_NAME
 
@@ -66,8 +67,8 @@ def publish(run: Any, folder: str | Path, *, base: str | None = None, name: str 
 
 def _write(run: Any, folder: Path, base: str, name: str) -> None:
     replace(run.delta, base={**run.delta.base, "name": base}).save(folder)
-    if (run.path / "child.safetensors").is_file():
-        shutil.copyfile(run.path / "child.safetensors", folder / "child.safetensors")
+    if (run.path / CHILD_FILE).is_file():
+        shutil.copyfile(run.path / CHILD_FILE, folder / CHILD_FILE)
     if (run.path / CONFIG).is_file():
         _write_run(run, folder, base)
     else:
@@ -180,14 +181,14 @@ def _write_run(run: Any, folder: Path, base: str) -> None:
     kept = {key: value for key, value in run.metrics.items() if key not in _OF_EXAMPLES}
     write_json(folder / METRICS, {**kept, "output": None})
     if (run.path / DATA).is_file():
-        hashes = json.loads((run.path / DATA).read_text(encoding="utf-8"))
+        hashes = read_json(run.path / DATA)
         write_json(folder / DATA, {Path(path).name: digest for path, digest in hashes.items()})
     for inside in (run.kind.processor_folder, METHOD_FILES):
         if (run.path / inside).is_dir():
             shutil.copytree(run.path / inside, folder / inside, ignore=shutil.ignore_patterns("README.md"))
     adapter = folder / METHOD_FILES / "adapter_config.json"
     if adapter.is_file():
-        write_json(adapter, {**json.loads(adapter.read_text()), "base_model_name_or_path": base})
+        write_json(adapter, {**read_json(adapter), "base_model_name_or_path": base})
     if (run.path / START).is_dir():
         start = Delta.load(run.path / START)
         replace(start, base={**start.base, "name": base}).save(folder / START)

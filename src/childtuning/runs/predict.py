@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from childtuning.child import Child
 from childtuning.delta import Delta
 from childtuning.delta.files import bits
 from childtuning.errors import ConfigError, DataError, ModelError
@@ -25,6 +26,7 @@ from childtuning.runs.judgement import Answered, Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
 from childtuning.tasks.metrics import probabilities
 from childtuning.training import LoadedModel, bare_architecture, model_folder
+from childtuning.training.checkpoint_files import CHILD_FILE
 
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 _MOST_CLASSES = 50  # a file of predictions holds the probabilities of no more
@@ -407,7 +409,11 @@ class FinishedRun(RunFolder):
             counts: parameters and entries in the model; entries in the delta, how many of them differ from the
             base, and how many entries outside the delta differ from the base (0 if all is well). Entries that the
             base does not have (the new head and added modules) are counted separately.
+        Raises:
+            CorruptFileError: the file of the child is damaged.
         """
+        if (self.path / CHILD_FILE).is_file():
+            Child.load(self.path / CHILD_FILE)
         loaded = self.base()
         new = set(loaded.new_parameters)
         pretrained = {id(p): p.detach().clone() for n, p in loaded.model.named_parameters() if n not in new}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch
 from torch import nn
 
 from childtuning.child import Child
+from childtuning.child.files import read_json
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, ModelError
+from childtuning.runs.folder import saved_processor
 from childtuning.runs.judgement import Judgement
 from childtuning.runs.predict import FinishedRun
 from childtuning.tasks import KINDS, Kind, Source, Split, as_source
@@ -57,7 +58,7 @@ class TrainerFolder(FinishedRun):
     def method(self) -> str:
         """The method of the child: ``child-d`` or ``child-f``; ``child`` if another was given."""
         choice = self.path / "child.json"
-        found = json.loads(choice.read_text(encoding="utf-8")) if choice.is_file() else {}
+        found = read_json(choice) if choice.is_file() else {}
         return _METHODS.get(found.get("variant", ""), "child")
 
     @cached_property
@@ -98,14 +99,12 @@ class TrainerFolder(FinishedRun):
         Raises:
             ConfigError: when there is none.
         """
-        import transformers
-
         if not any((self.path / name).is_file() for name in _PROCESSORS):
             raise ConfigError(
                 f"{str(self.path)!r} has no tokenizer or image processor. Save it there: "
                 "ChildTrainer(…, processing_class=tokenizer), or tokenizer.save_pretrained(folder)."
             )
-        return getattr(transformers, self.kind.auto_processor).from_pretrained(self.path)
+        return saved_processor(self.kind, self.path)
 
     def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
         """Return a file or folder as a source; predictions need every row."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from childtuning.child import Child, ChildConfig, TaskFree
+from childtuning.child.files import read_json
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
@@ -116,7 +117,7 @@ class CheckpointFiles:
                 f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another folder."
             )
         choice = folder / CHOICE_FILE
-        if choice.is_file() and _completed(json.loads(choice.read_text(encoding="utf-8"))) != self._choice():
+        if choice.is_file() and _completed(read_json(choice, "Resume from another one.")) != self._choice():
             raise ConfigError(
                 f"{folder} was trained with a child other than this trainer's. Resume with the same one."
             )

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from childtuning.child.eligible import canonical_name
+from childtuning.child.files import read_json
 from childtuning.errors import CorruptFileError, ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -98,9 +99,9 @@ class Checkpoint:
         if not self.is_sharded:
             return [self.folder / _SINGLE]
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = read_json(self.folder / INDEX, "Get it anew.")
             names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        except (KeyError, AttributeError, TypeError) as fault:
             raise CorruptFileError(
                 f"{self.folder / INDEX} cannot be read ({fault!r}). Get it anew."
             ) from None
