@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -236,6 +238,23 @@ def test_output_folder_is_not_empty(childtuning, train_words, finished, tmp_path
     (run / "notes.txt").write_text("mine")
     assert childtuning(*train_words, "--output", run, "--overwrite").code == 0
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_two_processes_do_not_train_into_one_folder(childtuning, stopped, tmp_path) -> None:
+    words, folder = stopped
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    program = (
+        "import sys; from pathlib import Path; from childtuning.runs.folder import alone_in\n"
+        "with alone_in(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program, str(run)], **pipes) as other:
+        other.stdout.readline()
+        for place in (run, tmp_path / "other" / ".." / "run"):
+            refused(childtuning(*words, "--output", place, "--resume"), "another process is training into")
+        other.kill()
+    assert childtuning(*words, "--output", run, "--resume").code == 0
 
 
 def test_resume_with_a_changed_config(childtuning, train_words, tmp_path) -> None:

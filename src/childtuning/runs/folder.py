@@ -20,12 +20,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from childtuning.child.files import read_json
 from childtuning.delta import Delta
@@ -67,6 +71,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process on this machine is training into.
+
+    The lock lies in the system's folder for temporary files; the system releases it however a process ends.
+
+    Raises:
+        ConfigError: another process is.
+    """
+    place = f"{os.path.expanduser('~')}\n{folder.resolve()}"  # by user: a lock of another could not be opened
+    lock = FileLock(Path(gettempdir()) / f"childtuning-{sha256(place.encode()).hexdigest()[:16]}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another process is training into {str(folder)!r}. Wait until it ends, or pass another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # first, so that nobody takes a lock that is about to go; not on Windows
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> None:

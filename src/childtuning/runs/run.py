@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,7 @@ from childtuning.runs.folder import (
     START,
     RunFolder,
     RunResult,
+    alone_in,
     as_begun,
     check_output,
     chosen_before,
@@ -182,13 +184,33 @@ def train_run(
     Raises:
         ConfigError, DataError, ModelError, ParameterError: for faulty options, data, model or patterns.
     """
+    folder, inputs = Path(output).expanduser(), inputs or Inputs()
+    with alone_in(folder) if is_main_process() else nullcontext():
+        return _train_run(
+            config.resolved(),
+            folder,
+            inputs,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            tell=tell,
+        )
+
+
+def _train_run(
+    config: RunConfig,
+    folder: Path,
+    inputs: Inputs,
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: bool,
+    tell: Tell,
+) -> RunResult:
     import transformers
 
-    config = config.resolved()
     is_main = is_main_process()
     tell = tell if is_main else lambda line: None
-    inputs = inputs or Inputs()
-    folder = Path(output).expanduser()
     check_output(folder, config, overwrite=overwrite, resume=resume)
     if resume:
         config = as_begun(folder, config)
