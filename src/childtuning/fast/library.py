@@ -179,6 +179,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     for name, types in {
         "ct_work": [pointer],
+        "ct_adds_squares": [],
         "ct_sample": [pointer, number, number, real, pointer],
         "ct_bracket": [pointer, number, real, real, real, pointer, pointer, number],
         "ct_collect": [pointer, number, real, real, number, number, number, pointer],
@@ -192,7 +193,7 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes = types
         function.restype = None
         setattr(library, name, function)
-    library.ct_adds_squares.argtypes, library.ct_adds_squares.restype = [], ctypes.c_int
+    library.ct_adds_squares.restype = ctypes.c_int
 
 
 if LIBRARY is not None:
