@@ -5,7 +5,7 @@ head. What is multiplied into merged changes is chosen on half of the evaluation
 scores are those of the other half. Exact sums have nothing to choose.
 
     python benchmarks/merging.py --data-dir DATA
-    python benchmarks/merging.py --data-dir DATA --model MPNET --tasks sst2,stsb --epochs 4
+    python benchmarks/merging.py --data-dir DATA --model MPNET --tasks sst2,stsb --epochs 4 --eval-limit 400
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from childtuning.runs.inputs import Inputs, read_run_task
 
 TASKS = ("sst2", "stsb", "mrpc", "qqp", "snli", "sick")
 METHODS = ("child-d disjoint", "full", "lora:rank=16,alpha=32")
-DENSITY, TRAIN, EVAL, MAX_LENGTH = 0.05, 500, 1000, 64
+DENSITY, TRAIN, MAX_LENGTH = 0.05, 500, 64
 HEADS = ("classifier.*",)
 WEIGHTS = (1.0, 2.0, 3.0, 6.0)  # times the mean of six changes: 6 is their sum
 DROPPED = 0.9  # of DARE
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder; the packaged model if not given")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--epochs", type=float, help="as many as train takes by itself if not given")
+    parser.add_argument("--eval-limit", type=int, default=1000)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/merging"), help="keeps runs until all are merged"
@@ -162,7 +163,7 @@ def main() -> None:
         data_dir=str(given.data_dir),
         epochs=given.epochs or "auto",
         train_limit=TRAIN,
-        eval_limit=EVAL,
+        eval_limit=given.eval_limit,
         max_length=MAX_LENGTH,
     )
     name = Path(given.model).name if given.model else "default"

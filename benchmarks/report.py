@@ -63,7 +63,7 @@ def merges() -> str:
                 kept = mean(sum(m.values()) / sum(a.values()) for m, a in zip(merged, alone, strict=True))
                 rows.append(["", how, str(len(merged)), *_means(names, merged), f"{kept:.0%}"])
         header = ["method", "merge", "seeds", *(TASKS[name] for name in names), "kept"]
-        title = "all-MiniLM-L6-v2" if model == "default" else model
+        title = {"default": "all-MiniLM-L6-v2", "mpnet": "all-mpnet-base-v2"}.get(model, model)
         parts.append(f"{title}, 500 examples a task:\n\n{table(header, rows, text=(0, 1))}")
     return "\n\n".join(parts) or "Not recorded yet."
 
