@@ -207,6 +207,19 @@ def test_a_damaged_file_of_a_run_is_named(
     refused(childtuning(command, run, *options), name.split("/")[0], "anew")
 
 
+def test_a_missing_package_is_no_damaged_file(finished, monkeypatch) -> None:
+    import transformers
+
+    from childtuning import load
+
+    def lacking(*args: object, **options: object) -> None:
+        raise ImportError("SentencePiece is not installed")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lacking)
+    with pytest.raises(ImportError, match="SentencePiece"):
+        load(finished).processor()
+
+
 @pytest.mark.parametrize("name", ["data.json", "checkpoints/checkpoint-2/child.json"])
 @pytest.mark.parametrize("content", [b"{\n", b"[1]"], ids=["cut", "list"])
 def test_a_damaged_file_of_an_interrupted_run_is_named(childtuning, stopped, tmp_path, name, content) -> None:

@@ -210,6 +210,8 @@ def saved_processor(kind: Kind, folder: Path) -> Any:
 
     try:
         return getattr(transformers, kind.auto_processor).from_pretrained(str(folder))
+    except ImportError:  # a package is missing, and no file is damaged
+        raise
     except Exception as fault:  # the tokenizers library raises bare Exceptions
         reason = " ".join(str(fault).split())[:200]
         raise CorruptFileError(f"{folder} cannot be read ({reason}). Copy the whole folder anew.") from None
