@@ -270,6 +270,13 @@ def test_two_processes_do_not_train_into_one_folder(childtuning, stopped, tmp_pa
     assert childtuning(*words, "--output", run, "--resume").code == 0
 
 
+def test_a_folder_that_takes_no_locks(childtuning, train_words, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("childtuning.runs.folder.gettempdir", lambda: str(tmp_path / "file"))
+    refused(childtuning(*train_words, "--output", tmp_path / "run"), "cannot be locked", "TMPDIR")
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_with_a_changed_config(childtuning, train_words, tmp_path) -> None:
     assert childtuning(*train_words, "--output", tmp_path / "run").code == 0
     done = childtuning(*train_words, "--output", tmp_path / "run", "--resume", "--density", 0.2)

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from childtuning.child.pieces import is_sharded
 from childtuning.errors import ParameterError, did_you_mean
 from childtuning.fast.layers import CONV1D
 
@@ -89,7 +90,7 @@ def named(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parameter]
 
 def refuse_sharded(name: str, tensor: Tensor) -> None:
     """Raise a ParameterError for a DTensor: its local values are not the parameter's."""
-    if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
+    if is_sharded(tensor):
         raise ParameterError(
             f"{name!r} is sharded (a DTensor), which is not supported here. "
             "Load the model unsharded: one process, or DistributedDataParallel."

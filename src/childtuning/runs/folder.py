@@ -80,7 +80,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     The lock lies in the system's folder for temporary files; the system releases it however a process ends.
 
     Raises:
-        ConfigError: another process is.
+        ConfigError: another process is, or there can be no lock.
     """
     place = f"{os.path.expanduser('~')}\n{folder.resolve()}"  # by user: a lock of another could not be opened
     lock = FileLock(Path(gettempdir()) / f"childtuning-{sha256(place.encode()).hexdigest()[:16]}.lock")
@@ -89,6 +89,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     except Timeout:
         raise ConfigError(
             f"another process is training into {str(folder)!r}. Wait until it ends, or pass another folder."
+        ) from None
+    except (OSError, NotImplementedError) as fault:
+        raise ConfigError(
+            f"{lock.lock_file} cannot be locked ({fault}). Set TMPDIR to a folder on a local disk."
         ) from None
     try:
         yield
