@@ -107,7 +107,7 @@ class Budget:
         return getattr(self, self.kind)
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.share:g}"
+        return f"{self.kind}={self.share:.15g}"
 
     @classmethod
     def parse(cls, text: str) -> Self:

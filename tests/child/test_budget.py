@@ -386,3 +386,46 @@ def test_wrong_arguments_are_one_line(net, scores):
         ct.training_costs(net, batch(), lambda model, batch: 1.0)
     with pytest.raises(DataError, match="no floating-point parameters"):
         ct.training_costs(nn.ReLU(), batch(), loss_fn)
+
+
+def test_a_gradient_that_no_layer_forms_alone_costs_as_a_whole_one():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 8, sparse=True)
+            self.plain, self.grouped = nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1, groups=2)
+            self.ring = nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular")
+            self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, tokens):
+            x = self.ring(self.grouped(self.plain(self.table(tokens).transpose(1, 2)))).transpose(1, 2)
+            return self.head(self.lstm(x)[0].mean(1))
+
+    net = Net()
+    tokens, labels = torch.randint(20, (4, 6)), torch.randint(2, (4,))
+    costs = ct.training_costs(
+        net, (tokens, labels), lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="none")
+    )
+    formed = {name: place.formed for name, place in costs.places.items() if len(place.shape) > 1}
+    assert formed.pop("plain.weight") == ("row", "column")
+    assert formed.pop("head.weight") == ("row", "column", "block")
+    assert set(formed.values()) == {()}
+    for name in formed:
+        as_columns = costs.of_entries(
+            "step", name, random_child(net, 0.5, granularity="column").parts[name].granularity
+        )
+        as_entries = costs.of_entries("step", name, random_child(net, 0.5).parts[name].granularity)
+        assert as_columns == as_entries
+    # The layers that do and do not are those that an optimizer with model= installs.
+    if fast.enabled():
+        child = random_child(net, 0.5, granularity="column")
+        optimizer = ct.ChildOptimizer(net.named_parameters(), child, torch.optim.SGD, lr=0.1, model=net)
+        assert {type(m).__name__ for m in net.modules() if "Structured" in type(m).__name__} == {
+            "StructuredConv1d", "StructuredLinear"
+        }  # fmt: skip
+        optimizer.remove()
+
+
+def test_a_budget_keeps_its_digits():
+    for share in (0.9999999, 0.123456789, 0.1, 1.0):
+        assert Budget.parse(str(Budget(step=share))).share == share

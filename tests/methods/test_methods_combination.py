@@ -53,6 +53,11 @@ def test_a_density_needs_a_child() -> None:
         Combination.parse("head").child(ChildConfig(density=0.5))
 
 
+def test_a_budget_does_not_count_added_modules() -> None:
+    with pytest.raises(ConfigError, match="does not have lora's modules, got budget state=0.2"):
+        Combination.parse("child-d+lora").child(ChildConfig(budget="state=0.2"))
+
+
 def test_every_method_describes_itself() -> None:
     for method in all_methods():
         assert method.summary and method.source and method.trains and method.memory

@@ -271,3 +271,69 @@ def test_what_cannot_be_released_is_refused() -> None:
         ChildOptimizer(net.named_parameters(), structured, model=net)
     first.remove()
     ChildOptimizer(net.named_parameters(), structured, model=net).remove()
+
+
+@pytest.mark.parametrize("kind", ["released", "structured"])
+@pytest.mark.parametrize("granularity", ["element", "column"])
+def test_parameters_that_were_frozen_before_are_trained(kind, granularity) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).requires_grad_(False)
+    before = copy.deepcopy(model)
+    child = random_child(model, 0.4, granularity=granularity, eligible="*")
+    how = {"release_gradients": True} if kind == "released" else {"model": model}
+    optimizer = ChildOptimizer(model.named_parameters(), child, torch.optim.SGD, lr=1.0, **how)
+    model(torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    optimizer.remove()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name, old in before.named_parameters():
+        assert torch.equal(model.get_parameter(name) != old, child.mask(name))
+
+
+def test_a_refused_optimizer_leaves_the_flags() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    child = random_child(model, 0.4, granularity="column", eligible=["0.*"])
+    optimizer = ChildOptimizer(model.named_parameters(), child, torch.optim.SGD, lr=1.0, model=model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ParameterError):
+        ChildOptimizer(model.named_parameters(), child, torch.optim.SGD, lr=1.0, model=model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    optimizer.remove()
+
+
+@needs_fast
+def test_a_hook_on_a_weight_sees_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    dense = copy.deepcopy(model)
+    child = random_child(model, 0.4, granularity="column")
+    optimizer = ChildOptimizer(
+        model.named_parameters(), child, torch.optim.SGD, lr=1.0, rescale=False, model=model
+    )
+    for net in (model, dense):
+        net[2].weight.register_hook(lambda gradient: gradient * 5)
+    x = torch.randn(4, 6).double()
+    for net in (model, dense):
+        net(x).square().sum().backward()
+    optimizer.step()
+    for name, parameter in dense.named_parameters():
+        expected = parameter - parameter.grad * child.mask(name)
+        assert torch.allclose(model.get_parameter(name), expected, rtol=1e-12, atol=1e-12)
+
+
+@needs_fast
+def test_a_model_is_saved_and_copied_as_what_it_was(tmp_path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config)
+    classes = [type(module) for module in model.modules()]
+    child = random_child(model, 0.2, granularity="column")
+    optimizer = ChildOptimizer(model.named_parameters(), child, torch.optim.AdamW, model=model)
+    torch.save(model, tmp_path / "model.pt")
+    tokens = torch.randint(0, 50, (2, 8))
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert [type(module) for module in other.modules()] == classes
+        assert torch.equal(other.eval()(tokens).logits, model.eval()(tokens).logits)
+    optimizer.remove()

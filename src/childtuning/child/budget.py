@@ -87,6 +87,7 @@ class Place:
         input_bytes: of the input that its gradient is a product with; 0 where there is none.
         shared: the share of these bytes that is kept for its sake where every parameter is trained; below 1 where
             others keep the same input.
+        formed: the units, of ``row``, ``column`` and ``block``, whose gradient a layer forms alone.
     """
 
     depth: int
@@ -96,6 +97,7 @@ class Place:
     input_axis: int = 1
     input_bytes: float = 0.0
     shared: float = 1.0
+    formed: tuple[str, ...] = ("row", "column", "block")
 
     @property
     def numel(self) -> int:
@@ -223,9 +225,10 @@ class Costs:
         size = max(place.numel, 1)
         unit = granularity or Granularity("parameter")
         is_whole = unit.kind == "parameter"
-        is_structured = _is_structured(unit) and len(place.shape) > 1
-        has_index = unit.kind == "element"
-        is_columns = is_structured and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
+        is_matrix, has_index = len(place.shape) > 1, unit.kind == "element"
+        is_columns = is_matrix and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
+        is_structured = is_matrix and ("column" if is_columns else unit.kind) in place.formed
+        is_columns = is_columns and is_structured
         if what == "step":
             formed = self.rates.seconds(place.gradient)
             copied = self.rates.seconds(Work(num_bytes=2 * place.input_bytes)) if is_columns else 0.0

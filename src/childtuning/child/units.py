@@ -44,7 +44,7 @@ class Granularity:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"granularity must be one of {', '.join(KINDS)}, got {self.kind!r}. "
-                              + did_you_mean(self.kind, KINDS))  # fmt: skip
+                              + did_you_mean(str(self.kind), KINDS))  # fmt: skip
         if cast(int | None, self.axis) is None:
             object.__setattr__(self, "axis", int(self.kind == "column"))
         if self.kind == "column":

@@ -45,10 +45,6 @@ class Leaf:
     tensor: Tensor
     weight: Tensor | None = field(default=None, repr=False)
 
-    def __reduce__(self) -> tuple[type[Leaf], tuple[list[Group], Tensor]]:
-        """Copy without the weight: the gradient of a copied layer's leaf is not used."""
-        return type(self), ([], torch.empty(0))
-
     @classmethod
     def of(cls, groups: Sequence[Group], size: int, weight: Tensor, dtype: torch.dtype | None = None) -> Leaf:
         """Return a leaf of ``size`` entries that takes no memory, for gradients of a dtype (default the weight's)."""
@@ -72,12 +68,17 @@ class StructuredLayer(nn.Module):
         """Apply the layer."""
         return self.compute(*args, **kwargs) if self.in_use else super().forward(*args, **kwargs)
 
+    def __reduce__(self) -> Any:
+        """Copy and pickle it as what it was."""
+        plain = next(cls for cls in type(self).__mro__ if not issubclass(cls, StructuredLayer))
+        return plain.__new__, (plain,), {name: value for name, value in vars(self).items() if name != "leaf"}
+
     @property
     def in_use(self) -> bool:
         """Whether gradients are wanted, and the module still has the weight that the leaf was installed for.
 
-        It does not where the weight was frozen, parametrized or replaced since, in a copy of the model, or under
-        ``torch.func``'s transforms: then the gradient belongs to another tensor, or to none.
+        It does not where the weight was frozen, parametrized or replaced since, or under ``torch.func``'s transforms:
+        then the gradient belongs to another tensor, or to none. A hook on the weight waits for all of it.
         """
         weight = self.leaf.weight
         return (
@@ -85,6 +86,7 @@ class StructuredLayer(nn.Module):
             and weight is not None
             and weight is self._parameters.get("weight")
             and weight.requires_grad
+            and not weight._backward_hooks
             and not torch._C._are_functorch_transforms_active()  # the one form that torch.compile can trace
         )
 

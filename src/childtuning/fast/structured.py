@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
+import torch
 from torch import nn
 
 from childtuning import fast
@@ -74,7 +75,7 @@ def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
             raise ParameterError(
                 f"{path!r} is a structured layer already. Call remove() on what installed it."
             )
-        if (cls := _structured(module, leaves[name])) is not None:
+        if fast.enabled() and (cls := _structured(module, leaves[name])) is not None:
             found.append((module, cls, name))
     names = {name for _, _, name in found}
     installed = Installed(
@@ -89,6 +90,13 @@ def install(model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:
     if fast.enabled():
         installed._spare_not = spare_dropouts(model)
     return installed
+
+
+def formed_alone(module: nn.Module) -> list[str]:
+    """Return of which units of its weight a module forms the gradient alone: of ``row``, ``column`` and ``block``."""
+    one, whole = slice(0, 1), slice(0, module._parameters["weight"].shape[2:].numel())  # type: ignore[union-attr]
+    groups = {"row": [(one, None)], "column": [(None, whole)], "block": [(one, one), (one, one)]}
+    return [unit for unit, some in groups.items() if _find(module, Leaf(some, torch.empty(0))) is not None]
 
 
 @contextmanager
@@ -108,8 +116,6 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 def _structured(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
     """Return the class for a module; ``None`` if its weight is a subclass or hooked, or its forward was replaced."""
     weight = module._parameters["weight"]
-    if not fast.enabled():
-        return None
     if type(weight) is not nn.Parameter or "forward" in vars(module):
         return None
     if (

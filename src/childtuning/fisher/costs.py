@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from childtuning.child.eligible import bare_model, is_conv1d, named, unit_axes
 from childtuning.child.layers import Layers, find_layers
 from childtuning.errors import DataError
 from childtuning.fast.dropout import spare_dropouts, torchs_dropouts
+from childtuning.fast.structured import formed_alone
 from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import check_finite, differentiable, take_gradients
 from childtuning.fisher.losses import LossFn, model_loss
@@ -87,6 +88,10 @@ def training_costs(
         inputs[depth[name]] += whole.input_bytes.get(name, 0)
     # Products are of the weights that are used at a depth, all else of the parameters that lie there.
     used = [sum(at.values()) for at in whole.used]
+    formed: dict[int, tuple[str, ...]] = {}
+    for module in model.modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            formed[id(weight)] = (*formed.get(id(weight), ()), *formed_alone(module))
     places = {}
     for name, parameter in parameters.items():
         at = depth[name]
@@ -105,6 +110,7 @@ def training_costs(
             input_axis=axes.get(name, 1),
             input_bytes=whole.input_bytes.get(name, 0),
             shared=min(read / inputs[at], 1.0) if inputs[at] else 0.0,
+            formed=formed.get(id(parameter), ()),
         )
     besides = tuple(
         (unspared.kept[d] - plain.kept[d], unspared.work(d) - plain.work(d)) for d in range(len(more))
@@ -176,7 +182,7 @@ class _Counter(TorchDispatchMode):
     def _follow(self, out: Any) -> None:
         """Count the memory of what a call has made for as long as it lives."""
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor):
+            if not _is_dense(tensor):
                 continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
@@ -206,15 +212,20 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
         return Work(operations=sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
     if func.is_view or packet in _FREE:
         return Work()
-    made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    made = [leaf for leaf in tree_leaves(out) if _is_dense(leaf)]
     if not made:  # a question, such as a tensor's device
         return Work()
-    read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    read = [leaf for leaf in tree_leaves((args, kwargs)) if _is_dense(leaf)]
     is_random = torch.Tag.nondeterministic_seeded in func.tags
     draws = sum(tensor.numel() for tensor in made) if is_random else 0.0
     if packet is torch.ops.childtuning.dropout:
         draws = _SEEDED * args[0].numel()
     return Work(num_bytes=sum(tensor.nbytes for tensor in made + read), draws=draws)
+
+
+def _is_dense(leaf: Any) -> TypeGuard[Tensor]:
+    """Tell whether it is a tensor with a storage; a sparse gradient is taken to cost nothing."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
 _BATCHED = 1.6  # operations of a whole product in the time of one of a batch of small ones, on a CPU

@@ -97,6 +97,12 @@ class Combination:
                 f"nothing in {'+'.join(method.name for method in self.methods)!r} chooses a child, "
                 f"got budget {config.budget}. Leave it out, or add child-d."
             )
+        added = [method.name for method in self.methods if method.part == "modules"]
+        if config.budget is not None and added:
+            raise ConfigError(
+                f"a budget is a share of what full fine-tuning costs, which does not have {added[0]}'s modules, "
+                f"got budget {config.budget}. Pass a density."
+            )
         for method in children or [Full()]:
             config = method.child(config)
         return config

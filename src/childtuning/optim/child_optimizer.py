@@ -59,18 +59,15 @@ class ChildOptimizer(Optimizer):
 
     With a ``Child`` (task-driven, or any fixed one) the entries outside it are frozen bitwise, weight decay and
     momentum included, and the inner optimizer's state exists for the child's entries only: it works on flat tensors
-    that hold nothing else. A parameter with no trained entry gets
-    ``requires_grad=False``. The child's gradient is divided by its density, as the document has it; the official
-    code leaves that away for a fixed child, and lets decay move what is outside it (``preset="official"``).
+    that hold nothing else. A parameter with no trained entry gets ``requires_grad=False``. The child's gradient is
+    divided by its density, as the document has it; the official code leaves that away for a fixed child, and lets decay
+    move what is outside it (``preset="official"``).
 
     With ``TaskFree`` every parameter is trained; each step a fresh mask multiplies the accumulated gradient, which is
-    divided by the density, before the inner optimizer's moments see it.
-
-    Whatever is trained in bf16 or fp16 has float32 master values.
-
-    It is a ``torch.optim.Optimizer``: schedulers, Accelerate, GradScaler and the Hugging Face Trainer use it as one.
-    Values that something else writes into the child's entries between steps are noticed and kept; a write to a frozen
-    entry, by a forward pass or by hand, is refused.
+    divided by the density, before the inner optimizer's moments see it. Whatever is trained in bf16 or fp16 has float32
+    master values. It is a ``torch.optim.Optimizer``: schedulers, Accelerate, GradScaler and the Hugging Face Trainer
+    use it as one. Values that something else writes into the child's entries between steps are noticed and kept; a
+    write to a frozen entry, by a forward pass or by hand, is refused.
 
     Args:
         params: ``model.named_parameters()``, or groups (dicts) whose ``params`` are (name, parameter) pairs, with
@@ -84,8 +81,8 @@ class ChildOptimizer(Optimizer):
             everything, no exemption for heads in the task-free variant, and its AdamW.
         release_gradients: for a fixed child: take its entries' gradient out of each parameter's as the backward pass
             forms it, and free that, so that at most one dense gradient lives at a time. ``.grad`` of partly trained
-            parameters is then always ``None``, ``param_groups`` shows the flat tensors in their place, ``step()``
-            uses the gradient up, and clipping goes through ``clip_grad_norm_``.
+            parameters is then always ``None``, ``param_groups`` shows the flat tensors in their place, ``step()`` uses
+            the gradient up, and clipping goes through ``clip_grad_norm_``.
         model: for a fixed child of rows, columns or blocks, or a task-free one of rows or columns: the model whose
             layers are to form the gradients of the trained units alone, which is where computation is saved. Its
             ``Linear``, ``Conv``, ``Conv1D``, ``Embedding`` and ``Dropout`` layers change their class to a subclass
@@ -157,14 +154,19 @@ class ChildOptimizer(Optimizer):
             self.inner.defaults,
         )
         self.state = self.inner.state
+        if self._frozen is not None:
+            self._frozen.freeze()  # first: hooks need parameters that require a gradient
         if self._released:
-            self._changed = Release(list(chain.from_iterable(self._trained)), model)
+            try:
+                self._changed = Release(list(chain.from_iterable(self._trained)), model)
+            except BaseException:
+                if self._frozen is not None:
+                    self._frozen.release()
+                raise
         elif isinstance(child, TaskFree) and model is not None and preset is None:
             self._changed = DrawnRows(child, list(chain.from_iterable(self._trained)), model)
             self._changed.draw(0)
             self._step_supports_amp_scaling = True  # a GradScaler then says in step() that it is there
-        if self._frozen is not None:
-            self._frozen.freeze()
         self._built = True
 
     def _check_inner(self, inner: type[Optimizer]) -> None:
