@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_bad_input_is_one_line(
     done = childtuning(*compare_words, *words)
     assert done.code == 2 and message in done.err and len(done.err.strip().splitlines()) == 1, done.err
     assert not (tmp_path / "runs.db").exists()
+
+
+def test_a_missing_package_is_told_before_the_first_run(
+    childtuning: Any, compare_words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for more in ([], ["--dry-run"]):
+        done = childtuning(*compare_words, "--methods", "full,lora", *more)
+        assert done.code == 2 and "method 'lora' needs peft. Install it: pip install peft." in done.err
+        assert not (tmp_path / "runs.db").exists()
 
 
 def test_nothing_to_compare(childtuning: Any, tmp_path: Path) -> None:

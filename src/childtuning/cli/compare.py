@@ -107,7 +107,15 @@ def run(
         childtuning compare --train a.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
     from childtuning.cli.compare_progress import plan_content, tell_plan, watched
-    from childtuning.compare import EXECUTORS, compare, foreseen, read_comparison, set_up, stored
+    from childtuning.compare import (
+        EXECUTORS,
+        check_installed,
+        compare,
+        foreseen,
+        read_comparison,
+        set_up,
+        stored,
+    )
     from childtuning.runs.config import RunConfig
     from childtuning.runs.inputs import read_run_task
     from childtuning.runs.understood import data_warnings
@@ -134,6 +142,8 @@ def run(
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )
     runs = [run for run in foreseen(store, comparison) if run.state != "done"]
+    if runs:
+        check_installed(comparison)
     if (
         runs and "train" in comparison.options
     ):  # what is wrong with the files is refused once, and before the first run

@@ -1,6 +1,6 @@
 """Compare methods over seeds: plan the runs, execute each once, record the results, and test for significance."""
 
-from childtuning.compare.compare import EXECUTORS, compare, foreseen, set_up, stored
+from childtuning.compare.compare import EXECUTORS, check_installed, compare, foreseen, set_up, stored
 from childtuning.compare.design import Comparison, read_methods
 from childtuning.compare.plan import Choice, Tried, choose, num_runs
 from childtuning.compare.protocols import PROTOCOLS, read_comparison
@@ -22,6 +22,7 @@ __all__ = [
     "Store",
     "Tried",
     "across_tasks",
+    "check_installed",
     "choose",
     "compare",
     "foreseen",

@@ -21,6 +21,7 @@ from childtuning.compare.records import Record, Recorded
 from childtuning.compare.store import Store
 from childtuning.compare.work import end_with_parent, environment, execute, plan, work
 from childtuning.errors import ChildTuningError, ConfigError
+from childtuning.methods import Combination
 from childtuning.runs.inputs import Inputs
 
 EXECUTORS = ("local", "ray")
@@ -56,6 +57,13 @@ def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
     with Store.open(path) as store:
         timed = {run.id: run for run in store.records_in_brief()}
         return list(needed(comparison, store.known() | timed, store.folder_of))
+
+
+def check_installed(comparison: Comparison) -> None:
+    """Raise a ConfigError if a package that one of the methods needs is missing."""
+    for method in comparison.methods:
+        for one in Combination.parse(method).methods:
+            one.check_installed()
 
 
 def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> None:
@@ -240,7 +248,7 @@ def _connected() -> Any:
     try:
         ray: Any = import_module("ray")
     except ImportError:
-        raise ConfigError("--executor ray needs Ray. Install it: pip install 'childtuning[ray]'.") from None
+        raise ConfigError("--executor ray needs Ray. Install it: pip install ray.") from None
     if not ray.is_initialized():
         try:
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")

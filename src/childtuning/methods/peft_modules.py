@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from childtuning.errors import ConfigError, ModelError
+from childtuning.errors import ModelError
 from childtuning.methods.checks import not_for
 from childtuning.training import Method, Prepared
 from childtuning.training.method import Part
@@ -37,6 +37,7 @@ class PeftMethod(Method, ABC):
 
     part: ClassVar[Part] = "modules"
     chooses: ClassVar[bool] = True
+    package: ClassVar[str | None] = "peft"
 
     @abstractmethod
     def peft_config(self, model: nn.Module, task_type: str | None, head: list[str]) -> Any:
@@ -58,12 +59,9 @@ class PeftMethod(Method, ABC):
         return self._wrapped(prepared, task_type(prepared.model))
 
     def _wrapped(self, prepared: Prepared, task: str | None) -> Prepared:
-        try:
-            from peft import PeftModel, get_peft_model
-        except ImportError:
-            raise ConfigError(
-                f"method {self.name!r} needs PEFT. Install it: pip install 'childtuning[peft]'."
-            ) from None
+        self.check_installed()
+        from peft import PeftModel, get_peft_model
+
         if isinstance(prepared.model, PeftModel):
             raise ModelError(
                 f"method {self.name!r} got a model that PEFT has already wrapped. Merge it first."

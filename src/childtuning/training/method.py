@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from childtuning.child import Child, ChildConfig, TaskFree
+from childtuning.errors import ConfigError
 from childtuning.optim import ChildOptimizer
 from childtuning.training.further_pass import statistics_kept, unwrapped
 
@@ -149,6 +151,7 @@ class Method:
         whole_gradients: it reads every trained parameter's gradient after the backward pass, so that gradients are
             neither released early nor computed for rows only.
         shards: it trains a model that several processes hold in pieces (FSDP2) as it trains a whole one; tested.
+        package: what it needs besides this library's own requirements; ``None``: nothing.
     """
 
     name: ClassVar[str]
@@ -164,7 +167,15 @@ class Method:
     whole_gradients: ClassVar[bool] = False
     reselects: ClassVar[bool] = False
     shards: ClassVar[bool] = False
+    package: ClassVar[str | None] = None
     excludes: ClassVar[Mapping[str, str]] = {}
+
+    def check_installed(self) -> None:
+        """Raise a ConfigError if the package that it needs is missing."""
+        if self.package is not None and find_spec(self.package) is None:
+            raise ConfigError(
+                f"method {self.name!r} needs {self.package}. Install it: pip install {self.package}."
+            )
 
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the configuration of the child, given the user's options.
