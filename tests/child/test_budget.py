@@ -423,6 +423,9 @@ def test_a_gradient_that_no_layer_forms_alone_costs_as_a_whole_one():
         assert {type(m).__name__ for m in net.modules() if "Structured" in type(m).__name__} == {
             "StructuredConv1d", "StructuredLinear"
         }  # fmt: skip
+        assert ct.training_costs(
+            net, (tokens, labels), lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="none")
+        ).shares(child) == costs.shares(child)
         optimizer.remove()
 
 

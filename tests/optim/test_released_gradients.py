@@ -298,6 +298,13 @@ def test_a_refused_optimizer_leaves_the_flags() -> None:
         ChildOptimizer(model.named_parameters(), child, torch.optim.SGD, lr=1.0, model=model)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     optimizer.remove()
+    wider = random_child(model, 0.4, granularity="column")
+    other = ChildOptimizer(model.named_parameters(), wider, torch.optim.SGD, lr=1.0, model=model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ParameterError, match="another optimizer"):
+        optimizer.attach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    other.remove()
 
 
 @needs_fast

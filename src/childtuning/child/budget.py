@@ -226,9 +226,9 @@ class Costs:
         unit = granularity or Granularity("parameter")
         is_whole = unit.kind == "parameter"
         is_matrix, has_index = len(place.shape) > 1, unit.kind == "element"
-        is_columns = is_matrix and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
-        is_structured = is_matrix and ("column" if is_columns else unit.kind) in place.formed
-        is_columns = is_columns and is_structured
+        of_inputs = is_matrix and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
+        is_structured = is_matrix and ("column" if of_inputs else unit.kind) in place.formed
+        is_columns = of_inputs and is_structured
         if what == "step":
             formed = self.rates.seconds(place.gradient)
             copied = self.rates.seconds(Work(num_bytes=2 * place.input_bytes)) if is_columns else 0.0

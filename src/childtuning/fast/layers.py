@@ -70,7 +70,7 @@ class StructuredLayer(nn.Module):
 
     def __reduce__(self) -> Any:
         """Copy and pickle it as what it was."""
-        plain = next(cls for cls in type(self).__mro__ if not issubclass(cls, StructuredLayer))
+        plain = plain_class(self)
         return plain.__new__, (plain,), {name: value for name, value in vars(self).items() if name != "leaf"}
 
     @property
@@ -94,6 +94,11 @@ class StructuredLayer(nn.Module):
     def fits(module: nn.Module, leaf: Leaf) -> bool:
         """Return whether this module's options are supported; otherwise it keeps its class and dense gradient."""
         return True
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class or, of a structured layer, that which it stands in for."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, StructuredLayer))
 
 
 T = TypeVar("T", bound=type[StructuredLayer])

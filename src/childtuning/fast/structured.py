@@ -18,7 +18,7 @@ from torch import nn
 from childtuning import fast
 from childtuning.errors import ParameterError, did_you_mean
 from childtuning.fast.dropout import spare_dropouts
-from childtuning.fast.layers import BY_CLASS, Leaf, StructuredLayer
+from childtuning.fast.layers import BY_CLASS, Leaf, StructuredLayer, plain_class
 
 
 @dataclass(eq=False)
@@ -114,22 +114,18 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
 
 def _structured(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
-    """Return the class for a module; ``None`` if its weight is a subclass or hooked, or its forward was replaced."""
+    """Return the class for a module; ``None`` if its weight is a subclass, or has hooks that wait for all of it."""
     weight = module._parameters["weight"]
-    if type(weight) is not nn.Parameter or "forward" in vars(module):
-        return None
-    if (
-        weight._backward_hooks or weight._post_accumulate_grad_hooks
-    ):  # they wait for the gradient that is not formed
+    if type(weight) is not nn.Parameter or weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return None
     return _find(module, leaf)
 
 
 def _find(module: nn.Module, leaf: Leaf) -> type[nn.Module] | None:
-    """Return the subclass of the module's class that computes these gradients only, if there is one."""
-    cls = type(module)
+    """Return the subclass of the module's class that computes these gradients only, unless its forward was replaced."""
+    cls = plain_class(module)
     structured = BY_CLASS.get(cls) or BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
-    if structured is None or not structured.fits(module, leaf):
+    if structured is None or "forward" in vars(module) or not structured.fits(module, leaf):
         return None
     return _subclass(structured, cls)
 

@@ -64,10 +64,11 @@ class ChildOptimizer(Optimizer):
     move what is outside it (``preset="official"``).
 
     With ``TaskFree`` every parameter is trained; each step a fresh mask multiplies the accumulated gradient, which is
-    divided by the density, before the inner optimizer's moments see it. Whatever is trained in bf16 or fp16 has float32
-    master values. It is a ``torch.optim.Optimizer``: schedulers, Accelerate, GradScaler and the Hugging Face Trainer
-    use it as one. Values that something else writes into the child's entries between steps are noticed and kept; a
-    write to a frozen entry, by a forward pass or by hand, is refused.
+    divided by the density, before the inner optimizer's moments see it.
+
+    Whatever is trained in bf16 or fp16 has float32 master values. It is a ``torch.optim.Optimizer``: schedulers,
+    Accelerate, GradScaler and the Hugging Face Trainer use it as one. Values that something else writes into the
+    child's entries between steps are noticed and kept; a write to a frozen entry is refused.
 
     Args:
         params: ``model.named_parameters()``, or groups (dicts) whose ``params`` are (name, parameter) pairs, with
@@ -129,7 +130,7 @@ class ChildOptimizer(Optimizer):
         self._rescales = (preset is None or isinstance(child, TaskFree)) if rescale is None else rescale
         self._named = named_groups(params)
         self._names = canonical_names_of(self._named, child, is_fixed=self._is_fixed)
-        self._options, self._num_steps, self._built, self._is_removed = options, 0, False, False
+        self._options, self._num_steps, self._built, self._is_removed = options, 0, False, True
         self._released = self._is_fixed and (release_gradients or model is not None)
         self._changed: Release | DrawnRows | WholeGradients = WholeGradients()
         self._frozen: Frozen | None = None
@@ -154,19 +155,12 @@ class ChildOptimizer(Optimizer):
             self.inner.defaults,
         )
         self.state = self.inner.state
-        if self._frozen is not None:
-            self._frozen.freeze()  # first: hooks need parameters that require a gradient
         if self._released:
-            try:
-                self._changed = Release(list(chain.from_iterable(self._trained)), model)
-            except BaseException:
-                if self._frozen is not None:
-                    self._frozen.release()
-                raise
+            self._changed = Release(list(chain.from_iterable(self._trained)), model)
         elif isinstance(child, TaskFree) and model is not None and preset is None:
             self._changed = DrawnRows(child, list(chain.from_iterable(self._trained)), model)
-            self._changed.draw(0)
             self._step_supports_amp_scaling = True  # a GradScaler then says in step() that it is there
+        self.attach()
         self._built = True
 
     def _check_inner(self, inner: type[Optimizer]) -> None:
@@ -312,12 +306,18 @@ class ChildOptimizer(Optimizer):
         self._is_removed = True
 
     def attach(self) -> None:
-        """Undo ``remove()``."""
-        if self._frozen is not None and self._is_removed:
-            self._frozen.freeze()  # first: hooks need parameters that require a gradient
-        if not self._changed.attached:
-            self._changed.attach()
-            self._changed.draw(self._num_steps)
+        """Undo ``remove()``; where that is refused, the flags stay as they are."""
+        frozen = self._frozen if self._is_removed else None
+        if frozen is not None:
+            frozen.freeze()  # first: hooks need parameters that require a gradient
+        try:
+            if not self._changed.attached:
+                self._changed.attach()
+                self._changed.draw(self._num_steps)
+        except BaseException:
+            if frozen is not None:
+                frozen.release()
+            raise
         self._is_removed = False
 
     @torch.no_grad()

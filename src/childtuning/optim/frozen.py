@@ -49,9 +49,10 @@ class Frozen:
     ) -> None:
         self._watched: list[_Watched] = []
         self._observed = False
-        self._flags: list[tuple[nn.Parameter, bool, bool]] = []
+        self._is_trained: list[tuple[nn.Parameter, bool]] = []
+        self._flags: list[bool] = []  # as they were before
         for name, parameter, part in parts:
-            self._flags.append((parameter, not part.is_empty, parameter.requires_grad))
+            self._is_trained.append((parameter, not part.is_empty))
             inside = runs.get(name)
             if inside is not None or name not in runs:
                 local = local_of(parameter)
@@ -59,7 +60,8 @@ class Frozen:
 
     def freeze(self) -> None:
         """Let a parameter require a gradient exactly if it has trained entries."""
-        for parameter, is_trained, _ in self._flags:
+        self._flags = [parameter.requires_grad for parameter, _ in self._is_trained]
+        for parameter, is_trained in self._is_trained:
             parameter.requires_grad_(is_trained)
             if not is_trained:
                 parameter.grad = None
@@ -67,13 +69,14 @@ class Frozen:
     def observe(self) -> None:
         """Let every parameter receive a gradient; those without a trained entry stay frozen."""
         self._observed = True
-        for parameter, _, _ in self._flags:
+        for parameter, _ in self._is_trained:
             parameter.requires_grad_(True)
 
     def release(self) -> None:
-        """Restore the parameters' original flags."""
-        for parameter, _, flag in self._flags:
+        """Restore the flags that the parameters had before ``freeze``; a second call does nothing."""
+        for (parameter, _), flag in zip(self._is_trained, self._flags, strict=False):
             parameter.requires_grad_(flag)
+        self._flags = []
 
     def checksums(self) -> dict[str, int | None]:
         """Return the checksum of each parameter's frozen entries."""

@@ -61,7 +61,6 @@ class Release:
         self._handles: list[RemovableHandle] = []
         self._installed: Installed | None = None
         self.attached = False
-        self.attach()
 
     def attach(self) -> None:
         """Start taking gradients; a second call does nothing.
@@ -178,7 +177,6 @@ class DrawnRows:
         self._candidates = [t for t in trained if t.draws and t.units.kind == "row" and _has_several(t)]
         self._drawn: list[Trained] = []
         self._installed: Installed | None = None
-        self.attach()
 
     @property
     def attached(self) -> bool:
