@@ -16,6 +16,7 @@ from tests.fast.layer_cases import (
 )
 from tests.products import BackwardProducts
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from childtuning.fast import products
 from childtuning.fast.layers import Leaf
@@ -220,3 +221,26 @@ def test_where_a_cpu_has_no_product_of_bf16_the_backward_pass_takes_float32(
     dense = (dY.float().t() @ x.float()).bfloat16()
     assert leaf.tensor.grad is not None
     torch.testing.assert_close(leaf.tensor.grad, part.runs().gather(dense))
+
+
+@pytest.mark.parametrize("num_columns", [0, 1, 7, 15, 16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_thin_products_have_few_rows(num_columns: int, dtype: torch.dtype) -> None:
+    left, right = torch.randn(24, 40, dtype=dtype), torch.randn(40, num_columns, dtype=dtype)
+    shapes = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                shapes.append(tuple(out.shape))
+            return out
+
+    with Watched():
+        found = products.multiply(left, right)
+    assert shapes and set(shapes) == {(num_columns, 24) if num_columns < 16 else (24, 16)}
+    assert found.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(
+        found.double(), left.double() @ right.double(), rtol=tolerance, atol=10 * tolerance
+    )
