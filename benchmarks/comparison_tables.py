@@ -47,7 +47,7 @@ def comparison_tables(folder: Path) -> dict[str, str]:
         "columns": units,
     }
     tables = {name: [make(export) for export in _read(folder, name)] for name, make in kinds.items()}
-    tables["rates"] = rates(_read(folder, "rates"))
+    tables |= {name: rates(_read(folder, name)) for name in ("rates", "confirmed")}
     return {name: "\n\n".join(parts) or "Not recorded yet." for name, parts in tables.items()}
 
 
@@ -100,17 +100,23 @@ def _with_interval(values: list[float]) -> str:
 
 
 def rates(exports: Iterable[Export]) -> list[str]:
-    """Return a table of the default learning rate beside the best of those tried, and the mean shortfall."""
-    cells, lost, commands = [], [], []
+    """Return a table of the default learning rate beside the best of those tried, and the mean shortfall.
+
+    The standard error is that of a row's best mean over its seeds, its variances averaged over the rows.
+    """
+    cells, lost, variances, commands, num_collapsed = [], [], [], [], 0
     at_default: dict[str, dict[str, dict[int, float]]] = {}
     for export in exports:
         commands.append(export["comparison"]["command"])
         found: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
+        constants: dict[tuple[str, int, str], float] = {}
         for run in export["records"]:
             if run["state"] == "done":
                 group = (run["group"]["task"], run["group"]["train_size"], run["group"]["method"])
                 of_rate = found.setdefault(group, {}).setdefault(run["point"]["learning_rate"], {})
-                of_rate[run["seed"]] = run["result"]["metric"]["value"]
+                metric = run["result"]["metric"]
+                of_rate[run["seed"]] = metric["value"]
+                constants[group] = run["result"]["constant"][metric["name"]]
         for (task, size, method), by_rate in found.items():
             default = suggested_rate(Linear(_MINILM, _MINILM), Combination.parse(method).rate)
             common = set.intersection(*(set(scores) for scores in by_rate.values()))
@@ -119,6 +125,10 @@ def rates(exports: Iterable[Export]) -> list[str]:
             means = {rate: mean(scores[seed] for seed in common) for rate, scores in sorted(by_rate.items())}
             best = max(means, key=means.__getitem__)
             lost.append(means[best] - means[default])
+            if len(common) > 1:
+                variances.append(stdev(by_rate[best][seed] for seed in common) ** 2 / len(common))
+            constant = constants[task, size, method]
+            num_collapsed += sum(by_rate[default][s] <= constant < by_rate[best][s] for s in common)
             at_default.setdefault(f"`{method}`", {})[f"{task} {size}"] = {
                 s: by_rate[default][s] for s in common
             }
@@ -142,7 +152,13 @@ def rates(exports: Iterable[Export]) -> list[str]:
     said = (
         "all-MiniLM-L6-v2; means over the seeds; 400 evaluation examples at most. The best is chosen by the same "
         "scores, which favours it. Mean shortfall of the default: "
-        f"{100 * mean(lost):.1f} points over {len(lost)} rows, at most {100 * max(lost):.1f}."
+        f"{100 * mean(lost):.1f} points over {len(lost)} rows, at most {100 * max(lost):.1f}"
+        + (
+            f"; the standard error of a best mean is {100 * mean(variances) ** 0.5:.1f}."
+            if variances
+            else "."
+        )
+        + f" Runs at the default that are no better than a constant answer where the best rate's is: {num_collapsed}."
     )
     full = at_default["`full`"]
     apart = [[name, *_from_full(scores, full)] for name, scores in at_default.items() if scores is not full]

@@ -162,7 +162,7 @@ def main() -> int:
         ROOT / "docs" / "forgetting.md": {"front": front.front(folder)},
         ROOT / "docs" / "forgetting.svg": {"front": front.chart(folder)},
         ROOT / "docs" / "scale.md": scale.tables(folder),
-        ROOT / "docs" / "learning-rates.md": {"rates": compared["rates"]},
+        ROOT / "docs" / "learning-rates.md": {name: compared[name] for name in ("rates", "confirmed")},
         ROOT / "docs" / "serving.md": {"serving": serving(), "merges": merges()},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
