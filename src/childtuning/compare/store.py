@@ -169,7 +169,7 @@ class Store:
     def finish(self, run: Record, owner: Owner) -> bool:
         """Record the result of a run; return whether the run still belonged to this owner."""
         details = {name: value for name, value in run.to_dict().items() if name in _DETAILS}
-        details["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        details["finished"] = run.finished or datetime.now(UTC).isoformat(timespec="seconds")
         result = None if run.result is None else json.dumps(run.result)
         with self._writing():
             done = self._db.execute(
