@@ -87,7 +87,8 @@ def _from_full(scores: dict[str, dict[int, float]], full: dict[str, dict[int, fl
     if scores is full:
         return ["", ""]
     found = compare_stratified([(scores[task], full[task]) for task in full])
-    assert found.difference is not None and found.interval is not None and found.p_permutation is not None
+    if found.difference is None or found.interval is None or found.p_permutation is None:
+        return ["—", "—"]
     low, high = found.interval
     return [f"{found.difference:+.3f} ({low:+.3f} … {high:+.3f})", f"{found.p_permutation:.2g}"]
 
@@ -155,17 +156,18 @@ def rates(exports: Iterable[Export]) -> list[str]:
         f"{100 * mean(lost):.1f} points over {len(lost)} rows, at most {100 * max(lost):.1f}"
         + (
             f"; the standard error of a best mean is {100 * mean(variances) ** 0.5:.1f}."
-            if variances
+            if len(variances) == len(lost)
             else "."
         )
         + f" Runs at the default that are no better than a constant answer where the best rate's is: {num_collapsed}."
     )
     full = at_default["`full`"]
     apart = [[name, *_from_full(scores, full)] for name, scores in at_default.items() if scores is not full]
-    said += " At the defaults, over all tasks and sizes: " + "; ".join(
-        f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart
-    )
-    said += f", of {sum(map(len, full.values()))} pairs each."
+    if len(variances) == len(lost):
+        said += " At the defaults, over all tasks and sizes: " + "; ".join(
+            f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart
+        )
+        said += f", of {sum(map(len, full.values()))} pairs each."
     return ["\n".join([said, "", table(header, cells, text=(0, 3, 6, 7)), "", "```bash", *commands, "```"])]
 
 
