@@ -87,8 +87,7 @@ def _from_full(scores: dict[str, dict[int, float]], full: dict[str, dict[int, fl
     if scores is full:
         return ["", ""]
     found = compare_stratified([(scores[task], full[task]) for task in full])
-    if found.difference is None or found.interval is None or found.p_permutation is None:
-        return ["—", "—"]
+    assert found.difference is not None and found.interval is not None and found.p_permutation is not None
     low, high = found.interval
     return [f"{found.difference:+.3f} ({low:+.3f} … {high:+.3f})", f"{found.p_permutation:.2g}"]
 
@@ -161,9 +160,11 @@ def rates(exports: Iterable[Export]) -> list[str]:
         )
         + f" Runs at the default that are no better than a constant answer where the best rate's is: {num_collapsed}."
     )
-    full = at_default["`full`"]
-    apart = [[name, *_from_full(scores, full)] for name, scores in at_default.items() if scores is not full]
-    if len(variances) == len(lost):
+    if len(variances) == len(lost):  # two seeds or more in every row
+        full = at_default["`full`"]
+        apart = [
+            [name, *_from_full(scores, full)] for name, scores in at_default.items() if scores is not full
+        ]
         said += " At the defaults, over all tasks and sizes: " + "; ".join(
             f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart
         )

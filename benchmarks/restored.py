@@ -15,6 +15,7 @@ from pathlib import Path
 from childtuning.compare.files import Owner
 from childtuning.compare.records import Recorded
 from childtuning.compare.store import Store
+from childtuning.errors import ConfigError
 
 
 def main() -> None:
@@ -27,7 +28,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.store.exists():
         parser.error(f"{str(given.store)!r} exists. Name a new file.")
-    recorded = Recorded.from_dict(json.loads(given.export.read_text(encoding="utf-8")))
+    try:
+        recorded = Recorded.from_dict(json.loads(given.export.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ConfigError) as fault:
+        parser.error(f"{str(given.export)!r}: {fault}")
     finished = {run.id: run for run in recorded.records if run.state in ("done", "failed")}
     with Store.open(given.store, create=True) as store, Owner(store.locks) as owner:
         store.set_comparison(recorded.comparison, recorded.environment)
