@@ -55,6 +55,11 @@ class LostProcessError(RuntimeError):
     """Another process of a distributed training has ended: no fault of the input."""
 
 
+def no_file(path: object) -> DataError:
+    """Return the error of a path where nothing is."""
+    return DataError(f"There is no file {path}. Check the path.")
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return the remedy half of an "unknown …" message: the nearest known name, then all of them.
 

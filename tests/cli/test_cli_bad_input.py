@@ -56,6 +56,34 @@ def rows(path: Path, content: list[dict[str, object]]) -> Path:
 GOOD = [{"text": f"a cat {i}", "label": "xy"[i % 2]} for i in range(8)]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --train none.csv",
+        "train --train none.csv --density 3",
+        "score --train none.csv --output scores.safetensors",
+        "compare --train none.csv --methods full",
+        "predict runs/mine --input none.csv",
+        "evaluate runs/mine --eval none.csv",
+    ],
+)
+def test_a_missing_file_is_told_before_torch_is_imported(words: str, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom childtuning.cli import main\n"
+        "try: main()\nfinally: print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+    assert done.stderr == "childtuning: There is no file none.csv. Check the path.\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_file(childtuning, sentiment, tmp_path) -> None:
     done = childtuning(
         "train", "--train", tmp_path / "no.csv", "--eval", sentiment / "dev.jsonl", "--output", tmp_path / "o"
@@ -91,7 +119,7 @@ def test_empty_texts_are_counted_and_reported(childtuning, tiny_bert, tmp_path) 
     file = rows(tmp_path / "train.jsonl", [*GOOD, {"text": "", "label": "x"}, {"text": "  ", "label": "y"}])
     words = ["train", "--train", file, "--eval", file, "--model", tiny_bert, "--epochs", 1, "--json"]
     done = childtuning(*words, "--output", tmp_path / "o")
-    assert done.code == 0 and "4 rows have empty text" in done.err and done.json["empty_texts"] == 4
+    assert done.code == 0 and "rows with empty text: 4" in done.err and done.json["empty_texts"] == 4
 
 
 @pytest.mark.parametrize(

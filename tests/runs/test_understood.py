@@ -59,6 +59,11 @@ def test_what_is_understood(tiny_bert: Path, tmp_path: Path) -> None:
             rows(["a day"], ["id3"]),
             "the label has 30 classes in 30 examples: perhaps it is an id",
         ),
+        (
+            [*GOOD, *rows(["a fine day 0"] * 2, ["-", "-"])],
+            OTHERS,
+            "3 of the 16 training examples are there more than once, with different labels",
+        ),
         (GOOD + rows(["rare"], ["?"]), OTHERS, "fewer than 5 training examples have the label ?"),
         (
             rows(["a", "b", "c"], [1.5, 1.5, 1.5]),
@@ -73,6 +78,24 @@ def test_what_looks_wrong_is_said(
     found = understand(tiny_bert, tmp_path, train, dev)
     assert [words in warning for warning in found.warnings].count(True) == 1
     assert any(words in line for line in found.lines())
+
+
+def test_pairs_and_the_child_are_shown(tiny_bert: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"text": row["text"], "text_pair": f"and {i}", "label": row["label"]} for i, row in enumerate(GOOD)
+    ]
+    of_child = {"density": 0.1, "granularity": "column"}
+    found = understand(tiny_bert, tmp_path, pairs, pairs[3:9], text="text", text_pair="text_pair", **of_child)
+    assert found.examples == [["a fine day 0", "and 0", "+"], ["a bad day 0", "and 8", "-"]]
+    assert found.child == of_child and found.contradictions == 0
+    shown = list(found.lines())
+    assert "example     'a fine day 0' + 'and 0' → +" in shown
+    assert any("child-d: density 0.1, granularity column; learning rate" in line for line in shown)
+    within = understand(tiny_bert, tmp_path, GOOD, OTHERS, budget="step=0.9", granularity="column")
+    assert any(
+        "child-d: budget step=0.9, granularity column; learning rate" in line for line in within.lines()
+    )
+    assert understand(tiny_bert, tmp_path, GOOD, OTHERS, method="full").child == {}
 
 
 def test_a_rate_that_is_named_is_kept(tiny_bert: Path, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def run(
 
         childtuning compare --train a.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
+    options = o.explicit(given)
     from childtuning.cli.compare_progress import plan_content, tell_plan, watched
     from childtuning.compare import (
         EXECUTORS,
@@ -137,7 +138,7 @@ def run(
             "threads": threads,
             "keep": keep or None,
         },
-        options=o.explicit(given),
+        options=options,
         jobs=jobs,
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )

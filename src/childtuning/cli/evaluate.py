@@ -33,12 +33,13 @@ def run(
 
         childtuning evaluate runs/rte --eval test.jsonl.gz
     """
+    o.check_files(eval)
     from childtuning.runs import load
 
     opened = load(run_dir, progress=is_terminal(), tell=tell)
     examples = opened.read_input(eval, labelled=True)
     if examples.num_empty:
-        tell(f"{examples.num_empty} rows have empty text")
+        tell(f"rows with empty text: {examples.num_empty:,}")
     found = opened.judge(examples)
     if as_json:
         print_json({"run": str(run_dir), "eval": str(eval), "examples": len(examples), **asdict(found)})

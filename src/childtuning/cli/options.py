@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from childtuning.errors import no_file
 from childtuning.options import Option, options_of, own_first
 from childtuning.runs.config import SECTIONS, RunConfig, by_field, read_toml
 
@@ -59,8 +60,21 @@ def takes(names: Iterable[str]) -> Callable[[_Command], _Command]:
 
 
 def explicit(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options given on the command line."""
-    return {name: value for name, value in given.items() if value is not None and value != []}
+    """Return the options given on the command line.
+
+    Raises:
+        DataError: when files of examples are missing; torch and transformers are not imported for that.
+    """
+    said = {name: value for name, value in given.items() if value is not None and value != []}
+    check_files(said.get("train"), said.get("eval"))
+    return said
+
+
+def check_files(*paths: str | Path | None) -> None:
+    """Raise a DataError if one of the paths leads nowhere."""
+    for path in paths:
+        if path is not None and not Path(path).expanduser().exists():
+            raise no_file(path)
 
 
 def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:

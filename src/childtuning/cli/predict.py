@@ -57,12 +57,6 @@ def run(
 
         childtuning predict --runs runs/mood runs/topic --input new.csv --output labelled.csv
     """
-    from childtuning.runs import load
-    from childtuning.runs.predict import PredictionsFile
-    from childtuning.runs.several import RunsOfOneBase
-    from childtuning.tasks import Answers
-
-    into = PredictionsFile(output) if output is not None else None
     folders = [*(runs or ()), *(run_dirs or ())]
     if not folders:
         raise ConfigError("pass a run's folder, got none: childtuning predict RUN_DIR --input FILE.")
@@ -74,6 +68,13 @@ def run(
         raise ConfigError(
             f"each --text needs its --text-pair, got {len(text or ())} and {len(text_pair)}. Pass as many of each."
         )
+    o.check_files(input)
+    from childtuning.runs import load
+    from childtuning.runs.predict import PredictionsFile
+    from childtuning.runs.several import RunsOfOneBase
+    from childtuning.tasks import Answers
+
+    into = PredictionsFile(output) if output is not None else None
     opened = {
         name: load(folder, progress=is_terminal(), tell=tell)
         for name, folder in zip(_names(folders), folders, strict=True)
@@ -130,6 +131,6 @@ def _examples(
     source = run.source(input, labelled=False)
     examples = run.read_input(source, labelled=False)
     if examples.num_empty:
-        tell(f"{examples.num_empty} rows have empty text")
+        tell(f"rows with empty text: {examples.num_empty:,}")
     is_table = source.is_table and run.kind.auto_processor == "AutoTokenizer"
     return examples, source.rows if is_table else [{} for _ in range(len(examples))]

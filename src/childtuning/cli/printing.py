@@ -108,7 +108,7 @@ def point_text(point: Mapping[str, Any]) -> str:
 
 def score_text(value: float | None) -> str:
     """Return a score with four digits; a dash if there is none."""
-    return "—" if value is None or value != value else f"{value:.4f}"
+    return "—" if value is None or value != value else f"{round(value, 4) + 0.0:.4f}"  # + 0.0: no minus zero
 
 
 def human_bytes(count: float) -> str:

@@ -42,14 +42,15 @@ def run(
 
         childtuning score --task rte --data-dir data --output rte-fisher.safetensors
     """
-    from childtuning.runs import score_run
-
     output = output.expanduser()
     if output.is_dir():
         raise ConfigError(f"output {str(output)!r} is a folder. Pass a file.")
     if output.exists() and not overwrite:
         raise ConfigError(f"output file {str(output)!r} already exists. Pass --overwrite, or another.")
-    result: dict[str, Any] = score_run(o.run_config(config, given), output, progress=is_terminal(), tell=tell)
+    settings = o.run_config(config, given)
+    from childtuning.runs import score_run
+
+    result: dict[str, Any] = score_run(settings, output, progress=is_terminal(), tell=tell)
     if as_json:
         print_json(result)
         return

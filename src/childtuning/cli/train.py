@@ -54,10 +54,10 @@ def run(
 
         childtuning train --train a.csv --eval b.jsonl --text review --label stars --output runs/mine
     """
+    settings = o.run_config(config, given)
     from childtuning.runs import train_run, understand_run
     from childtuning.runs.config import name_of_data
 
-    settings = o.run_config(config, given)
     if dry_run:
         found = understand_run(settings, tell=tell)
         if as_json:
@@ -82,7 +82,7 @@ def run(
         raise typer.Exit(1)
     if not as_json:
         tell(f"Next: childtuning predict {result.output} --input FILE")
-        tell(f"      childtuning merge {result.output} --output MODEL_DIR")
+        tell(f"      childtuning export {result.output} --output MODEL_DIR")
 
 
 def _print(result: RunResult) -> None:

@@ -87,7 +87,7 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     for note in task.notes:
         tell(note)
     if task.num_empty:
-        tell(f"{task.num_empty} rows have empty text; they are kept")
+        tell(f"rows with empty text: {task.num_empty:,}; they are kept")
     loaded = inputs.model(config, task)
     if loaded.note:
         tell(loaded.note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
@@ -38,7 +38,9 @@ class Understood:
         tokens: median and most tokens of the training examples; ``None`` for images.
         cut_by_length: training words or rows (by kind of task) that ``max_length`` truncates.
         duplicates: evaluation examples that are also training examples, whatever their labels; texts only.
-        examples: the first training example of each of two classes, with its label.
+        contradictions: training examples whose text is also there with another class.
+        examples: the first training example of each of two classes: its text, or both, and its label.
+        child: density or budget, and granularity; empty for methods that take none.
         method, learning_rate, epochs, steps: of the training.
         reasons: option -> why it has its value, for those chosen by the run.
         folds: of a cross-validation.
@@ -57,7 +59,9 @@ class Understood:
     tokens: list[int] | None
     cut_by_length: int
     duplicates: int
+    contradictions: int
     examples: list[list[str]]
+    child: dict[str, Any]
     method: str
     learning_rate: float
     epochs: float
@@ -82,14 +86,16 @@ class Understood:
         if self.tokens is not None:
             cut = f"{self.cut_by_length} are cut" if self.cut_by_length else "none is cut"
             yield f"length      median {self.tokens[0]} tokens, longest {self.tokens[1]}; {cut}"
-        for shown, label in self.examples:
-            yield f"example     {shown!r} → {label}"
+        for *shown, label in self.examples:
+            yield f"example     {' + '.join(map(repr, shown))} → {label}"
+        child = [f"{name} {value}" for name, value in self.child.items()]
         chosen = [
             f"learning rate {self.learning_rate:g}{self._reason('learning_rate')}",
             f"{self.epochs:g} {'epoch' if self.epochs == 1 else 'epochs'}{self._reason('epochs')}",
             counted(self.steps, "step"),
         ]
-        yield f"method      {self.method}: {chosen[0]}; {', '.join(chosen[1:])}"
+        parts = [", ".join(child), chosen[0], ", ".join(chosen[1:])]
+        yield f"method      {self.method}: {'; '.join(filter(None, parts))}"
         if self.seconds is not None:
             yield f"time        about {duration(max(1.0, self.seconds))}"
         for warning in self.warnings:
@@ -169,7 +175,9 @@ def understood(
         tokens=[int(median(train.lengths)), max(train.lengths)] if is_text else None,
         cut_by_length=train.num_cut,
         duplicates=_duplicates(task),
+        contradictions=_contradictions(task),
         examples=_examples(task.train),
+        child=_child(config),
         method=config.method,
         learning_rate=config.learning_rate,
         epochs=config.epochs,
@@ -188,6 +196,11 @@ def data_warnings(task: Task) -> Iterator[str]:
         yield (
             f"{all_of} of the {num_dev:,} evaluation examples are also in training, so the score says too little about "
             "new ones. Drop the repeated rows, or evaluate on others."
+        )
+    if contradictions := _contradictions(task):
+        yield (
+            f"{contradictions:,} of the {num_train:,} training examples are there more than once, with different "
+            "labels: no model can learn both. Correct the labels, or drop the rows."
         )
     for name in ("text", "text_pair"):
         texts = getattr(task.train, name, None)
@@ -231,6 +244,24 @@ def _duplicates(task: Task) -> int:
         return 0
     known = set(task.train.contents() or ())
     return sum(content in known for content in task.dev.contents() or ())
+
+
+def _contradictions(task: Task) -> int:
+    labels, contents = getattr(task.train, "labels", None), task.train.contents()
+    if not task.rules.has_classes or labels is None or contents is None:
+        return 0
+    found: dict[Any, set[str]] = defaultdict(set)
+    for content, label in zip(contents, labels, strict=True):
+        found[content].add(str(label))
+    return sum(len(found[content]) > 1 for content in contents)
+
+
+def _child(config: RunConfig) -> dict[str, Any]:
+    if not config.methods().takes_density:
+        return {}
+    child = config.child()
+    size = {"density": child.density} if child.budget is None else {"budget": child.budget}
+    return {**size, "granularity": child.granularity}
 
 
 def estimate_seconds(found: Understood, config: RunConfig, trainer: ChildTrainer, train: Any) -> float:
@@ -283,10 +314,15 @@ def _examples(split: Split) -> list[list[str]]:
         getattr(split, "labels", None) or getattr(split, "tags", None) or getattr(split, "responses", None)
     )
     if not labels:
-        return [[split.shown(0), "…"]]
+        return [[*_texts(split, 0), "…"]]
     other = next((row for row, label in enumerate(labels) if label != labels[0]), None)
     rows = [0] if other is None else [0, other]
-    return [[split.shown(row), _short(labels[row])] for row in rows]
+    return [[*_texts(split, row), _short(labels[row])] for row in rows]
+
+
+def _texts(split: Split, row: int) -> list[str]:
+    seconds = getattr(split, "text_pair", None) or []
+    return [split.shown(row), *(_short(text) for text in seconds[row : row + 1])]
 
 
 def _short(label: Any) -> str:

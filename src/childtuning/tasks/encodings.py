@@ -7,7 +7,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from childtuning.errors import DataError
+from childtuning.errors import DataError, no_file
 
 _MOST_SPECIAL = (
     0.25  # the share of bytes above 127 up to which text may be Windows-1252: Western languages have less
@@ -25,7 +25,7 @@ def content_of(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"There is no file {path}. Check the path.") from None
+        raise no_file(path) from None
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
