@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -143,9 +143,10 @@ def _with_interval(values: list[float]) -> str:
 def rates(exports: Iterable[Export]) -> list[str]:
     """Return a table of the default learning rate beside the best of those tried, and the mean shortfall.
 
-    The standard error is that of a row's best mean over its seeds, its variances averaged over the rows.
+    The standard error is that of a row's best mean over its seeds, its variances averaged over the rows. Chosen by
+    other seeds, a rate's score is not favoured by the noise of the seed that it was chosen with.
     """
-    cells, lost, variances, commands, num_collapsed = [], [], [], [], 0
+    cells, lost, behind, variances, commands, num_collapsed = [], [], [], [], [], 0
     at_default: dict[str, dict[str, dict[int, float]]] = {}
     for export in exports:
         commands.append(export["comparison"]["command"])
@@ -167,6 +168,9 @@ def rates(exports: Iterable[Export]) -> list[str]:
             best = max(means, key=means.__getitem__)
             lost.append(means[best] - means[default])
             if len(common) > 1:
+                behind.append(
+                    mean(_chosen_by_others(by_rate, s, common) - by_rate[default][s] for s in common)
+                )
                 variances.append(stdev(by_rate[best][seed] for seed in common) ** 2 / len(common))
             constant = constants[task, size, method]
             num_collapsed += sum(by_rate[default][s] <= constant < by_rate[best][s] for s in common)
@@ -201,6 +205,11 @@ def rates(exports: Iterable[Export]) -> list[str]:
         )
         + f" Runs at the default that are no better than a constant answer where the best rate's is: {num_collapsed}."
     )
+    if len(behind) > 1:
+        said += (
+            f" Against the rate that the other seeds choose, it is behind by {100 * mean(behind):.1f} ± "
+            f"{100 * stdev(behind) / len(behind) ** 0.5:.1f} points (standard error over {len(behind)} rows)."
+        )
     if len(variances) == len(lost):  # two seeds or more in every row
         full = at_default["`full`"]
         apart = [
@@ -211,6 +220,13 @@ def rates(exports: Iterable[Export]) -> list[str]:
         )
         said += f", of {sum(map(len, full.values()))} pairs each."
     return ["\n".join([said, "", table(header, cells, text=(0, 3, 6, 7)), "", "```bash", *commands, "```"])]
+
+
+def _chosen_by_others(by_rate: Mapping[float, Mapping[int, float]], seed: int, seeds: Iterable[int]) -> float:
+    """Return a seed's score at the rate that is best on average over the other seeds."""
+    others = [other for other in seeds if other != seed]
+    best = max(sorted(by_rate), key=lambda rate: mean(by_rate[rate][other] for other in others))
+    return by_rate[best][seed]
 
 
 def overview(folder: Path) -> str:
