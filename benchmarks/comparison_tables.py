@@ -28,6 +28,7 @@ TASKS = {
     "scitail": "SciTail",
     "qqp": "QQP",
 }
+_FEW = 5  # pairs or seeds, below which neither an interval nor a p is shown
 _MINILM = 384  # the width of all-MiniLM-L6-v2
 _METRICS = {"f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 _NAMES = {"learning_rate": "lr"}
@@ -111,14 +112,14 @@ def base_size(exports: Iterable[Export]) -> list[str]:
             " / ".join(chosen[name]),
             *_from_full(scores, found["`full`"]),
         ]
-        for name, scores in found.items()
+        for name, scores in sorted(found.items(), key=lambda item: item[0] != "`full`")
         if scores.keys() == found["`full`"].keys()
     ]
     said = (
         "all-mpnet-base-v2 (109 M parameters, in bf16 autocast), 1,000 examples, 3 epochs; mean, half of its 95 % "
-        "interval (Student's t), and the seeds in brackets where they are not five. Each method chose the better of "
-        "two rates by held-out examples, with one seed. *− full* is the mean difference, with its 95 % interval; p is "
-        "of a test that flips the signs of the pairs of one task and seed."
+        "interval (Student's t), or the seeds in brackets where they are fewer than five. Each method chose the better "
+        "of two rates by held-out examples, with one seed. *− full* is the mean difference, from five pairs on with "
+        "its 95 % interval and the p of a test that flips the signs of the pairs of one task and seed."
     )
     header = ["method", *tasks, "chosen rate", "− `full`", "p"]
     return ["\n".join([said, "", table(header, rows), "", "```bash", *commands, "```"])]
@@ -128,14 +129,18 @@ def _from_full(scores: dict[str, dict[int, float]], full: dict[str, dict[int, fl
     if scores is full:
         return ["", ""]
     found = compare_stratified([(scores[task], full[task]) for task in full])
+    if found.num < _FEW:
+        return ["—" if found.difference is None else f"{found.difference:+.3f}", "—"]
     assert found.difference is not None and found.interval is not None and found.p_permutation is not None
     low, high = found.interval
     return [f"{found.difference:+.3f} ({low:+.3f} … {high:+.3f})", f"{found.p_permutation:.2g}"]
 
 
 def _with_interval(values: list[float]) -> str:
-    if len(values) < 2:
+    if not values:
         return "—"
+    if len(values) < _FEW:
+        return f"{mean(values):.3f} ({len(values)})"
     half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return f"{mean(values):.3f} ± {half:.3f}" + (f" ({len(values)})" if len(values) != 5 else "")
 
