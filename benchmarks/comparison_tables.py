@@ -95,6 +95,13 @@ def base_size(exports: Iterable[Export]) -> list[str]:
     commands = []
     for export in exports:
         options = export["comparison"]["options"]
+        setting = (
+            options["model"],
+            options["precision"],
+            options["epochs"],
+            *export["comparison"]["train_sizes"],
+        )
+        assert setting == ("MPNET", "bf16", "3", 1000), f"what is said above the table is not so: {setting}"
         cut = [f"{options['density']}, {options['granularity']}"] if "density" in options else []
         commands.append(export["comparison"]["command"])
         for row in export["summary"]["rows"]:

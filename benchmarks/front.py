@@ -25,6 +25,7 @@ _COLOURS = {
     "child-random": "#9467bd",
     "lora": "#d62728",
 }
+_OF_RUN = ("method", "lr", "seed")  # what the runs of one table differ in
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _LEGEND = 640, 380, 52, 44, 150
 Result = Mapping[str, float]
 
@@ -91,6 +92,8 @@ def points(folder: Path, measure: Measure) -> list[Point]:
     """Return every method at every rate, in the order in which they ran."""
     path = folder / f"{measure.name}.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    settings = {tuple((n, v) for n, v in run["key"].items() if n not in _OF_RUN) for run in runs}
+    assert len(settings) < 2, f"{path.name} has runs of several settings: {settings}"
     before = next((run["result"] for run in runs if run["key"]["method"] == "none"), None)
     found = defaultdict(list)
     for run in runs:

@@ -10,6 +10,7 @@ on every third pair of its dev set; nothing is trained for it. Kept folders of m
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,13 @@ def main() -> None:
     torch.set_num_threads(1)
     recorded = RecordedRuns(given.output, threads=1)
     measure: Similarity | None = None
+    missing: list[str] = []
     for path in given.stores:
         with Store.open(path) as store:
             finished = [(run, store.folder_of(run.id)) for run in store.records() if run.state == "done"]
         for run, folder in finished:
             if not folder.is_dir():
+                missing.append(f"{path} {run.id}")
                 continue
             base = str(run.config["model"])
             if measure is None:
@@ -93,6 +96,8 @@ def main() -> None:
             recorded.run(untuned, lambda m=measure, b=base: {"similarity": m(AutoModel.from_pretrained(b))})
             tuned = key | {"method": str(way_of(run)), "lr": run.config["learning_rate"], "seed": run.seed}
             recorded.run(tuned, lambda m=measure, r=run, f=folder: _measured(m, r, f))
+    if missing:
+        print(f"not measured, their folders are gone (compare --keep): {', '.join(missing)}", file=sys.stderr)
 
 
 def _measured(measure: Similarity, run: Any, folder: Path) -> dict[str, Any]:

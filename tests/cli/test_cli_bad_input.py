@@ -61,6 +61,7 @@ GOOD = [{"text": f"a cat {i}", "label": "xy"[i % 2]} for i in range(8)]
     [
         "train --train none.csv",
         "train --train none.csv --density 3",
+        "train --config run.toml",
         "score --train none.csv --output scores.safetensors",
         "compare --train none.csv --methods full",
         "predict runs/mine --input none.csv",
@@ -72,6 +73,7 @@ def test_a_missing_file_is_told_before_torch_is_imported(words: str, tmp_path: P
         "import sys\nfrom childtuning.cli import main\n"
         "try: main()\nfinally: print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
+    (tmp_path / "run.toml").write_text('train = "none.csv"\n')
     done = subprocess.run(
         [sys.executable, "-c", program, *words.split()],
         capture_output=True,
@@ -81,7 +83,7 @@ def test_a_missing_file_is_told_before_torch_is_imported(words: str, tmp_path: P
     )
     assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
     assert done.stderr == "childtuning: There is no file none.csv. Check the path.\n"
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
 def test_missing_file(childtuning, sentiment, tmp_path) -> None:

@@ -106,7 +106,7 @@ def run(
 
         childtuning compare --train a.csv --methods full,child-d,lora --seeds 10 --jobs 2
     """
-    options = o.explicit(given)
+    o.check_files(given["train"], given["eval"])
     from childtuning.cli.compare_progress import plan_content, tell_plan, watched
     from childtuning.compare import (
         EXECUTORS,
@@ -138,7 +138,7 @@ def run(
             "threads": threads,
             "keep": keep or None,
         },
-        options=options,
+        options=o.explicit(given),
         jobs=jobs,
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )

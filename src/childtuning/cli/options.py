@@ -60,20 +60,14 @@ def takes(names: Iterable[str]) -> Callable[[_Command], _Command]:
 
 
 def explicit(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options given on the command line.
-
-    Raises:
-        DataError: when files of examples are missing; torch and transformers are not imported for that.
-    """
-    said = {name: value for name, value in given.items() if value is not None and value != []}
-    check_files(said.get("train"), said.get("eval"))
-    return said
+    """Return the options given on the command line."""
+    return {name: value for name, value in given.items() if value is not None and value != []}
 
 
-def check_files(*paths: str | Path | None) -> None:
-    """Raise a DataError if one of the paths leads nowhere."""
+def check_files(*paths: Any) -> None:
+    """Raise a DataError if one of the paths leads nowhere; torch and transformers are not imported for that."""
     for path in paths:
-        if path is not None and not Path(path).expanduser().exists():
+        if isinstance(path, (str, Path)) and not Path(path).expanduser().exists():
             raise no_file(path)
 
 
@@ -93,4 +87,6 @@ def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
         options = {key: value for key, value in options.items() if key not in ("train", "eval")}
     if "train" in said or "eval" in said:
         options.pop("task", None)
-    return RunConfig.from_options(options | said)
+    options |= said
+    check_files(options.get("train"), options.get("eval"))
+    return RunConfig.from_options(options)
