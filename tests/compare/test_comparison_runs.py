@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.compare.tiny_comparisons import a_comparison, outcomes, read, write_tasks
 
 from childtuning.compare import Comparison, Recorded, compare, set_up
@@ -67,13 +68,13 @@ def test_every_set_is_tried_and_the_best_gets_all_seeds(undisturbed: Recorded) -
     assert shares["child-d"] < shares["full"] == shares["child-f"]
 
 
-def test_nothing_is_left_beside_the_store(twelve: Comparison, undisturbed: Recorded, tmp_path: Path) -> None:
+def test_nothing_is_left_beside_the_store(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
-    short = a_comparison(
-        Path(twelve.options["model"]), Path(twelve.options["data_dir"]), methods=["head"], grid=[]
-    )
+    threads = torch.get_num_threads()
+    short = a_comparison(tiny_bert, data, methods=["head"], grid=[], settings={"threads": threads + 1})
     set_up(path, short)
     compare(path, short)
+    assert torch.get_num_threads() == threads
     assert not any((tmp_path / "runs.db.files" / "runs").iterdir())
     assert not any((tmp_path / "runs.db.files" / "locks").iterdir())
 
@@ -133,7 +134,6 @@ def test_processes_share_the_work(twelve: Comparison, undisturbed: Recorded, tmp
 
 
 def _work(path: str, comparison: dict[str, Any], log: str) -> None:
-    import torch
 
     torch.set_num_threads(1)
     inner = working.execute

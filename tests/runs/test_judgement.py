@@ -43,6 +43,19 @@ def test_many_classes_have_no_matrix() -> None:
     found = judge(KIND, ("accuracy",), [Answered(list(np.eye(51)), None, split)], names)
     assert found.confusion is None and found.per_class is not None and len(found.per_class) == 51
     assert found.errors == []
+    assert found.interval == pytest.approx([0.92996, 1.0], abs=1e-4)  # n / (n + 1.96²)
+
+
+def test_a_perfect_score_of_few_examples_is_remarked(result: RunResult) -> None:
+    split = Examples(["x"] * 12, None, ["a", "b", "c"] * 4)
+    answers = [Answered(list(np.tile(np.eye(3), (4, 1))), None, split)]
+    for name, words in (("accuracy", "between 0.76 and 1.00 with these 12"), ("macro-f1", "all 12 examples")):
+        found = judge(KIND, (name,), answers, NAMES)
+        metric = {"name": name, "value": found.metrics[name]}
+        told = replace(
+            result, metric=metric, interval=found.interval, eval_examples=12, constant=None
+        ).remarks
+        assert len(told) == 1 and words in told[0]
 
 
 def test_a_collapsed_model_has_no_classes() -> None:
@@ -56,7 +69,7 @@ def test_numbers_have_an_interval_alone() -> None:
     outputs = [np.array([value]) for value in targets + np.tile([1.0, -1.0], 20)]
     split = Examples(["x"] * 40, None, targets.tolist())
     found = judge(find_kind("regression"), ("mae", "pearson"), [Answered(outputs, None, split)], ())
-    assert found.metrics["mae"] == 1.0 and found.interval == [1.0, 1.0]
+    assert found.metrics["mae"] == 1.0 and found.interval is None  # every sample has this error
     assert found.per_class is None and found.confusion is None and found.errors == []
 
 

@@ -18,6 +18,7 @@ from childtuning.tasks.metrics import (
     metrics_of,
     probabilities,
     score,
+    share_interval,
 )
 
 CLASSES = ["accuracy", "f1", "matthews"]
@@ -176,3 +177,19 @@ def test_the_interval_is_a_bootstrap_over_examples():
     assert (low, high) == tuple(np.quantile(said[draws].mean(1), [0.025, 0.975]))
     assert interval(lambda weights: np.full(len(weights), math.nan), 3) is None
     assert score(fn, 100) == 0.7
+
+
+def test_equal_samples_tell_no_interval():
+    truth = np.tile([0, 1], 6)
+    assert interval(metric_fn("f1", truth, truth), 12) is None
+    assert interval(metric_fn("mae", truth + 1.0, truth), 12) is None
+
+
+@pytest.mark.parametrize("right", [0, 1, 7, 12])
+def test_the_interval_of_a_share_holds_the_shares_that_a_score_test_accepts(right):
+    ends = share_interval(right / 12, 12)
+    assert ends is not None and 0 <= ends[0] <= right / 12 <= ends[1] <= 1
+    for end in set(ends) - {0.0, 1.0}:
+        assert abs(right / 12 - end) / math.sqrt(end * (1 - end) / 12) == pytest.approx(1.959964)
+    assert ends[1] - ends[0] > 0.2
+    assert share_interval(math.nan, 12) is None

@@ -11,6 +11,8 @@ import platform
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,29 +69,43 @@ def work(store: Store, comparison: Comparison) -> None:
         ConfigError: when the store cannot be written to; recorded runs are safe.
         OSError: when the disk is full or not writable.
     """
-    import torch
+    with _threads(comparison.threads), Owner(store.locks) as owner:
+        _work(store, comparison, owner)
 
-    torch.set_num_threads(comparison.threads)
+
+def _work(store: Store, comparison: Comparison, owner: Owner) -> None:
     inputs = Inputs(keep=True)
     keep = comparison.keep or bool(comparison.transfer_to)
     last: Record | None = None
-    with Owner(store.locks) as owner:
-        while True:
-            plan(store, comparison)
-            run = store.claim(owner, last)
-            if run is None:
-                if not store.num_running():
-                    return
-                # Another process is working: its runs may require more runs, or be left for this process.
-                time.sleep(_POLL_SECONDS)
-                continue
-            try:
-                last = execute(run, store.folder_of(run.id), inputs, keep=keep)
-                _keep_examples(store, last, inputs)
-                store.finish(last, owner)
-            except BaseException:
-                _give_back(store, run, owner)
-                raise
+    while True:
+        plan(store, comparison)
+        run = store.claim(owner, last)
+        if run is None:
+            if not store.num_running():
+                return
+            # Another process is working: its runs may require more runs, or be left for this process.
+            time.sleep(_POLL_SECONDS)
+            continue
+        try:
+            last = execute(run, store.folder_of(run.id), inputs, keep=keep)
+            _keep_examples(store, last, inputs)
+            store.finish(last, owner)
+        except BaseException:
+            _give_back(store, run, owner)
+            raise
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside, and with as many as before afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _give_back(store: Store, run: Record, owner: Owner) -> None:

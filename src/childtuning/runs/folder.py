@@ -353,10 +353,15 @@ class RunResult:
         if self.diverged_at is not None:
             return []
         found = []
+        more = "" if self.folds else " With --folds 5, every example counts."
+        if self.interval is None and value == 1 and sign > 0:
+            found.append(
+                f"{name} 1.000: all {self.eval_examples} examples are answered rightly, so they cannot tell how far "
+                f"it may be off.{more}"
+            )
         if self.interval is not None and is_share(name):
             low, high = self.interval
             if (high - low) / 2 > _WIDE:
-                more = "" if self.folds else " With --folds 5, every example counts."
                 found.append(
                     f"{name} {value:.3f} lies between {low:.2f} and {high:.2f} with these {self.eval_examples} "
                     f"examples: differences below that are noise.{more}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from childtuning.tasks import Kind, Split
-from childtuning.tasks.metrics import WeightedFn, interval, probabilities, score
+from childtuning.tasks.metrics import WeightedFn, interval, probabilities, score, share_interval
 
 _NUM_ERRORS = 5
 _MOST_CLASSES = 50  # a larger confusion matrix is left out
@@ -23,7 +23,9 @@ class Judgement:
 
     Attributes:
         metrics: name -> value; the first is the main metric.
-        interval: both ends of a 95% bootstrap interval of the main metric over the examples; ``None`` without a value.
+        interval: both ends of a 95% interval of the main metric over the examples: Wilson's for the accuracy of one
+            class an example, a bootstrap's for other metrics; ``None`` without a value, and where the
+            samples do not differ, as when all answers are right.
         per_class: class -> its precision, recall, f1 and support; ``None`` unless each example has one class.
         confusion: how often each class (row) got each answer (column), in the order of ``per_class``; ``None`` also
             with more than 50 classes.
@@ -69,9 +71,10 @@ def judge(
     num = sum(len(part.outputs) for part in parts)
     found = [_joined([_weighted(kind, name, part, label_names) for part in parts]) for name in metrics]
     values = {name: score(fn, num) for name, fn in zip(metrics, found, strict=True)}
-    ends = interval(found[0], num)
-    around = None if ends is None else list(ends)
     truths = [kind.truth(part.split, label_names) for part in parts]
+    is_share = metrics[0] == "accuracy" and truths[0] is not None
+    ends = share_interval(values["accuracy"], num) if is_share else interval(found[0], num)
+    around = None if ends is None else list(ends)
     if truths[0] is None or not all(np.isfinite(part.outputs).all() for part in parts):
         return Judgement(values, around)
     truth = np.concatenate([np.asarray(ids) for ids in truths])

@@ -125,7 +125,8 @@ def interval(fn: WeightedFn, num_examples: int, *, level: float = 0.95) -> tuple
         num_examples: how many examples there are.
         level: the interval's coverage.
     Returns:
-        both ends; None if the metric has no value.
+        both ends; None if the metric has no value, or if both are equal, as when all answers are right: how far it
+        may be off cannot be told from the samples then.
     """
     rng = np.random.default_rng(0)
     most = max(1, _AT_ONCE // num_examples)
@@ -142,7 +143,28 @@ def interval(fn: WeightedFn, num_examples: int, *, level: float = 0.95) -> tuple
     if not joined.size:
         return None
     low, high = np.quantile(joined, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return None if low == high else (float(low), float(high))
+
+
+def share_interval(share: float, num_examples: int, *, level: float = 0.95) -> tuple[float, float] | None:
+    """Return Wilson's score interval of a share of the examples, as accuracy is; it holds for 0 and 1 too.
+
+    [Wilson 1927; Brown, Cai and DasGupta 2001, section 3.1.1]
+
+    Args:
+        share: how many of the examples count, divided by all.
+        num_examples: how many examples there are.
+        level: the interval's coverage.
+    Returns:
+        both ends; None if the share is not finite.
+    """
+    from scipy.stats import binomtest
+
+    if not math.isfinite(share):
+        return None
+    found = binomtest(round(share * num_examples), num_examples)
+    ends = found.proportion_ci(confidence_level=level, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def probabilities(logits: Any) -> np.ndarray:
