@@ -160,6 +160,7 @@ def rates(exports: Iterable[Export]) -> list[str]:
     """
     cells, lost, behind, variances, commands, num_collapsed = [], [], [], [], [], 0
     at_default: dict[str, dict[str, dict[int, float]]] = {}
+    by_others: dict[str, dict[str, dict[int, float]]] = {}
     for export in exports:
         commands.append(export["comparison"]["command"])
         found: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
@@ -180,15 +181,15 @@ def rates(exports: Iterable[Export]) -> list[str]:
             best = max(means, key=means.__getitem__)
             lost.append(means[best] - means[default])
             if len(common) > 1:
-                behind.append(
-                    mean(_chosen_by_others(by_rate, s, common) - by_rate[default][s] for s in common)
-                )
+                where = f"{task} {size}"
+                usual = {seed: by_rate[default][seed] for seed in common}
+                tuned = {seed: _chosen_by_others(by_rate, seed, common) for seed in common}
+                at_default.setdefault(f"`{method}`", {})[where] = usual
+                by_others.setdefault(f"`{method}`", {})[where] = tuned
+                behind.append(mean(tuned[seed] - usual[seed] for seed in common))
                 variances.append(stdev(by_rate[best][seed] for seed in common) ** 2 / len(common))
             constant = constants[task, size, method]
             num_collapsed += sum(by_rate[default][s] <= constant < by_rate[best][s] for s in common)
-            at_default.setdefault(f"`{method}`", {})[f"{task} {size}"] = {
-                s: by_rate[default][s] for s in common
-            }
             values = " / ".join(f"{value:.3f}" for value in means.values())
             tried = ", ".join(f"{rate:g}" for rate in means)
             cells.append(
@@ -222,16 +223,21 @@ def rates(exports: Iterable[Export]) -> list[str]:
             f" Against the rate that the other seeds choose, it is behind by {100 * mean(behind):.1f} ± "
             f"{100 * stdev(behind) / len(behind) ** 0.5:.1f} points (standard error over {len(behind)} rows)."
         )
-    if len(variances) == len(lost):  # two seeds or more in every row
-        full = at_default["`full`"]
-        apart = [
-            [name, *_from_full(scores, full)] for name, scores in at_default.items() if scores is not full
-        ]
-        said += " At the defaults, over all tasks and sizes: " + "; ".join(
-            f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart
-        )
-        said += f", of {sum(map(len, full.values()))} pairs each."
+    said += _methods_beside_full("At the defaults", at_default)
+    said += _methods_beside_full("At the rates that the other seeds choose", by_others)
     return ["\n".join([said, "", table(header, cells, text=(0, 3, 6, 7)), "", "```bash", *commands, "```"])]
+
+
+def _methods_beside_full(at: str, scores: dict[str, dict[str, dict[int, float]]]) -> str:
+    """Say how far each method is from `full`, over the tasks and sizes of two seeds or more that all of them have."""
+    shared = set.intersection(*(set(of_task) for of_task in scores.values()), set(scores.get("`full`", ())))
+    paired = {name: {where: by[where] for where in by if where in shared} for name, by in scores.items()}
+    if not shared:
+        return ""
+    full = paired["`full`"]
+    apart = [[name, *_from_full(by, full)] for name, by in paired.items() if by is not full]
+    listed = "; ".join(f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart)
+    return f" {at}, over {len(full)} tasks and sizes: {listed}, of {sum(map(len, full.values()))} pairs each."
 
 
 def _chosen_by_others(by_rate: Mapping[float, Mapping[int, float]], seed: int, seeds: Iterable[int]) -> float:
