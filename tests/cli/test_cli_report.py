@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def test_json_tells_what_was_written(childtuning, export: Path) -> None:
     }
     done = childtuning("report", export, "--format", "md", "--json")
     assert done.code == 2 and "-o FILE" in done.err
+
+
+def test_a_report_to_share_has_no_texts(childtuning, export: Path, recorded: Recorded) -> None:
+    examples = {"labels": ["yes", "no"], "shown": ["a secret text", "another secret"]}
+    runs = [
+        replace(run, result={**run.result, "examples": "d", "answers": ["yes", "no" if row % 2 else "yes"]})
+        if run.result
+        else run
+        for row, run in enumerate(recorded.records)
+    ]
+    told = replace(recorded, records=runs, artifacts={"examples d": examples, "other": {}})
+    export.write_text(json_text(told.to_dict()))
+    for format in ("html", "json"):
+        page = export.parent / f"page.{format}"
+        assert childtuning("report", export, "-o", page).code == 0
+        assert "secret" in page.read_text(encoding="utf-8")
+        assert childtuning("report", export, "-o", page, "--no-examples").code == 0
+        assert "secret" not in page.read_text(encoding="utf-8")
+    assert json.loads(page.read_text())["artifacts"] == {"other": {}}
 
 
 def test_several_stores_are_joined(childtuning, export: Path, recorded: Recorded) -> None:

@@ -57,6 +57,12 @@ def run(
             show_default=False,
         ),
     ] = None,
+    no_examples: Annotated[
+        bool,
+        typer.Option(
+            "--no-examples", help="Leave out the texts of evaluation examples, for a report to share."
+        ),
+    ] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Report the results of one or more comparisons as a self-contained page or as tables.
@@ -85,6 +91,8 @@ def run(
     from childtuning import report
 
     recorded = report.joined({str(store): report.read_recorded(store) for store in stores})
+    if no_examples:
+        recorded = recorded.without_examples()
     if kind is Format.json:
         text = json_text(report.json_content(recorded)) + "\n"
     else:

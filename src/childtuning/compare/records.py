@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from childtuning.errors import ConfigError
@@ -129,6 +129,13 @@ class Recorded:
     records: Sequence[Record]
     artifacts: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+    def without_examples(self) -> Self:
+        """Return the content without the evaluation examples, to be given away where their texts must not be."""
+        kept = {
+            name: content for name, content in self.artifacts.items() if not name.startswith(artifact_of(""))
+        }
+        return replace(self, artifacts=kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready fields, the store's export."""
