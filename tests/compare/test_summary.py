@@ -296,3 +296,4 @@ def test_lower_is_better_ranks_from_below() -> None:
 def test_the_noise_of_evaluation_examples() -> None:
     assert standard_error("accuracy", 0.8, 100) == pytest.approx(0.04)
     assert standard_error("f1", 0.8, 100) is None and standard_error("accuracy", None, 100) is None
+    assert standard_error("accuracy", 1.0, 100) is None and standard_error("accuracy", 0.0, 100) is None

@@ -215,11 +215,11 @@ def standard_error(metric: str | None, score: float | None, num_examples: int) -
     """Return the standard error of an accuracy on so many independent examples: √(p (1 − p) / n).
 
     It is the noise of the evaluation examples, which more seeds do not reduce. ``None`` for metrics that are no share
-    of the examples.
+    of the examples, and at 0 and 1, where the examples do not tell it.
     """
-    if metric != "accuracy" or score is None or not num_examples:
+    if metric != "accuracy" or score is None or not num_examples or not 0 < score < 1:
         return None
-    return math.sqrt(max(0.0, score * (1 - score)) / num_examples)
+    return math.sqrt(score * (1 - score) / num_examples)
 
 
 def summarize(choices: Sequence[Choice], baseline: str | None) -> list[Row]:
