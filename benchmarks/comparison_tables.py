@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from costs import table
-from scipy import stats
 from torch.nn import Linear
 
-from childtuning.compare.statistics import compare_stratified
+from childtuning.compare.statistics import compare_stratified, mean_interval
 from childtuning.methods import Combination
 from childtuning.training import suggested_rate
 
@@ -138,25 +137,9 @@ def _from_full(scores: dict[str, dict[int, float]], full: dict[str, dict[int, fl
     found = compare_stratified([(scores[task], full[task]) for task in full])
     if found.num < _FEW:
         return ["—" if found.difference is None else f"{found.difference:+.3f}", "—"]
-    assert found.difference is not None and found.p_permutation is not None
-    half = _half_interval(
-        [scores[task][seed] - full[task][seed] for seed in scores[task].keys() & full[task].keys()]
-        for task in full
-    )
-    ends = f"{found.difference - half:+.3f} … {found.difference + half:+.3f}"
-    return [f"{found.difference:+.3f} ({ends})", f"{found.p_permutation:.2g}"]
-
-
-def _half_interval(strata: Iterable[Sequence[float]]) -> float:
-    """Return half of Student's 95 % interval of the mean of the strata's means.
-
-    A bootstrap within strata of two or three seeds is too narrow, by a factor of 1.4 or 1.2. The degrees of freedom are
-    Satterthwaite's.
-    """
-    terms = [(stdev(values) ** 2 / len(values), len(values) - 1) for values in strata]
-    total = sum(variance for variance, _ in terms)
-    freedom = total**2 / sum(variance**2 / free for variance, free in terms)
-    return float(stats.t.ppf(0.975, freedom)) * total**0.5 / len(terms)
+    assert found.difference is not None and found.interval is not None and found.p_permutation is not None
+    low, high = found.interval
+    return [f"{found.difference:+.3f} ({low:+.3f} … {high:+.3f})", f"{found.p_permutation:.2g}"]
 
 
 def _with_interval(values: list[float]) -> str:
@@ -164,8 +147,8 @@ def _with_interval(values: list[float]) -> str:
         return "—"
     if len(values) < _FEW:
         return f"{mean(values):.3f} ({len(values)})"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.3f} ± {half:.3f}" + (f" ({len(values)})" if len(values) != 5 else "")
+    low, high = mean_interval([values]) or (0, 0)
+    return f"{mean(values):.3f} ± {(high - low) / 2:.3f}" + (f" ({len(values)})" if len(values) != 5 else "")
 
 
 def rates(exports: Iterable[Export]) -> list[str]:

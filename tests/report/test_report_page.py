@@ -112,7 +112,7 @@ def test_the_headline_claims_no_more_than_the_runs_show() -> None:
         root = parse(html_page(Recorded(synthetic.comparison(["rte"], list(levels), num_seeds), runs)))
         return [li.text.replace("\xa0", " ") for li in root.one("ul", "findings").all("li")]
 
-    clear = "child-d leads with accuracy 0.704 (0.702 … 0.705), 0.100 above full: significant, p = 0.008."
+    clear = "child-d leads with accuracy 0.704 (0.701 … 0.706), 0.100 above full: significant, p = 0.008."
     assert findings({"full": 0.6, "child-d": 0.7}, 8) == [f"rte {clear}"]
     (few,) = findings({"full": 0.6, "child-d": 0.7}, 3)
     assert few.startswith("rte child-d has the best accuracy, 0.701 (")

@@ -11,7 +11,6 @@ The order of runs does not matter, and random draws have a fixed seed.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
@@ -30,8 +29,8 @@ class Description:
         num_collapsed: the number of runs no better than a constant answer, or without a score.
         mean, sd: of the scores; the sample standard deviation (n − 1), 0 for one run. ``None`` if ``num_nan`` > 0.
         median, best, worst: a run without a score ranks below all others; ``None`` if the value is such a run's.
-        interval: 95 % bootstrap interval of the mean; (value, value) if all are equal, ``None`` for fewer than two
-            runs, where it is undefined, or if ``num_nan`` > 0.
+        interval: Student's 95 % interval of the mean; (value, value) if all are equal, ``None`` for fewer than three
+            runs, or if ``num_nan`` > 0.
     """
 
     num: int
@@ -57,7 +56,7 @@ class Paired:
         num: the number of pairs.
         num_nan: the number of pairs in which either run has no score.
         difference: mean of (method − baseline), in units of the metric; ``None`` if ``num_nan`` > 0.
-        interval: its 95 % bootstrap interval; ``None`` in the same cases as in ``describe``.
+        interval: Student's 95 % interval of it; ``None`` in the same cases as in ``describe``.
         p_permutation: p of the permutation test; ``None`` for fewer than two pairs, or if ``num_nan`` > 0.
         p_wilcoxon: p of Wilcoxon's test; ``None`` for fewer than two pairs, or if no pair differs.
     """
@@ -84,7 +83,7 @@ def describe(
 ) -> Description:
     """Describe the scores of one method over seeds.
 
-    The interval is the bootstrap interval of ``mean_interval``; see there for its accuracy with few seeds.
+    The interval is that of ``mean_interval``.
 
     Args:
         values: one score per run; NaN for a run without one.
@@ -278,50 +277,33 @@ DIGITS = 10
 
 
 def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """Return a 95 % bootstrap interval of the mean of the strata's means, resampled within each stratum.
+    """Return Student's 95 % interval of the mean of the strata's means.
 
-    It is the bias-corrected and accelerated interval [Efron 1987] over 9,999 resamples, or the percentile interval if
-    that is undefined. With few values, any bootstrap interval is too narrow: for normal values, it covers the mean in
-    about 71 % of cases with 3 values, 85 % with 5, 90 % with 10.
+    The strata vary by different amounts, so the degrees of freedom are approximate [Satterthwaite 1946]; of one stratum
+    they are n − 1. For normal values it covers the mean in 95 % of cases, however few they are. A bootstrap would cover
+    it in 85 % with five values, and in 73 % with four strata of two.
 
     Args:
         strata: one or more lists of finite values; one list for a plain mean.
     Returns:
-        low and high, both equal to the mean if all values are equal; ``None`` if a stratum has fewer than two values.
+        low and high, both equal to the mean if the values of each stratum are equal; ``None`` with fewer than three
+        values, or if a stratum has fewer than two.
     """
-    if min(map(len, strata)) < 2:
+    if min(map(len, strata)) < 2 or sum(map(len, strata)) < 3:
         return None
-    from scipy.stats import bootstrap
+    from scipy.stats import t
 
     center = fmean(map(fmean, strata))
-    deviations = [np.sort(stratum) - fmean(stratum) for stratum in strata]
-    spread = max(float(np.abs(deviation).max()) for deviation in deviations)
-    if spread <= 10.0**-DIGITS * max(abs(value) for stratum in strata for value in stratum):
+    spreads = [stdev(stratum) for stratum in strata]
+    if max(spreads) <= 10.0**-DIGITS * max(abs(value) for stratum in strata for value in stratum):
         return center, center
-    samples = [deviation / spread for deviation in deviations]
-    lowest, highest = (fmean(float(end(sample)) for sample in samples) for end in (np.min, np.max))
-
-    def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
-        means = [sample.mean(axis=axis) for sample in drawn]
-        return np.round(np.mean(means, axis=0), DIGITS)  # the bias correction counts ties
-
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():  # if the first is undefined, scipy warns and the second is used
-            warnings.simplefilter("ignore")
-            found = bootstrap(
-                samples,
-                statistic,
-                vectorized=True,
-                confidence_level=CONFIDENCE,
-                n_resamples=NUM_RESAMPLES,
-                method=method,
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        if math.isfinite(found.low) and math.isfinite(found.high):
-            low = max(float(found.low), lowest)  # rounding may exceed the range
-            high = min(float(found.high), highest)
-            return center + spread * low, center + spread * high
-    return None
+    terms = [
+        (spread**2 / len(stratum), len(stratum) - 1) for spread, stratum in zip(spreads, strata, strict=True)
+    ]
+    variance = sum(term for term, _ in terms)
+    freedom = variance**2 / sum(term**2 / free for term, free in terms)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance) / len(strata)
+    return center - half, center + half
 
 
 def sign_flip_p(terms: Sequence[float]) -> float:

@@ -12,8 +12,7 @@ from childtuning.report.markup import Markup, el
 def how_to_read(evidence: Evidence) -> Markup:
     """Return the notes, collapsed."""
     items = [
-        "Interval: 95 % bootstrap interval of the mean over seeds, bias-corrected and accelerated. With few seeds it "
-        "is too narrow.",
+        "Interval: Student's 95 % interval of the mean over seeds; none with fewer than three.",
         "Collapsed: no better than always predicting the most frequent answer of the training examples, or without "
         "a score. If a run has no score, its method has no mean.",
         *_tests(evidence),
