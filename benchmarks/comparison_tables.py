@@ -147,8 +147,11 @@ def _with_interval(values: list[float]) -> str:
         return "—"
     if len(values) < _FEW:
         return f"{mean(values):.3f} ({len(values)})"
-    low, high = mean_interval([values]) or (0, 0)
-    return f"{mean(values):.3f} ± {(high - low) / 2:.3f}" + (f" ({len(values)})" if len(values) != 5 else "")
+    ends = mean_interval([values])
+    assert ends is not None
+    return f"{mean(values):.3f} ± {(ends[1] - ends[0]) / 2:.3f}" + (
+        f" ({len(values)})" if len(values) != 5 else ""
+    )
 
 
 def rates(exports: Iterable[Export]) -> list[str]:

@@ -112,6 +112,8 @@ def test_no_runs() -> None:
 def test_interval_is_students() -> None:
     expected = ttest_1samp(SKEWED, 0).confidence_interval(0.95)
     assert describe(SKEWED, [False] * 6).interval == pytest.approx(tuple(expected), rel=1e-12)
+    huge = describe([value * 1e300 for value in SKEWED], [False] * 6).interval  # a perplexity may be
+    assert huge == pytest.approx([end * 1e300 for end in expected], rel=1e-12)
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -297,12 +297,14 @@ def mean_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float] | No
     spreads = [stdev(stratum) for stratum in strata]
     if max(spreads) <= 10.0**-DIGITS * max(abs(value) for stratum in strata for value in stratum):
         return center, center
+    unit = max(spreads)  # the square of a diverged run's perplexity would overflow
     terms = [
-        (spread**2 / len(stratum), len(stratum) - 1) for spread, stratum in zip(spreads, strata, strict=True)
+        ((spread / unit) ** 2 / len(stratum), len(stratum) - 1)
+        for spread, stratum in zip(spreads, strata, strict=True)
     ]
     variance = sum(term for term, _ in terms)
     freedom = variance**2 / sum(term**2 / free for term, free in terms)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance) / len(strata)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * unit * math.sqrt(variance) / len(strata)
     return center - half, center + half
 
 

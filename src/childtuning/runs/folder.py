@@ -356,8 +356,8 @@ class RunResult:
         more = "" if self.folds else " With --folds 5, every example counts."
         if self.interval is None and value == 1 and sign > 0:
             found.append(
-                f"{name} 1.000: all {self.eval_examples} examples are answered rightly, so they cannot tell how far "
-                f"it may be off.{more}"
+                f"{name} 1.000: no sample of these {self.eval_examples} examples scores less, so they cannot tell how "
+                f"far it may be off.{more}"
             )
         if self.interval is not None and is_share(name):
             low, high = self.interval
