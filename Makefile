@@ -14,9 +14,8 @@ INSTALLED_FROM := pyproject.toml constraints.txt hatch_build.py $(wildcard src/c
 THREADS ?= 1
 ARGS ?=
 
-# Threads wait passively: spinning ones slow everything down where other work shares the cores.
-export OMP_WAIT_POLICY := PASSIVE
-export GOMP_SPINCOUNT := 0
+# Threads soon sleep when they wait: spinning ones slow everything down where other work shares the cores.
+export GOMP_SPINCOUNT := 10000
 # Freed memory stays with the process: asking the kernel for it anew costs more than a training step's arithmetic.
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184

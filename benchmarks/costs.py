@@ -20,6 +20,7 @@ _COMMANDS = {
     "memory": "memory",
     "memory-small": "memory --batch-size 2",
     "script": "train --script",
+    "waiting": "waiting --repeats 3",
     "import": "import",
     "compare": "compare --train-limit 200 --repeats 3",
     "report": "report",

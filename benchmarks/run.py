@@ -31,6 +31,7 @@ BENCHMARKS = {
     "serving": "exporting a model of 1.1 billion weights, and switching between children of it",
     "costs": "what the cost model predicts of a training step and its peak memory, beside what is measured",
     "train": "the whole training step, beside the same; with --script, whole runs",
+    "waiting": "training steps whose threads wait briefly, beside spinning and sleeping; alone, and on a busy machine",
     "import": "import childtuning, beside import torch",
     "compare": "a comparison, beside plain training of the same runs",
     "report": "opening a report of 2,000 runs in Chromium, beside an empty page",

@@ -15,8 +15,15 @@ from typing import Any
 from environment import KEPT, child_environment
 
 
-def call(name: str, threads: int, *, malloc: dict[str, str] = KEPT, **given: Any) -> dict[str, Any]:
-    """Run a worker in a process of its own and return what it measured.
+def call(
+    name: str,
+    threads: int,
+    *,
+    malloc: dict[str, str] = KEPT,
+    variables: dict[str, str] | None = None,
+    **given: Any,
+) -> dict[str, Any]:
+    """Run a worker in a process of its own, with more environment variables, and return what it measured.
 
     Raises:
         RuntimeError: it failed, with the last line that it wrote.
@@ -33,7 +40,7 @@ def call(name: str, threads: int, *, malloc: dict[str, str] = KEPT, **given: Any
         capture_output=True,
         text=True,
         check=False,
-        env=child_environment(threads, malloc),
+        env={**child_environment(threads, malloc), **(variables or {})},
     )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
@@ -82,6 +89,12 @@ def _serving_switch(**given: Any) -> dict[str, Any]:
     return switch(**given)
 
 
+def _waiting_steps(**given: Any) -> dict[str, Any]:
+    from bench_waiting import measure
+
+    return measure(**given)
+
+
 def _official_script(**given: Any) -> dict[str, Any]:
     from references.official_script import official_run
 
@@ -96,6 +109,7 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "serving-files": _serving_files,
     "serving-export": _serving_export,
     "serving-switch": _serving_switch,
+    "waiting-steps": _waiting_steps,
     "official-script": _official_script,
 }
 

@@ -92,14 +92,20 @@ def _about(
     """
 
 
+# Turns for which a thread waits awake at a barrier, a fraction of a millisecond; the OpenMP library's own number is 300,000.
+SPINS = "10000"
 _STOPPED = "stopped. Continue a training run with --resume, and a comparison with the same command."
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 success; 2 wrong use or input, reported in one line; 1 anything else.
 
-    With several processes (torchrun), only rank 0 writes to standard output.
+    With several processes (torchrun), only rank 0 writes to standard output. Threads that wait for each other soon
+    sleep, unless the environment says otherwise: beside a program that keeps a core busy, threads that spin through
+    their share of the time make training many times slower (``benchmarks/run.py waiting``).
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch is imported
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if "RANK" in os.environ:  # torchrun ends the others by SIGTERM when one has died
