@@ -21,8 +21,9 @@ from workers import call
 
 from childtuning.cli.app import SPINS
 
-_BRIEF, _SPIN, _SLEEP = "as the command sets it", "spinning", "sleeping"
-# The second is what libgomp takes where nothing is set, the third its number under OMP_WAIT_POLICY=PASSIVE.
+_BRIEF, _SPIN, _SLEEP = "threads that spin briefly", "threads that spin on", "threads that sleep at once"
+# The first is what the command line sets, the second what libgomp takes where nothing is set, the third its number
+# under OMP_WAIT_POLICY=PASSIVE.
 _SETTINGS = {
     name: {"GOMP_SPINCOUNT": spins} for name, spins in ((_BRIEF, SPINS), (_SPIN, "300000"), (_SLEEP, "0"))
 }
@@ -34,7 +35,7 @@ def run(record: Record, options: argparse.Namespace) -> None:
     """Measure every shape alone and beside a busy process, in turn there and back."""
     places = {"alone": 0, "beside a busy process": 1}
     for shape, size, tokens, steps in (("tiny", 2, 8, 2),) if options.quick else _CASES:
-        about = f"{shape}, {size} × {tokens} tokens"
+        about = f"{shape} training step, {size} × {tokens} tokens"
         seconds: dict[str, list[float]] = {}
         for number in range(options.repeats):
             tell(f"  {about}: round {number + 1} of {options.repeats}")

@@ -92,7 +92,7 @@ def _about(
     """
 
 
-# Turns for which a thread waits awake at a barrier, a fraction of a millisecond; the OpenMP library's own number is 300,000.
+# How often a thread that waits looks again before it sleeps: a fraction of a millisecond. The OpenMP library: 300,000.
 SPINS = "10000"
 _STOPPED = "stopped. Continue a training run with --resume, and a comparison with the same command."
 
