@@ -32,6 +32,10 @@ def finish(run: Record, held_out: float) -> Record:
         (["full,child-d"], ("full", "child-d")),
         (["full", "child-d+r3f:0.7,eps=1e-5,lora"], ("full", "child-d+r3f:0.7,eps=1e-5", "lora")),
         (["smart:weight=0.5,step=1e-4,full"], ("smart:weight=0.5,step=1e-4", "full")),
+        (
+            ["child-d,child-d@a.1,smart:weight=0.5,step=1e-4@b"],
+            ("child-d", "child-d@a.1", "smart:weight=0.5,step=1e-4@b"),
+        ),
     ],
 )
 def test_commas_part_methods_and_their_options(texts: list[str], methods: tuple[str, ...]) -> None:
@@ -44,6 +48,34 @@ def test_grids_are_of_all_methods_or_of_one() -> None:
     )
     assert grid == {"learning_rate": [2e-5, 4e-5], "density": [0.1, "auto"], "batch_size": [8]}
     assert of == {"lora:r=8": {"learning_rate": [1e-3]}}
+
+
+def test_a_grid_belongs_to_the_longest_name_that_it_begins_with() -> None:
+    _, of = read_grid(["lora:r=8:lr=1e-3", "lora:lr=1e-4"], ["lora", "lora:r=8"])
+    assert of == {"lora:r=8": {"learning_rate": [1e-3]}, "lora": {"learning_rate": [1e-4]}}
+
+
+def test_a_label_makes_a_second_entry_of_a_method() -> None:
+    found = asked(
+        methods=["child-d,child-d@columns,child-d@both"],
+        grid=[
+            "child-d:density=0.3",
+            "child-d@columns:density=0.1",
+            "child-d@columns:granularity=column",
+            "child-d@both:density=0.1,0.3",
+        ],
+    )
+    runs = [
+        (run.group.method, run.config["method"], run.config["density"], run.config["granularity"])
+        for run in found.first_runs
+    ]
+    assert runs == [
+        ("child-d", "child-d", 0.3, "element"),
+        ("child-d@columns", "child-d", 0.1, "column"),
+        ("child-d@both", "child-d", 0.1, "element"),
+        ("child-d@both", "child-d", 0.3, "element"),
+    ]
+    assert len({run.id for run in found.first_runs}) == 4
 
 
 @pytest.mark.parametrize(
@@ -69,6 +101,11 @@ def test_wrong_grids_are_refused(text: str, words: str) -> None:
     [
         ({"methods": ["full,full"]}, "methods has 'full' twice"),
         ({"methods": ["child_d"]}, "Did you mean 'child-d'"),
+        ({"methods": ["child_d@fine"]}, "Did you mean 'child-d'"),
+        ({"methods": ["full,child-d@"]}, "a label is letters, digits and '-', got 'child-d@'"),
+        ({"methods": ["full,child-d@a b"]}, "a label is letters, digits and '-', got 'child-d@a b'"),
+        ({"methods": ["child-d,child-d@fine"]}, "same runs. Pass --grid child-d@fine:NAME=VALUE"),
+        ({"methods": ["child-d"], "grid": ["child-d@fine:lr=1e-4"]}, "a run has no option"),
         ({"settings": {"num_seeds": 2, "tune_seeds": 3}}, "tune_seeds must be between 1 and the 2 seeds"),
         ({"settings": {"baseline": "lora"}}, "baseline 'lora' is not among the methods"),
         ({"train_sizes": "100,few"}, "train sizes are numbers above 0, or all, got 'few'"),

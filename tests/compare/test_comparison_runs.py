@@ -68,6 +68,36 @@ def test_every_set_is_tried_and_the_best_gets_all_seeds(undisturbed: Recorded) -
     assert shares["child-d"] < shares["full"] == shares["child-f"]
 
 
+def test_a_labelled_entry_trains_as_its_method_with_these_options(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"settings": {"num_seeds": 1}}
+    both = a_comparison(
+        tiny_bert,
+        data,
+        methods=["child-d,child-d@rows"],
+        grid=["child-d@rows:density=0.1", "child-d@rows:granularity=row"],
+        **common,
+    )
+    alone = a_comparison(
+        tiny_bert,
+        data,
+        methods=["child-d"],
+        grid=[],
+        options={"density": 0.1, "granularity": "row"},
+        **common,
+    )
+    found: dict[str, list[Any]] = {}
+    for name, comparison in (("both", both), ("alone", alone)):
+        set_up(tmp_path / f"{name}.db", comparison)
+        found[name] = list(outcomes(compare(tmp_path / f"{name}.db", comparison)).values())
+    plain, labelled = found["both"]
+    (expected,) = found["alone"]
+    assert [one[0].method for one in (plain, labelled)] == ["child-d", "child-d@rows"]
+    assert labelled[3:] == expected[3:] and expected[3] == "done"
+    assert plain[6] != expected[6]  # the parts that were trained
+
+
 def test_nothing_is_left_beside_the_store(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     threads = torch.get_num_threads()

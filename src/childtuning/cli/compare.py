@@ -38,7 +38,10 @@ def run(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        _option(_comparison, "Methods, separated by commas: full,child-d,child-d+r3f,lora:rank=8."),
+        _option(
+            _comparison,
+            "Methods, separated by commas: full,child-d,child-d+r3f,lora:rank=8; child-d@LABEL has a grid of its own.",
+        ),
     ] = None,
     seeds: Annotated[int | None, _option(_comparison, "Number of seeds: 0, 1, …  \\[5]")] = None,
     tune_seeds: Annotated[
@@ -46,7 +49,10 @@ def run(
     ] = None,
     grid: Annotated[
         list[str] | None,
-        _option(_comparison, "Values to try: lr=2e-5,4e-5; for one method: lora:lr=1e-3; repeatable."),
+        _option(
+            _comparison,
+            "Values to try: lr=2e-5,4e-5; for one method: lora:lr=1e-3, child-d@fine:density=0.1; repeatable.",
+        ),
     ] = None,
     train_sizes: Annotated[
         str | None, _option(_comparison, "Numbers of training examples: 100,1000,all.  \\[all]")

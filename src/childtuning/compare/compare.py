@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
-from childtuning.compare.design import Comparison
+from childtuning.compare.design import Comparison, combination_of
 from childtuning.compare.files import Owner
 from childtuning.compare.overlaps import overlap
 from childtuning.compare.plan import choose, needed
@@ -21,7 +21,6 @@ from childtuning.compare.records import Record, Recorded
 from childtuning.compare.store import Store
 from childtuning.compare.work import end_with_parent, environment, execute, plan, work
 from childtuning.errors import ChildTuningError, ConfigError
-from childtuning.methods import Combination
 from childtuning.runs.inputs import Inputs
 
 EXECUTORS = ("local", "ray")
@@ -62,7 +61,7 @@ def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
 def check_installed(comparison: Comparison) -> None:
     """Raise a ConfigError if a package that one of the methods needs is missing."""
     for method in comparison.methods:
-        for one in Combination.parse(method).methods:
+        for one in combination_of(method).methods:
             one.check_installed()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -59,7 +60,8 @@ class Comparison:
 
     Attributes:
         tasks: names; the name of the data alone (``name_of_data``) if ``options`` name files.
-        methods: as typed: ``child-d+r3f:0.7``.
+        methods: as typed: ``child-d+r3f:0.7``. A method with other options of its own is another entry, with a label:
+            ``child-d@columns``.
         num_seeds: runs have the seeds 0 … num_seeds − 1.
         tune_seeds: the number of seeds that every set of hyperparameters is tried with.
         grid: option of a run -> values to try. Options of children are ignored for methods without a child.
@@ -122,7 +124,14 @@ class Comparison:
                     raise ConfigError(f"the grid cannot hold {name!r}. {_FIXED[name]}")
                 if not values:
                     raise ConfigError(f"the grid has no values for {name!r}. Pass {name}=VALUE,VALUE.")
-        if not any(Combination.parse(method).takes_density for method in self.methods):
+        for method, other in itertools.combinations(self.methods, 2):
+            if unlabelled(method) == unlabelled(other) and self.points(method) == self.points(other):
+                name = other if "@" in other else method
+                raise ConfigError(
+                    f"methods {method!r} and {other!r} are the same runs. Pass --grid {name}:NAME=VALUE, or leave "
+                    "one of them out."
+                )
+        if not any(combination_of(method).takes_density for method in self.methods):
             asked = {**self.options, **self.grid}
             for name in _OF_CHILDREN:
                 if name in asked:
@@ -153,7 +162,7 @@ class Comparison:
     def points(self, method: str) -> list[dict[str, Any]]:
         """Return the sets of hyperparameters to try for a method."""
         grid = {**self.grid, **self.grid_of.get(method, {})}
-        if not Combination.parse(method).takes_density:
+        if not combination_of(method).takes_density:
             grid = {name: values for name, values in grid.items() if name not in _OF_CHILDREN}
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
@@ -192,14 +201,14 @@ class Comparison:
         return self._runs[key]
 
     def _run(self, group: Group, seed: int, point: Mapping[str, Any]) -> Record:
-        options = {**self.options, **point, "method": group.method, "seed": seed}
+        options = {**self.options, **point, "method": unlabelled(group.method), "seed": seed}
         if "train" not in options:
             options["task"] = group.task
         if group.train_size is not None:
             options["train_limit"] = group.train_size
         if self.selection == "held-out" and self.chooses:
             options.setdefault("held_out", HELD_OUT)
-        if not Combination.parse(group.method).takes_density:
+        if not combination_of(group.method).takes_density:
             options = {name: value for name, value in options.items() if name not in _OF_CHILDREN}
         return self._record(group, seed, point, options)
 
@@ -235,6 +244,8 @@ class Comparison:
         # Options with default values are left out, so that ids stay the same when later versions add options.
         identity = {n: v for n, v in given.items() if n not in _NOT_IDENTITY and v != _DEFAULTS[n]}
         identity |= {"threads": self.threads, **({"init_from": start} if start else {})}
+        if group.method != unlabelled(group.method):  # entries of the same method share no run
+            identity["label"] = group.method
         text = json.dumps(identity, sort_keys=True)
         return Record(hashlib.sha256(text.encode()).hexdigest()[:16], group, seed, dict(point), given)
 
@@ -255,11 +266,30 @@ class Comparison:
 _HEAD_RATE = 1e-3  # a linear head on a frozen body learns slowly at the rates for full networks
 
 
-def read_methods(texts: Sequence[str]) -> tuple[str, ...]:
-    """Read methods separated by commas: ``full,smart:weight=0.5,steps=1,child-d`` are three.
+def unlabelled(method: str) -> str:
+    """Return a method without the label that tells two entries of the same method apart.
+
+    Example:
+        >>> unlabelled("child-d@columns"), unlabelled("child-d")
+        ('child-d', 'child-d')
+    """
+    return method.partition("@")[0]
+
+
+def combination_of(method: str) -> Combination:
+    """Return the methods that an entry of a comparison names.
 
     Raises:
-        ConfigError: when there is no such method, or it has no such option.
+        ConfigError: for an unknown method or option, or methods that cannot be combined.
+    """
+    return Combination.parse(unlabelled(method))
+
+
+def read_methods(texts: Sequence[str]) -> tuple[str, ...]:
+    """Read methods separated by commas: ``full,smart:weight=0.5,steps=1,child-d@columns`` are three.
+
+    Raises:
+        ConfigError: when there is no such method, it has no such option, or a label is not a word.
     """
     methods: list[str] = []
     for text in texts:
@@ -272,7 +302,10 @@ def read_methods(texts: Sequence[str]) -> tuple[str, ...]:
                 words.append(piece)
         methods += [word.strip() for word in words]
     for method in methods:
-        Combination.parse(method)
+        combination_of(method)
+        _, at, label = method.partition("@")
+        if at and not re.fullmatch(r"[\w.-]+", label):
+            raise ConfigError(f"a label is letters, digits and '-', got {method!r}. Write child-d@columns.")
     return tuple(methods)
 
 
@@ -288,7 +321,7 @@ def read_grid(texts: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, l
     grid_of: dict[str, dict[str, list[Any]]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
-        method = next((m for m in methods if text.startswith(m + ":")), None)
+        method = max((m for m in methods if text.startswith(m + ":")), key=len, default=None)
         if method is not None:
             name, equals, values = text[len(method) + 1 :].partition("=")
         name = name.strip().replace("-", "_")

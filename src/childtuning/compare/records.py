@@ -20,7 +20,7 @@ class Group:
 
     Attributes:
         task: the training task.
-        method: with its options, as typed.
+        method: with its options and label, as typed.
         train_size: the number of training examples; ``None``: all.
         start: the task whose tuned network it started from; ``None``: the base model.
     """

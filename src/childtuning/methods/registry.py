@@ -30,9 +30,9 @@ def register(method: type[M]) -> type[M]:
         raise ConfigError(
             f"method {method.__name__} has no {missing[0]}. Set the class attribute {missing[0]!r}."
         )
-    if any(sign in method.name for sign in "+:,= "):
+    if any(sign in method.name for sign in "+:,=@ "):
         raise ConfigError(
-            f"a method's name must contain none of '+:,= ', got {method.name!r}. Use letters and '-'."
+            f"a method's name must contain none of '+:,=@ ', got {method.name!r}. Use letters and '-'."
         )
     if method.part not in PARTS:
         raise ConfigError(
