@@ -52,7 +52,7 @@ def test_what_is_understood(tiny_bert: Path, tmp_path: Path) -> None:
     ("train", "dev", "words"),
     [
         (GOOD, [GOOD[0], GOOD[-1]], "all of the 2 evaluation examples are also in training"),
-        (GOOD, [GOOD[0], *OTHERS], "1 of the 3 evaluation examples are also in training"),
+        (GOOD, [GOOD[0], *OTHERS], "1 of the 3 evaluation examples is also in training"),
         (rows(["the same"] * 10, ["+", "-"] * 5), OTHERS, "every training example has the same 'text'"),
         (
             rows([f"day {i}" for i in range(30)], [f"id{i}" for i in range(30)]),
