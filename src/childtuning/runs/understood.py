@@ -195,8 +195,8 @@ def data_warnings(task: Task) -> Iterator[str]:
         all_of = "all" if duplicates == num_dev else f"{duplicates:,}"
         verb = "is" if duplicates == 1 < num_dev else "are"
         yield (
-            f"{all_of} of the {num_dev:,} evaluation examples {verb} also in training, so the score says too little about "
-            "new ones. Drop the repeated rows, or evaluate on others."
+            f"{all_of} of the {num_dev:,} evaluation examples {verb} also in training, so the score says too little "
+            "about new ones. Drop the repeated rows, or evaluate on others."
         )
     if contradictions := _contradictions(task):
         yield (
