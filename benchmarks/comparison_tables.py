@@ -222,7 +222,7 @@ def rates(exports: Iterable[Export]) -> list[str]:
     )
     if len(behind) > 1:
         said += (
-            f" Against the rate that the other seeds choose, it is behind by {100 * mean(behind):.1f} ± "
+            f" Against the rate that the other seeds choose, it is behind by {100 * mean(behind):z.1f} ± "
             f"{100 * stdev(behind) / len(behind) ** 0.5:.1f} points (standard error over {len(behind)} rows)."
         )
     said += _methods_beside_full("At the defaults", at_default)
