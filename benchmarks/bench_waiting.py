@@ -28,14 +28,18 @@ _SETTINGS = {
     name: {"GOMP_SPINCOUNT": spins} for name, spins in ((_BRIEF, SPINS), (_SPIN, "300000"), (_SLEEP, "0"))
 }
 _METHOD = "child 0.1, element"
-_CASES = (("minilm", 16, 32, 8), ("bert-base", 16, 64, 2))
+_CASES = (
+    {"shape": "minilm", "batch_size": 16, "num_tokens": 32, "steps": 8},
+    {"shape": "bert-base", "batch_size": 16, "num_tokens": 64, "steps": 2},
+)
+_QUICK = ({"shape": "tiny", "batch_size": 2, "num_tokens": 8, "steps": 2},)
 
 
 def run(record: Record, options: argparse.Namespace) -> None:
     """Measure every shape alone and beside a busy process, in turn there and back."""
     places = {"alone": 0, "beside a busy process": 1}
-    for shape, size, tokens, steps in (("tiny", 2, 8, 2),) if options.quick else _CASES:
-        about = f"{shape} training step, {size} × {tokens} tokens"
+    for case in _QUICK if options.quick else _CASES:
+        about = "{shape} training step, {batch_size} × {num_tokens} tokens".format_map(case)
         seconds: dict[str, list[float]] = {}
         for number in range(options.repeats):
             tell(f"  {about}: round {number + 1} of {options.repeats}")
@@ -46,13 +50,8 @@ def run(record: Record, options: argparse.Namespace) -> None:
                     with _busy(processes):
                         result = record.attempt(
                             name,
-                            lambda waiting=waiting, given=(shape, size, tokens, steps): call(
-                                "waiting-steps",
-                                options.threads,
-                                variables=_SETTINGS[waiting],
-                                **dict(
-                                    zip(("shape", "batch_size", "num_tokens", "steps"), given, strict=True)
-                                ),
+                            lambda waiting=waiting, case=case: call(
+                                "waiting-steps", options.threads, variables=_SETTINGS[waiting], **case
                             ),
                             ours=True,
                         )

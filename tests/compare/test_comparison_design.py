@@ -105,7 +105,10 @@ def test_wrong_grids_are_refused(text: str, words: str) -> None:
         ({"methods": ["full,child-d@"]}, "a label is letters, digits and '-', got 'child-d@'"),
         ({"methods": ["full,child-d@a b"]}, "a label is letters, digits and '-', got 'child-d@a b'"),
         ({"methods": ["child-d,child-d@fine"]}, "same runs. Pass --grid child-d@fine:NAME=VALUE"),
-        ({"methods": ["child-d"], "grid": ["child-d@fine:lr=1e-4"]}, "a run has no option"),
+        (
+            {"methods": ["child-d"], "grid": ["child-d@fine:lr=1e-4"]},
+            "grid names 'child-d@fine', which is not",
+        ),
         ({"settings": {"num_seeds": 2, "tune_seeds": 3}}, "tune_seeds must be between 1 and the 2 seeds"),
         ({"settings": {"baseline": "lora"}}, "baseline 'lora' is not among the methods"),
         ({"train_sizes": "100,few"}, "train sizes are numbers above 0, or all, got 'few'"),

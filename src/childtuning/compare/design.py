@@ -324,6 +324,10 @@ def read_grid(texts: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, l
         method = max((m for m in methods if text.startswith(m + ":")), key=len, default=None)
         if method is not None:
             name, equals, values = text[len(method) + 1 :].partition("=")
+        if ":" in name:
+            raise ConfigError(
+                f"the grid names {name.rpartition(':')[0]!r}, which is not compared. Add it to --methods."
+            )
         name = name.strip().replace("-", "_")
         name = _SHORT.get(name, name)
         if not equals or not values:
