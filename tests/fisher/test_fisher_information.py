@@ -211,7 +211,7 @@ def test_refusals(make_case):
         fisher_information(case.model, [batch], always=["*"])
     with pytest.raises(ParameterError, match="does not depend"):
         fisher_information(case.model, [batch], lambda model, batch: torch.tensor(1.0), "mean")
-    with pytest.raises(DataError, match="scalar"):
+    with pytest.raises(DataError, match="or one an example, got shape"):
         fisher_information(case.model, [batch], lambda model, batch: model(**batch).logits)
 
 

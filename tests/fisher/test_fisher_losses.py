@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, DataError
-from childtuning.fisher import fisher_information, losses_by_slices
+from childtuning.fisher import fisher_information, losses_by_slices, training_costs
 
 pytestmark = pytest.mark.usefixtures("fast")
 B = 5
@@ -174,9 +174,43 @@ def test_reductions_are_checked():
         fisher_information(net(), [pairs()], rows, "mean")
     with pytest.raises(ConfigError, match="without one"):
         fisher_information(net(), [pairs()], reduction="mean")
-    with pytest.raises(DataError, match="one number an example, got shape"):
+    with pytest.raises(DataError, match="or one an example, got shape"):
         fisher_information(net(), [pairs()], lambda m, b: m(b[0]))
     assert fisher_information(net(), [pairs()], rows, estimator="per-batch")["0.weight"].any()
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        training_costs,
+        lambda model, batch, loss_fn: fisher_information(model, [batch], loss_fn),
+        lambda model, batch, loss_fn: fisher_information(model, [batch], loss_fn, estimator="per-batch"),
+    ],
+    ids=["costs", "per-example", "per-batch"],
+)
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda model, batch: 1.0, "got float"),
+        (lambda model, batch: model(batch), r"got shape \(., 2\)"),
+        (lambda model, batch: model(batch)[:0, 0], r"got shape \(0,\)"),
+        (lambda model, batch: model(batch).argmax(-1), "got dtype torch.int64"),
+        (lambda model, batch: model(batch).sum() * 1j, "got dtype torch.complex128"),
+    ],
+    ids=["a number", "a matrix", "nothing", "integers", "complex"],
+)
+@pytest.mark.filterwarnings("ignore:Fisher information of")
+def test_what_is_no_loss_is_refused_in_one_line(count: Any, wrong: Any, got: str) -> None:
+    model, batch = nn.Linear(4, 2).double(), torch.ones(3, 4, dtype=torch.float64)
+    with pytest.raises(DataError, match=f"the loss must be a real number, or one an example, {got}"):
+        count(model, batch, wrong)
+
+
+def test_a_model_without_values_is_refused_in_one_line() -> None:
+    model, batch = nn.Linear(4, 2, device="meta"), torch.ones(3, 4)
+    for of in (training_costs, lambda model, batch, loss_fn: fisher_information(model, [batch], loss_fn)):
+        with pytest.raises(DataError, match="on the meta device, where tensors have no values"):
+            of(model, batch, lambda model, batch: model(batch).sum(-1))
 
 
 @pytest.mark.parametrize("wrong", ["mean over tokens", "class weights", "sum"])

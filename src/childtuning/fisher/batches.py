@@ -20,7 +20,13 @@ IGNORED_LABEL = -100  # as torch's cross entropy and Hugging Face mark positions
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor in it on the device; the batch itself is not changed."""
+    """Return the batch with every tensor in it on the model's device; the batch itself is not changed.
+
+    Raises:
+        DataError: the device is ``meta``.
+    """
+    if device.type == "meta":
+        raise DataError("the model is on the meta device, where tensors have no values. Load its weights.")
     return _mapped(batch, lambda tensor: tensor.detach().to(device))
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,7 +28,7 @@ from childtuning.fast.dropout import spare_dropouts, torchs_dropouts
 from childtuning.fast.structured import formed_alone
 from childtuning.fisher.batches import to_device
 from childtuning.fisher.loop import check_finite, differentiable, take_gradients
-from childtuning.fisher.losses import LossFn, model_loss
+from childtuning.fisher.losses import LossFn, checked, model_loss
 from childtuning.fisher.without_trace import without_trace
 
 CPU = Rates(operations=2.0e11, num_bytes=3.9e10, draws=2.3e8)
@@ -59,18 +58,18 @@ def training_costs(
     Returns:
         the counts, by depth and by parameter.
     Raises:
-        DataError: the loss is not finite, or depends on no parameter.
+        DataError: the loss is no finite real number or depends on no parameter; a model on the ``meta`` device.
     """
     model = bare_model(model)
     parameters = {name: p for name, p in named(model).items() if p.is_floating_point()}
     if not parameters:
         raise DataError("the model has no floating-point parameters. Pass a network that can be trained.")
     device = next(iter(parameters.values())).device
+    batch = to_device(batch, device)
     if rates is None:
         rates = CPU if device.type == "cpu" else measured_rates(device)
     layers, axes = find_layers(model), unit_axes(model, "column")
     depth = layers.depth()
-    batch = to_device(batch, device)
     with without_trace(model, training=training):
         undo = spare_dropouts(model)
         try:
@@ -254,16 +253,14 @@ def _counted(
 
     with differentiable(trained.values()), _followed(model, layers, counter), counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
-        if not isinstance(loss, Tensor):
-            raise DataError(f"loss_fn must return a tensor, got {type(loss).__name__}.")
+            loss = model_loss(model, batch) if loss_fn is None else checked(loss_fn(model, batch))
         loss = loss.mean()
-        if not isinstance(loss, FakeTensor):
-            check_finite(loss)
         counter.is_forward, counter.depth = False, len(layers.blocks) + 1
-        reached = counter.reached
-        if not loss.requires_grad or not take_gradients(loss, trained, lambda name, _: reached.append(name)):
-            raise DataError("the loss depends on no parameter. Pass loss_fn.")
+        if loss.requires_grad:
+            take_gradients(loss, trained, lambda name, _: counter.reached.append(name))
+    check_finite(loss.detach())
+    if not counter.reached:
+        raise DataError("the loss depends on no parameter. Pass loss_fn.")
     return counter
 
 

@@ -27,7 +27,7 @@ from childtuning.fisher.batches import (
     with_example_tensors,
 )
 from childtuning.fisher.loop import add_batch_squares_, add_example_squares_, check_finite, differentiable
-from childtuning.fisher.losses import HeadLoss, NotFormedError, UserLoss
+from childtuning.fisher.losses import HeadLoss, NotFormedError, UserLoss, checked
 from childtuning.fisher.sums import ScoreSums
 from childtuning.fisher.without_trace import warn
 
@@ -54,12 +54,7 @@ class PerBatch:
     def _mean(self, model: nn.Module, batch: Any) -> Tensor:
         if isinstance(self.loss, HeadLoss):
             return self.loss.alone(model, batch)
-        loss = self.loss.loss_fn(model, batch)
-        if loss.dim() > 1:
-            raise DataError(
-                f"the loss must be a scalar or one number an example, got shape {tuple(loss.shape)}. Return the mean."
-            )
-        return loss.mean()
+        return checked(self.loss.loss_fn(model, batch)).mean()
 
 
 class PerExample:

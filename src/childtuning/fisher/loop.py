@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import BackwardCFunction
 
 from childtuning.errors import DataError
@@ -90,11 +91,17 @@ def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def check_finite(losses: Tensor) -> None:
-    """Refuse losses that are not finite numbers.
+    """Refuse losses that are not finite numbers. Fake tensors have no values to look at.
 
     Raises:
         DataError: one of them is not.
     """
+    if isinstance(losses, FakeTensor):
+        return
+    if losses.is_meta:
+        raise DataError(
+            "the loss is on the meta device, where tensors have no values. Load the model's weights."
+        )
     if not bool(losses.isfinite().all()):
         worst = losses[~losses.isfinite()][0] if losses.dim() else losses
         raise DataError(f"the loss is {worst.item()}. Check the labels, or use float32.")

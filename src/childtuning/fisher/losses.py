@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from childtuning.errors import ConfigError, DataError
+from childtuning.errors import ConfigError, DataError, counted
 from childtuning.fisher.batches import IGNORED_LABEL, examples, is_token_level, num_examples
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -35,6 +35,29 @@ class BatchLoss(NamedTuple):
 
     total: Tensor
     losses: Tensor | None
+
+
+def checked(loss: Any, size: int | None = None) -> Tensor:
+    """Return what a user's function returned, if it is a loss.
+
+    Args:
+        loss: a scalar, or one loss an example.
+        size: the number of examples; ``None``: unknown.
+    Raises:
+        DataError: no tensor, another shape, or no real numbers.
+    """
+    if not isinstance(loss, Tensor):
+        got = type(loss).__name__
+    elif loss.dim() > 1 or not loss.numel() or (loss.dim() and size not in (None, len(loss))):
+        got = f"shape {tuple(loss.shape)}"
+    elif not loss.is_floating_point():
+        got = f"dtype {loss.dtype}"
+    else:
+        return loss
+    examples = "" if size is None else f" for {counted(size, 'example')}"
+    raise DataError(
+        f"the loss must be a real number, or one an example, got {got}{examples}. Return losses of shape [B]."
+    )
 
 
 class UserLoss:
@@ -58,15 +81,9 @@ class UserLoss:
         Raises:
             NotFormedError: a scalar, and no stated reduction.
             ConfigError: one loss an example, and a stated reduction.
-            DataError: another shape.
+            DataError: another shape, or no real numbers.
         """
-        loss = self.loss_fn(model, batch)
-        if not isinstance(loss, Tensor) or (loss.dim() and loss.shape != (size,)):
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise DataError(
-                f"the loss must be a scalar or one number an example, got {got} for {size} examples. "
-                "Return losses of shape [B]."
-            )
+        loss = checked(self.loss_fn(model, batch), size)
         if loss.dim():
             if self.reduction is not None:
                 raise ConfigError(
