@@ -123,8 +123,12 @@ def test_dev_follows_the_kind_of_train(tmp_path):
     task = task_from_files(train, dev)
     assert (task.kind, task.metrics, task.dev.labels) == ("regression", ("pearson", "spearman"), [1.0, 2.0])
     assert task_from_files(train, dev, metric="spearman").metrics == ("spearman", "pearson")
-    with pytest.raises(DataError, match="never saw in the dev split"):
+    with pytest.raises(
+        DataError, match="never saw in the dev split of 'files': '3'.*Correct or drop those rows"
+    ):
         task_from_files(train, write_labels(dev, [3, 0.5]), label_type="class")
+    with pytest.raises(DataError, match="No label is known: write the classes as the training set does"):
+        task_from_files(train, write_labels(dev, ["low", "high"]), label_type="class")
     with pytest.raises(DataError, match="line 2 must have a finite number"):
         task_from_files(train, write_labels(dev, [1, "high", "low"]))
 

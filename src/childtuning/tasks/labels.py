@@ -142,7 +142,7 @@ def convert_label(
             f"must have a finite number in column {column!r}, got {value!r}",
             "Write decimals with a point."
             if _has_comma(value)
-            else "Correct it, or pass --label-type class (label_type=).",
+            else "Correct it, or pass --label-type class (label_type=) if the labels of all files are classes.",
         )
     return number
 
@@ -161,10 +161,14 @@ def check_labels(examples: Split, label_names: Iterable[str], *, where: str) -> 
     found = examples.classes()
     unknown = sorted(found.difference(known))
     if unknown:
+        remedy = (
+            "Correct or drop those rows, or add training examples of these classes."
+            if found.intersection(known)
+            else "No label is known: write the classes as the training set does."
+        )
         raise DataError(
             f"Labels that training never saw in {where}: {some_names(unknown)}. "
-            f"Known: {some_names(known, 4 * _MAX_NAMED)}. "
-            f"Correct or drop those rows, or add training examples of these classes."
+            f"Known: {some_names(known, 4 * _MAX_NAMED)}. {remedy}"
         )
     return found
 
