@@ -44,6 +44,6 @@ def vectorised_squares(
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             gradients = vmap(grad(alone), in_dims=(None, 0))(detached, rows)
         for name, found in gradients.items():
-            found = found.to(torch.promote_types(found.dtype, torch.float32)).square_().sum(0)
+            found = found.to(torch.promote_types(found.dtype, torch.float32)).square().sum(0)
             squares[name] = squares[name].add_(found) if name in squares else found
     return squares
