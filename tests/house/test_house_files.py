@@ -1,4 +1,4 @@
-"""Files are small, named after what they hold, and never pickle."""
+"""Files are small, named after what they hold, never pickle, and make no tensor on a device of chance."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ MIN_LINES = 40  # in the core: a file is a chapter, not an idea
 CORE = ("child", "fast", "fisher", "optim", "delta")
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+FACTORIES = {
+    "arange",
+    "as_tensor",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+}
+FACTORIES |= {"tensor", "zeros"}
 TREES = ("src", "tests", "benchmarks", "examples")
 
 
@@ -55,6 +69,15 @@ def pickle_faults(text: str) -> Iterator[str]:
         yield from (f"{node.lineno}: {name}" for name in bad)
 
 
+def device_faults(text: str) -> Iterator[str]:
+    """Tensors that are made on torch's default device, which the user may set to a GPU."""
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Call(ast.Attribute(ast.Name("torch"), str(made)), _, keywords) if made in FACTORIES:
+                if not any(keyword.arg == "device" for keyword in keywords):
+                    yield f"{node.lineno}: torch.{made}"
+
+
 def _is_false(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
@@ -89,6 +112,15 @@ def test_no_pickle(source: Path) -> None:
     assert not faults, "files are safetensors and JSON only:\n" + "\n".join(faults)
 
 
+def test_tensors_are_made_on_a_stated_device(source: Path) -> None:
+    faults = [
+        f"{path.relative_to(source)}:{fault}"
+        for path in _python_files(source)
+        for fault in device_faults(path.read_text(encoding="utf-8"))
+    ]
+    assert not faults, "say device=, even of the CPU:\n" + "\n".join(faults)
+
+
 def test_package_is_typed(source: Path) -> None:
     assert (source / "py.typed").is_file()
 
@@ -103,6 +135,7 @@ f(allow_pickle=True)
 from dill import loads
 """
     assert sorted(fault.split(":")[0] for fault in pickle_faults(bad)) == ["1", "3", "4", "5", "6"]
+    assert list(device_faults('torch.zeros(3)\ntorch.ones(3, device="cpu")\n')) == ["1: torch.zeros"]
     good = """\
 import torch
 import safetensors.torch

@@ -303,11 +303,11 @@ def child_within(
         return Child(whole, always=always)
     units = _Units.of(what, costs, scores, share)
     order = units.by_worth()
-    depth = torch.tensor([costs.places[name].depth for name in scores])
+    depth = torch.tensor([costs.places[name].depth for name in scores], device="cpu")
     best: tuple[float, Tensor] | None = None
     for lowest in sorted(set(depth.tolist()), reverse=True):
         spent = costs.moments(what, rest, lowest, _is_structured(share.granularity))
-        left = limit - torch.tensor(spent, dtype=torch.float64)
+        left = limit - torch.tensor(spent, dtype=torch.float64, device="cpu")
         taken = units.fill(order, depth >= lowest, left)
         held = sum(float(units.value[some].sum()) for some in taken.split(_SLICE))
         if len(taken) and (best is None or held > best[0]):
@@ -316,7 +316,7 @@ def child_within(
         raise ConfigError(
             f"no child of these units fits the budget {budget}. Raise it, or choose smaller units, or columns."
         )
-    chosen = torch.zeros(len(units.value), dtype=torch.bool)
+    chosen = torch.zeros(len(units.value), dtype=torch.bool, device="cpu")
     chosen[best[1]] = True
     parts = {
         name: Part.from_sorted(tuple(score.shape), taken.nonzero().squeeze(1), share.units(name))
@@ -352,9 +352,9 @@ class _Units:
             sums.append(unit.sums(score).cpu())
             size = unit.sizes(tuple(score.shape))
             sizes.append(size.int() if score.numel() < 1 << 31 else size)
-            owners.append(torch.full((len(sizes[-1]),), owner, dtype=torch.int32))
+            owners.append(torch.full((len(sizes[-1]),), owner, dtype=torch.int32, device="cpu"))
             prices.append(costs.of_entries(what, name, unit))
-        first, each = torch.tensor(prices, dtype=torch.float64).permute(1, 2, 0)
+        first, each = torch.tensor(prices, dtype=torch.float64, device="cpu").permute(1, 2, 0)
         return cls(torch.cat(sums), torch.cat(sizes), torch.cat(owners), first, each)
 
     @property
@@ -397,8 +397,8 @@ class _Units:
                 some, owners, costs = some[fits], owners[fits], price[:, fits]
                 if not len(some):
                     break
-                opening = torch.full((len(has_any),), len(some))
-                opening.scatter_reduce_(0, owners, torch.arange(len(some)), "amin")
+                opening = torch.full((len(has_any),), len(some), device="cpu")
+                opening.scatter_reduce_(0, owners, torch.arange(len(some), device="cpu"), "amin")
                 opening = opening[(opening < len(some)) & ~has_any]
                 costs[:, opening] += self.first[:, owners[opening]]
                 count = int((costs.cumsum(1) <= left[:, None]).all(0).sum())

@@ -213,7 +213,7 @@ def top_entries(scores: Sequence[Tensor], count: int, *, lowest: bool = False) -
         if len(one) and np.isnan(one.min()):
             raise NotNumbersError(position)
     if count == 0:
-        return [torch.zeros(0, dtype=torch.int64) for _ in flat]
+        return [torch.zeros(0, dtype=torch.int64, device="cpu") for _ in flat]
     everything = np.concatenate(flat)
     place = len(everything) - count
     threshold = np.partition(everything, place)[place]
@@ -249,7 +249,7 @@ def top_units(means: Tensor, sizes: Tensor, budget: int, *, fill: bool = True) -
     """
     order = torch.sort(means, descending=True, stable=True).indices
     order = order[means[order] > -math.inf]
-    taken = torch.zeros(len(means), dtype=torch.bool)
+    taken = torch.zeros(len(means), dtype=torch.bool, device="cpu")
     while len(order):
         running = sizes[order].cumsum(0)
         num_fit = int((running <= budget).sum())

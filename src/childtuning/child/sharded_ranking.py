@@ -57,13 +57,15 @@ def top_entries(
     """
     pieces = [piece_of(name, score) for name, score in scores.items()]
     held = [_held(score, piece, ranks) for score, piece in zip(scores.values(), pieces, strict=True)]
-    missing = ranks.max_(torch.tensor([int(np.isnan(one).any()) for one in held], dtype=torch.int32))
+    missing = ranks.max_(
+        torch.tensor([int(np.isnan(one).any()) for one in held], dtype=torch.int32, device="cpu")
+    )
     if bool(missing.any()):
         raise NotNumbersError(int(missing.argmax()))
     keys = [_sortable(-one if lowest else one) for one in held]
     threshold, num_ties = _threshold(keys, count, ranks)
-    ties = torch.zeros(len(keys), ranks.size, dtype=torch.int64)
-    ties[:, ranks.rank] = torch.tensor([int((key == threshold).sum()) for key in keys])
+    ties = torch.zeros(len(keys), ranks.size, dtype=torch.int64, device="cpu")
+    ties[:, ranks.rank] = torch.tensor([int((key == threshold).sum()) for key in keys], device="cpu")
     ranks.sum_(ties)
     before = ties.flatten().cumsum(0).view_as(ties) - ties
     taken = []
@@ -102,7 +104,7 @@ def _threshold(keys: list[NDArray], count: int, ranks: Ranks) -> tuple[int, int]
     while width:
         digit = min(_DIGIT, width)
         width -= digit
-        histogram = torch.zeros(1 << digit, dtype=torch.int64)
+        histogram = torch.zeros(1 << digit, dtype=torch.int64, device="cpu")
         for key in rest:
             digits = (key >> key.dtype.type(width)) & key.dtype.type((1 << digit) - 1)
             histogram += torch.from_numpy(np.bincount(digits.astype(np.int64), minlength=1 << digit))

@@ -175,7 +175,7 @@ def keep_mask(density: float, *coordinates: object, numel: int, start: int = 0) 
     """
     draw = mask_draw(density, *coordinates)
     if draw is None:
-        return torch.ones(numel, dtype=torch.bool)
+        return torch.ones(numel, dtype=torch.bool, device="cpu")
     drawn = library.keep_mask(draw, numel, start)
     if drawn is not None:
         return drawn

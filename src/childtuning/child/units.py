@@ -100,9 +100,9 @@ class Granularity:
         """Count each unit's entries: int64 [num_units]."""
         sizes, tile, counts = self._tiling(shape)
         if not any(size % length for size, length in zip(sizes, tile, strict=True)):
-            return torch.full((math.prod(counts),), math.prod(tile))
+            return torch.full((math.prod(counts),), math.prod(tile), device="cpu")
         outer, middle, inner = (
-            (size - torch.arange(count) * length).clamp(max=length)
+            (size - torch.arange(count, device="cpu") * length).clamp(max=length)
             for size, length, count in zip(sizes, tile, counts, strict=True)
         )
         return (outer[:, None, None] * middle[:, None] * inner).reshape(-1)
@@ -207,7 +207,7 @@ class Part:
     @classmethod
     def none(cls, shape: Sequence[int]) -> Part:
         """Return the part of a fully frozen parameter."""
-        return cls(tuple(shape), torch.zeros(0, dtype=torch.int32))
+        return cls(tuple(shape), torch.zeros(0, dtype=torch.int32, device="cpu"))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Part:
@@ -243,12 +243,12 @@ class Part:
     def indices(self) -> Tensor:
         """List the trained entries' flat indices: int64 [num_trained], increasing, on the CPU."""
         if self.units is None:
-            return torch.arange(self.numel)
+            return torch.arange(self.numel, device="cpu")
         return self.granularity.entries(self.units, self.shape)
 
     def mask(self) -> Tensor:
         """Return the bool tensor of the parameter's shape that is True where trained."""
-        mask = torch.zeros(self.numel, dtype=torch.bool)
+        mask = torch.zeros(self.numel, dtype=torch.bool, device="cpu")
         mask[self.indices()] = True
         return mask.view(self.shape)
 
@@ -277,7 +277,7 @@ class Part:
         unit = (other if self.is_whole else self).granularity if alike else Granularity()
         masks = []
         for part in (self, other):
-            chosen = torch.full((unit.num_units(self.shape),), part.is_whole)
+            chosen = torch.full((unit.num_units(self.shape),), part.is_whole, device="cpu")
             if part.units is not None:
                 chosen[part.units.long() if alike else part.indices()] = True
             masks.append(chosen)
@@ -286,7 +286,7 @@ class Part:
     def runs(self) -> Runs:
         """Return the trained entries as contiguous runs, as long as the layout allows, on the CPU."""
         if self.units is None:
-            return Runs(torch.arange(self.numel, dtype=self._index_dtype), 1)
+            return Runs(torch.arange(self.numel, dtype=self._index_dtype, device="cpu"), 1)
         starts, width = self.units, self.granularity.run_length(self.shape)
         if self.granularity.kind == "row":
             repeats = self.granularity.num_repeats(self.shape)
@@ -328,7 +328,7 @@ class Part:
         downs, counts = (units // across).unique_consecutive(return_counts=True)
         groups: list[Group] = []
         for down, tiles in zip(downs.tolist(), (units % across).split(counts.tolist()), strict=True):
-            columns = (tiles[:, None] * wide + torch.arange(wide)).reshape(-1)
+            columns = (tiles[:, None] * wide + torch.arange(wide, device="cpu")).reshape(-1)
             rows = slice(down * tall, min((down + 1) * tall, height))
             groups.append((rows, _shortest(columns[columns < width], width)))
         return groups

@@ -160,4 +160,8 @@ def first_moved(part: Part, before: Tensor, after: Tensor) -> tuple[int, int]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1, 1).view(torch.uint8) if tensor.numel() else torch.zeros(0, 1)
+    return (
+        tensor.contiguous().view(-1, 1).view(torch.uint8)
+        if tensor.numel()
+        else torch.zeros(0, 1, device="cpu")
+    )

@@ -217,7 +217,8 @@ class Delta:
             mask = first.mask() | second.mask()
             parts[name] = Part.from_mask(mask) if mask.any() else Part.none(first.shape)
             if not parts[name].is_empty:
-                dense = torch.zeros(first.shape, dtype=later.values.get(name, self.values.get(name)).dtype)  # type: ignore[union-attr]
+                dtype = (later if name in later.values else self).values[name].dtype
+                dense = torch.zeros(first.shape, dtype=dtype, device="cpu")
                 for part, source in ((first, self.values), (second, later.values)):
                     if not part.is_empty:
                         write(dense, part, source[name])

@@ -103,7 +103,7 @@ def _shared(deltas: Sequence[Delta], own: Sequence[str]) -> list[str]:
 def _exact(name: str, part: Part, deltas: Sequence[Delta]) -> Tensor:
     """Return the values of one parameter that any delta has."""
     held = [(delta.parts[name], delta.values[name]) for delta in deltas if not delta.parts[name].is_empty]
-    dense = torch.zeros(part.shape, dtype=held[0][1].dtype)
+    dense = torch.zeros(part.shape, dtype=held[0][1].dtype, device="cpu")
     done = Part.none(part.shape)
     for mine, values in held:
         if values.dtype != dense.dtype:
@@ -154,7 +154,9 @@ def _changes(delta: Delta, name: str, original: Tensor) -> Tensor:
 
 def _change(delta: Delta, name: str, original: Tensor, least: float) -> Tensor:
     """Return what a delta adds to a parameter, of its shape; what is smaller than ``least`` is left out."""
-    change = torch.zeros(original.shape, dtype=torch.promote_types(original.dtype, torch.float32))
+    change = torch.zeros(
+        original.shape, dtype=torch.promote_types(original.dtype, torch.float32), device="cpu"
+    )
     if not (part := delta.parts[name]).is_empty:
         write(change, part, _changes(delta, name, original))
     return change.masked_fill_(change.abs() < least, 0.0) if least else change
@@ -163,7 +165,7 @@ def _change(delta: Delta, name: str, original: Tensor, least: float) -> Tensor:
 def _threshold(delta: Delta, originals: Mapping[str, Tensor], kept: float) -> float:
     """Return the smallest of the share ``kept`` of a delta's largest changes."""
     sizes = [_changes(delta, name, originals[name]).abs() for name in delta.values if name in originals]
-    everything = torch.cat(sizes) if sizes else torch.zeros(0)
+    everything = torch.cat(sizes) if sizes else torch.zeros(0, device="cpu")
     count = max(round(kept * len(everything)), 1)
     return float(everything.topk(count).values[-1]) if len(everything) else 0.0
 

@@ -51,7 +51,7 @@ class Patch:
         for name, values in self.values.items():
             indices = self.indices.get(name)
             flat = values.reshape(-1)
-            every = torch.arange(len(flat), dtype=torch.int32) if indices is None else indices
+            every = torch.arange(len(flat), dtype=torch.int32, device="cpu") if indices is None else indices
             yield name, every, flat, self.shapes[name]
 
     @property

@@ -120,7 +120,7 @@ def top_entries(scores: Sequence[Tensor], count: int, *, lowest: bool = False) -
     sizes = above + ties
     owners = np.array([piece.tensor for piece in pieces], np.int64)
     totals = np.bincount(owners, sizes, minlength=len(scores)).astype(np.int64)
-    taken = [torch.empty(int(total), dtype=torch.int32) for total in totals]
+    taken = [torch.empty(int(total), dtype=torch.int32, device="cpu") for total in totals]
     firsts = np.cumsum(sizes) - sizes - (np.cumsum(totals) - totals)[owners]
 
     def collect(i: int) -> None:

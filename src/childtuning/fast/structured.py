@@ -96,7 +96,11 @@ def formed_alone(module: nn.Module) -> list[str]:
     """Return of which units of its weight a module forms the gradient alone: of ``row``, ``column`` and ``block``."""
     one, whole = slice(0, 1), slice(0, module._parameters["weight"].shape[2:].numel())  # type: ignore[union-attr]
     groups = {"row": [(one, None)], "column": [(None, whole)], "block": [(one, one), (one, one)]}
-    return [unit for unit, some in groups.items() if _find(module, Leaf(some, torch.empty(0))) is not None]
+    return [
+        unit
+        for unit, some in groups.items()
+        if _find(module, Leaf(some, torch.empty(0, device="cpu"))) is not None
+    ]
 
 
 @contextmanager

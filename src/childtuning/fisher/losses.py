@@ -326,11 +326,15 @@ class SampledLabels:
     def _normal(self, mean: Tensor) -> Tensor:
         return (
             mean
-            + torch.randn(mean.shape, generator=self.generator, dtype=mean.dtype) * (mean.numel() / 2) ** 0.5
+            + torch.randn(mean.shape, generator=self.generator, dtype=mean.dtype, device="cpu")
+            * (mean.numel() / 2) ** 0.5
         )
 
     def _bernoulli(self, logits: Tensor) -> Tensor:
-        return torch.rand(logits.shape, generator=self.generator, dtype=logits.dtype) < logits.sigmoid()
+        return (
+            torch.rand(logits.shape, generator=self.generator, dtype=logits.dtype, device="cpu")
+            < logits.sigmoid()
+        )
 
     def _positions(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Draw a class for each labelled position; only these use the stream, however long the padding."""
@@ -344,7 +348,7 @@ class SampledLabels:
     def _classes(self, logits: Tensor) -> Tensor:
         """Invert the distribution function of each row [..., K] at a uniform draw: [...]."""
         upto = logits.float().softmax(-1).cpu().double().cumsum(-1)
-        draws = torch.rand((*upto.shape[:-1], 1), generator=self.generator, dtype=upto.dtype)
+        draws = torch.rand((*upto.shape[:-1], 1), generator=self.generator, dtype=upto.dtype, device="cpu")
         return (
             torch.searchsorted(upto, draws * upto[..., -1:], right=True)
             .squeeze(-1)

@@ -62,7 +62,7 @@ class SharedPass:
 
     def total(self, count: int) -> int:
         """Add up a count over all processes."""
-        return int(self.ranks.sum_(torch.tensor(count))) if self.ranks.size > 1 else count
+        return int(self.ranks.sum_(torch.tensor(count, device="cpu"))) if self.ranks.size > 1 else count
 
     def add_up_(self, sums: Mapping[str, Tensor]) -> None:
         """Add up the sums of all processes, in place, one parameter at a time."""

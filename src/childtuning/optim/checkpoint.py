@@ -148,7 +148,11 @@ def _tensors(
 
     for name, fields in state["state"].items():
         for field, value in fields.items():
-            add(f"{_STATE}/{name}/{field}", name, torch.as_tensor(value))
+            add(
+                f"{_STATE}/{name}/{field}",
+                name,
+                value if isinstance(value, Tensor) else torch.tensor(value, device="cpu"),
+            )
     for name, value in state["masters"].items():
         add(f"{_MASTERS}/{name}", name, value)
     return {key: local_of(t) if held[key] else t.new_empty(0) for key, t in pieces.items()}, wholes
@@ -229,7 +233,7 @@ class _Saved:
             if low < high or (size and not math.prod(shape) and not found):
                 found.append(self._read(file, key, slice(low - first, max(low, high) - first)))
             first += size
-        return (torch.cat(found) if found else torch.empty(0)).view(tuple(shape))
+        return (torch.cat(found) if found else torch.empty(0, device="cpu")).view(tuple(shape))
 
     @staticmethod
     def _read(path: Path, key: str, some: slice | None) -> Tensor:

@@ -332,7 +332,7 @@ def check_first_gradients(trained: Sequence[Trained], *, are_copies: bool) -> No
     """
     gradients = [gradient for t in trained if (gradient := t.gradient()) is not None]
     if are_copies and num_processes() > 1:
-        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device="cpu")
         if len(set(Ranks.everyone().gather(float(norm).hex()))) > 1:
             raise ParameterError(
                 "the processes' gradients differ at the first step, so that their copies would train apart. Wrap the "

@@ -147,8 +147,8 @@ def check_elementwise(
     options.pop("capturable", None)
     if "lr" in known:  # a rate at which every difference shows
         options["lr"] = 0.01
-    entries = torch.arange(1, 64, 3)
-    start = torch.linspace(-1.0, 1.0, 64).view(8, 8)
+    entries = torch.arange(1, 64, 3, device="cpu")
+    start = torch.linspace(-1.0, 1.0, 64, device="cpu").view(8, 8)
     matrix, vector = nn.Parameter(start.clone()), nn.Parameter(start.flatten()[entries].clone())
     try:
         with torch.random.fork_rng(devices=[]):

@@ -49,7 +49,8 @@ class OnePass:
         self._kept: dict[Trained, _Kept] = {}
         places = {t: place for place, t in enumerate(t for group in groups for t in group)}
         self._places = places
-        self._steps = torch.zeros(len(places))  # the states' step counts are views of it, counted up at once
+        # The states' step counts are views of it, counted up at once.
+        self._steps = torch.zeros(len(places), device="cpu")
         self._tables: dict[torch.device, tuple[list[Trained], ChildTable]] = {}
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ class OnePass:
             return kept
         state = inner.state[t.value]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros(t.value.shape, dtype=t.dtype, device=t.value.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if not adamw.fits(state["exp_avg"], state["exp_avg_sq"]):

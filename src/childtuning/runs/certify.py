@@ -152,7 +152,7 @@ def verify(
             continue
         moved += count
         if first >= 0:
-            place = torch.unravel_index(torch.tensor(first), part.shape)
+            place = torch.unravel_index(torch.tensor(first, device="cpu"), part.shape)
             reason = f"{name}{[int(i) for i in place]} moved, and was not to be trained"
     root = None if told is None else told.root
     num_trained = sum(part.num_trained for part in parts.values())
@@ -207,6 +207,8 @@ def _claimed(
                         f"{pattern!r} means rows {rows.start} to {rows.stop} of {name!r}, which has {size}. "
                         "Name rows that it has."
                     )
-                part = Part(known[name], torch.arange(rows.start, rows.stop), Granularity("row"))
+                part = Part(
+                    known[name], torch.arange(rows.start, rows.stop, device="cpu"), Granularity("row")
+                )
             parts[name] = parts[name] | part
     return {n: part for n, part in parts.items() if not part.is_whole or names.get(n, n) in after.tensors}

@@ -116,11 +116,11 @@ def _largest_batch(task_kind: str, config: Any, batch_size: int, max_length: int
     if kind.auto_processor == "AutoImageProcessor":
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width)
-        return {"pixel_values": pixels, "labels": torch.zeros(batch_size, dtype=torch.long)}
-    ids = torch.zeros(batch_size, max_length, dtype=torch.long)
+        pixels = torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width, device="cpu")
+        return {"pixel_values": pixels, "labels": torch.zeros(batch_size, dtype=torch.long, device="cpu")}
+    ids = torch.zeros(batch_size, max_length, dtype=torch.long, device="cpu")
     is_by_token = kind.auto_model in ("AutoModelForTokenClassification", "AutoModelForCausalLM")
-    labels = ids if is_by_token else torch.zeros(batch_size, dtype=torch.long)
+    labels = ids if is_by_token else torch.zeros(batch_size, dtype=torch.long, device="cpu")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -131,7 +131,7 @@ def _faked(model: nn.Module) -> nn.Module:
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
                 if tensor is not None and id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = (
                         tensor,

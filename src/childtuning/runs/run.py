@@ -154,7 +154,7 @@ def _diverged_at(trainer: ChildTrainer) -> int | None:
         if not math.isfinite(line.get("loss", 0.0)):
             return line["step"]
     trained = (local_of(p) for p in trainer.bare_model.parameters() if p.is_floating_point())
-    is_lost = torch.tensor(int(not all(bool(p.isfinite().all()) for p in trained)))
+    is_lost = torch.tensor(int(not all(bool(p.isfinite().all()) for p in trained)), device="cpu")
     return trainer.state.global_step if bool(Ranks.everyone().max_(is_lost)) else None
 
 

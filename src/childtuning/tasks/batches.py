@@ -177,19 +177,19 @@ class PaddingCollator:
         for name, fill in self._fill.items():
             if name in rows[0]:
                 padded = [self._pad(list(row[name]), length, fill) for row in rows]
-                batch[name] = torch.tensor(padded, dtype=torch.int64)
+                batch[name] = torch.tensor(padded, dtype=torch.int64, device="cpu")
         if "attention_mask" not in batch:
             padded = [self._pad([1] * len(row["input_ids"]), length, 0) for row in rows]
-            batch["attention_mask"] = torch.tensor(padded, dtype=torch.int64)
+            batch["attention_mask"] = torch.tensor(padded, dtype=torch.int64, device="cpu")
         if "labels" in rows[0]:
             labels = [row["labels"] for row in rows]
             several = isinstance(labels[0], list)
             if several and not isinstance(labels[0][0], float):
                 labels = [self._pad(ids, length, IGNORED) for ids in labels]
-                batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+                batch["labels"] = torch.tensor(labels, dtype=torch.int64, device="cpu")
                 return batch
             dtype = torch.float32 if several or isinstance(labels[0], float) else torch.int64
-            batch["labels"] = torch.tensor(labels, dtype=dtype)
+            batch["labels"] = torch.tensor(labels, dtype=dtype, device="cpu")
         return batch
 
     def _pad(self, tokens: list[int], length: int, fill: int) -> list[int]:
@@ -248,14 +248,14 @@ class LengthBucketBatches(Sampler[list[int]]):
             yield from self._kept(self._cut(list(range(num_rows))))
             return
         generator = torch.Generator().manual_seed(_mix(self._seed, self.epoch))
-        order = torch.randperm(num_rows, generator=generator).tolist()
+        order = torch.randperm(num_rows, generator=generator, device="cpu").tolist()
         size = self.batch_size * _BATCHES_IN_BUCKET
         batches: list[list[int]] = []
         for start in range(0, num_rows, size):
             bucket = sorted(order[start : start + size], key=self._lengths.__getitem__, reverse=True)
             batches += self._cut(bucket)
         batches = self._kept(batches)
-        for position in torch.randperm(len(batches), generator=generator).tolist():
+        for position in torch.randperm(len(batches), generator=generator, device="cpu").tolist():
             yield batches[position]
 
     def _cut(self, rows: list[int]) -> list[list[int]]:

@@ -29,7 +29,9 @@ class BalancedLoss:
     def __init__(self, truth: Sequence[int], num_classes: int) -> None:
         counts = np.bincount(truth, minlength=num_classes)
         num_there = int((counts > 0).sum())
-        self.weights = torch.as_tensor(len(truth) / (num_there * counts.clip(1)), dtype=torch.float32)
+        self.weights = torch.as_tensor(
+            len(truth) / (num_there * counts.clip(1)), dtype=torch.float32, device="cpu"
+        )
 
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None

@@ -170,5 +170,5 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         )
     batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
     if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.int64, device="cpu")
     return batch

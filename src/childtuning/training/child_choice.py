@@ -292,7 +292,9 @@ def fisher_sample(
     """
     order = list(range(num_examples))
     if limit == "auto" or (limit is not None and limit < num_examples):
-        order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(
+            num_examples, generator=torch.Generator().manual_seed(seed), device="cpu"
+        ).tolist()
     whole_batches = -(-StopWhenStable.EXAMPLES // batch_size) * batch_size
     group = num_examples if limit is None else whole_batches if limit == "auto" else limit
     order = order if limit == "auto" else sorted(order[:limit])

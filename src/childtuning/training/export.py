@@ -106,7 +106,7 @@ def _take_moved(
     assert group.positions is not None
     values = [checkpoint.tensors[name].read() for name in group.sources]
     laid = torch.cat([value.reshape(-1) for value in values])
-    starts = torch.tensor([0, *(value.numel() for value in values)]).cumsum(0)
+    starts = torch.tensor([0, *(value.numel() for value in values)], device="cpu").cumsum(0)
     found: list[list[tuple[Tensor | None, Tensor]]] = [[] for _ in values]
     for target, where in group.positions.items():
         part = delta.parts[target]

@@ -62,7 +62,7 @@ class Stored:
             file.seek(self.start)
             data = bytearray(file.read(self.end - self.start))
         if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
 
 
@@ -245,7 +245,7 @@ class Layout:
             for _, name in parts:
                 ends.append(ends[-1] + torch.Size(self._checkpoint.tensors[name].shape).numel())
             positions = [
-                torch.arange(start, end).view(self._checkpoint.tensors[name].shape)
+                torch.arange(start, end, device="cpu").view(self._checkpoint.tensors[name].shape)
                 for (_, name), start, end in zip(parts, ends[:-1], ends[1:], strict=True)
             ]
             found = {

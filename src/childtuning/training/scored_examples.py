@@ -79,7 +79,8 @@ class ScoredExamples:
                     (row, where.start, where.stop)
                     for row in order
                     for where in self._sequences(collate([columns[row]])) or [slice(0, _ALL)]
-                ]
+                ],
+                device="cpu",
             )
             return [{_EXAMPLES: some} for some in examples.split(size) if len(some)]
         return DataLoader(

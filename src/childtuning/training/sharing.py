@@ -60,7 +60,7 @@ def shared_loader(
 
     def collated(items: list[tuple[Any, bool]]) -> dict[str, Any]:
         batch = collate([example for example, _ in items])
-        return {**batch, _COUNTS: torch.tensor([counts for _, counts in items])}
+        return {**batch, _COUNTS: torch.tensor([counts for _, counts in items], device="cpu")}
 
     loader = DataLoader(
         _Marked(dataset), batch_sampler=_Shares(batches, ranks), collate_fn=collated, **options
