@@ -15,6 +15,7 @@ from childtuning.errors import ConfigError
 from childtuning.runs import FinishedRun, RunConfig, train_run, understand_run
 from childtuning.runs.folder import RunFolder
 from childtuning.runs.understood import Understood
+from childtuning.training import ChildTrainer
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
@@ -116,6 +117,37 @@ def test_the_folder_holds_what_was_chosen_and_a_resume_keeps_it(
     assert again.learning_rate == 2.4e-3
     with pytest.raises(ConfigError, match="was started with epochs=20.0"):
         train_run(replace(config, epochs=3.0), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("left", ["checkpoints/", "config.toml.partial"])
+def test_a_run_that_was_killed_before_it_had_a_child_starts_again(
+    tiny_bert: Path, sentiment: Path, tmp_path: Path, left: str
+) -> None:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    config = RunConfig(**files, model=str(tiny_bert), train_limit=20, epochs=1.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).mkdir() if left.endswith("/") else (tmp_path / "run" / left).write_text("seed")
+    told: list[str] = []
+    result = train_run(config, tmp_path / "run", resume=True, tell=told.append)
+    assert "the run was stopped before it had chosen its child; it starts again" in told
+    assert result.metrics == train_run(config, tmp_path / "other").metrics
+
+
+def test_a_run_on_another_machine_that_was_faster_is_kept(
+    tiny_bert: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    config = RunConfig(**files, model=str(tiny_bert), train_limit=20, epochs=1.0, method="child-random")
+    select = ChildTrainer.select
+
+    def other_writes_first(trainer: ChildTrainer) -> Any:
+        (tmp_path / "run" / "config.toml").write_text("seed = 3\n")
+        return select(trainer)
+
+    monkeypatch.setattr(ChildTrainer, "select", other_writes_first)
+    with pytest.raises(ConfigError, match="is not empty"):
+        train_run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_text() == "seed = 3\n"
 
 
 def test_the_command_stops_there(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:

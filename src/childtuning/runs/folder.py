@@ -102,9 +102,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> None:
+def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bool) -> bool:
     """Check that a run may write to a folder; nothing is changed.
 
+    Returns:
+        whether it goes on with a run there; not with one that was stopped before it had chosen its child.
     Raises:
         ConfigError: when files would be lost, or when resuming a run with other options.
     """
@@ -115,9 +117,9 @@ def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bo
     if not folder.is_dir() or not any(folder.iterdir()):
         if resume:
             raise ConfigError(f"there is nothing to resume in {str(folder)!r}. Leave out --resume to start.")
-        return
-    if _is_bare(folder) and not resume:
-        return
+        return False
+    if _is_bare(folder):
+        return False
     is_run = _is_run(folder)
     if resume:
         if not is_run:
@@ -131,12 +133,15 @@ def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bo
         raise ConfigError(
             f"{str(folder)!r} contains files that are not a run's, so it is not overwritten. Pass another."
         )
+    return resume
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether a folder contains only the empty checkpoints folder that a run creates first."""
+    """Whether a folder contains only what a run creates first: an empty checkpoints folder, half of its options."""
     return all(
-        path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()) for path in folder.iterdir()
+        path.name == CONFIG + ".partial"
+        or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
+        for path in folder.iterdir()
     )
 
 

@@ -211,9 +211,11 @@ def _train_run(
 
     is_main = is_main_process()
     tell = tell if is_main else lambda line: None
-    check_output(folder, config, overwrite=overwrite, resume=resume)
+    is_asked, resume = resume, check_output(folder, config, overwrite=overwrite, resume=resume)
     if resume:
         config = as_begun(folder, config)
+    elif is_asked:
+        tell("the run was stopped before it had chosen its child; it starts again")
     if resume and (folder / METRICS).is_file():
         tell("the run is already finished; this is its result")
         return RunResult(**RunFolder(folder).metrics)
@@ -253,6 +255,8 @@ def _train_run(
             remove_empty(folder)
         raise
     if is_main:
+        if not resume:  # once more: a run on another machine may have been faster
+            check_output(folder, config, overwrite=overwrite, resume=False)
         if overwrite:
             clear_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
