@@ -81,19 +81,77 @@ def arguments(output: Path, **options: Any) -> tf.TrainingArguments:
     return tf.TrainingArguments(str(output), use_cpu=True, dataloader_pin_memory=False, **quiet, **options)
 
 
-@pytest.mark.parametrize("make", [a_t5, a_masked_bert, a_llama])
-def test_accumulated_batches_are_one_batch(make: Any, tmp_path: Path) -> None:
+def a_classifier() -> Any:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    return tf.BertForSequenceClassification(
+        tf.BertConfig(vocab_size=40, max_position_embeddings=16, **config)
+    )
+
+
+class Labelled(Tokens):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(index), "labels": self.x[index, 0] % 2}
+
+
+def a_sure_classifier() -> Any:
+    config = {
+        **a_classifier().config.to_dict(),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return tf.BertForSequenceClassification(tf.BertConfig(**config))
+
+
+class RaggedClasses(Labelled):
+    def __len__(self) -> int:
+        return 7
+
+
+class Ragged(Tokens):
+    """Rows with more and more tokens without a label, as many as do not fill an update."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        labels = row["labels"].clone()
+        labels[: index % len(labels)] = -100
+        return {**row, "labels": labels}
+
+
+def a_token_classifier() -> Any:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tf.BertForTokenClassification(tf.BertConfig(vocab_size=40, num_labels=40, **config, **off))
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        *((make, data) for make in (a_t5, a_masked_bert, a_llama) for data in (Tokens, Ragged)),
+        (a_token_classifier, Ragged),
+        (a_sure_classifier, RaggedClasses),
+    ],
+)
+def test_accumulated_batches_are_one_batch(make: Any, data: Any, tmp_path: Path) -> None:
     """Some losses divide by ``num_items_in_batch``; others take the argument and do not use it."""
-    ends = []
+    ends, logs = [], []
     for size, steps in ((8, 1), (2, 4)):
         torch.manual_seed(0)
         model = make()
         options = {"max_grad_norm": 0.0, "weight_decay": 0.0, "optim": "sgd", "lr_scheduler_type": "constant"}
         options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        args = arguments(tmp_path / str(size), max_steps=1, learning_rate=0.1, **options)
-        child = ChildConfig(density=1.0, rescale=False)
-        ChildTrainer(model, args, train_dataset=Tokens(), child=child).train()
+        args = arguments(tmp_path / str(size), max_steps=4, learning_rate=0.1, **options)
+        args.logging_strategy, args.logging_steps = "steps", 1
+        trainer = ChildTrainer(
+            model, args, train_dataset=data(), child=ChildConfig(density=1.0, rescale=False)
+        )
+        trainer.train()
         ends.append(dict(model.named_parameters()))
+        logs.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(logs[0]) == 4 and logs[1] == pytest.approx(logs[0], rel=1e-3)
     for name, parameter in ends[0].items():
         torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
 
@@ -170,19 +228,6 @@ def test_the_first_step_under_accumulation_is_as_long_as_the_others(smoothing: f
         moves.append(dict(model.named_parameters()))
     for name, parameter in moves[0].items():
         torch.testing.assert_close(parameter, moves[1][name], rtol=1e-4, atol=1e-6)
-
-
-def a_classifier() -> Any:
-    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    torch.manual_seed(0)
-    return tf.BertForSequenceClassification(
-        tf.BertConfig(vocab_size=40, max_position_embeddings=16, **config)
-    )
-
-
-class Labelled(Tokens):
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**super().__getitem__(index), "labels": self.x[index, 0] % 2}
 
 
 @pytest.mark.parametrize("method", ["child-d", "child-f", "mixout", "child-dynamic", "child-pruned"])

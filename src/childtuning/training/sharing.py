@@ -1,7 +1,8 @@
 """Several processes see the batches that one would see: each batch is cut across them, and its loss weighed.
 
-With n_r of a batch's n examples (or predicted tokens) on rank r of W, rank r's mean has the weight W · n_r / n, so that
-the average over the ranks is the mean over the batch. A rank without an example takes one with the weight 0.
+With n_rm of an update's n examples (or predicted tokens) in micro-batch m of M on rank r of W, its mean has the weight
+W · M · n_rm / n, so that the average over ranks and micro-batches is the mean over the update. A rank without an
+example takes one with the weight 0.
 """
 
 from __future__ import annotations
@@ -101,21 +102,26 @@ class _Marked(Dataset):
         return self.dataset[max(index, ~index)], index >= 0
 
 
-def weigh(samples: list[dict[str, Any]], model: Any, *, divides_by_items: bool) -> None:
+def weigh(samples: list[Any], model: Any, *, divides_by_items: bool) -> None:
     """Put the weight of its loss into each sample, in place of the mark of the examples that count.
 
     Args:
-        samples: the micro-batches of an update.
+        samples: the micro-batches of an update; those that a trainer makes itself keep the weight 1.
         model: which says whether labels are shifted.
-        divides_by_items: whether the loss is a sum divided by the items of all processes: it has its weight already.
+        divides_by_items: whether the loss is a sum divided by the items of the update: it has its weight already.
     """
-    if not samples or _COUNTS not in samples[0]:
+    ranks = Ranks.everyone()
+    is_shared = bool(samples) and _COUNTS in samples[0]
+    if not is_shared and (
+        ranks.size > 1 or len(samples) < 2 or divides_by_items or not _are_labelled(samples)
+    ):
         return
-    counts = torch.stack([_num_items(sample, model) for sample in samples])
-    totals = Ranks.everyone().sum_(counts.clone())
-    for sample, own, total in zip(samples, counts.tolist(), totals.tolist(), strict=True):
-        del sample[_COUNTS]
-        sample[SHARE] = float(own > 0) if divides_by_items else Ranks.everyone().size * own / max(total, 1)
+    counts = [_num_items(sample, model) for sample in samples]
+    total = int(ranks.sum_(torch.stack(counts).sum())) if ranks.size > 1 else sum(map(int, counts))
+    for sample, own in zip(samples, map(int, counts), strict=True):
+        sample.pop(_COUNTS, None)
+        whole = ranks.size * len(samples) * own / max(total, 1)
+        sample[SHARE] = float(own > 0) if divides_by_items else whole
 
 
 def hide_uncounted(sample: Any) -> Any:
@@ -135,14 +141,22 @@ def show_uncounted(sample: Any) -> Any:
     return {**{k: v for k, v in sample.items() if k != _LABELS}, "labels": sample[_LABELS]}
 
 
+def _are_labelled(samples: list[Any]) -> bool:
+    labels = [sample.get("labels") if isinstance(sample, dict) else None for sample in samples]
+    return all(isinstance(some, Tensor) and some.dim() > 0 for some in labels)
+
+
 def _num_items(sample: Mapping[str, Any], model: Any) -> Tensor:
     """Count the predicted tokens of a sample, or its examples."""
-    counts, labels = sample[_COUNTS], sample.get("labels")
-    if not bool(counts.any()):
+    counts, labels = sample.get(_COUNTS), sample.get("labels")
+    if counts is not None and not bool(counts.any()):
         return counts.sum()
     if is_token_level(labels):
         return (predicted_labels(unwrapped(model), labels, labels.shape[-1]) != IGNORED).sum()
-    return torch.tensor(num_examples({k: v for k, v in sample.items() if k != _COUNTS}), device=counts.device)
+    if counts is None:
+        return torch.tensor(len(sample["labels"]), device="cpu")
+    held = {key: value for key, value in sample.items() if key != _COUNTS}
+    return torch.tensor(num_examples(held), device=counts.device)
 
 
 def check_processes(trainer: Any) -> bool:
