@@ -242,3 +242,15 @@ def test_predictions_are_written_beside_the_input(childtuning, train_words, tmp_
         done = childtuning("predict", run, *words)
         assert done.code == 2 and fault in done.err
     assert not (tmp_path / "two.csv").exists()
+
+
+def test_half_a_character_is_written_as_it_came(childtuning, train_words, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert childtuning(*train_words, "--method", "head", "--output", run).code == 0
+    file = tmp_path / "cut.jsonl"
+    file.write_text(json.dumps({"text": "\ud83d is bad", "note": "\ud83d"}) + "\n")
+    for ending in ("csv", "jsonl"):
+        done = childtuning("predict", run, "--input", file, "--output", tmp_path / f"out.{ending}")
+        assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out.jsonl").read_text())["note"] == "\ud83d"
+    assert (tmp_path / "out.csv").read_text().splitlines()[1].startswith("? is bad,?,")

@@ -52,6 +52,14 @@ def test_rows_without_a_list_are_bad(tmp_path, label, got):
     assert len(task_from_files(path, path).train) == 4
 
 
+def test_rows_without_any_label_are_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"a {i}", "label": []} for i in range(8)])
+    with pytest.raises(
+        DataError, match="at least two classes, got none in the train split.*Label the examples"
+    ):
+        task_from_files(path, path)
+
+
 def test_metrics_and_predictions():
     split = LabelSets(["a", "b"], None, [["7"], ["animal", "place"]])  # type: ignore[arg-type]
     outputs = [np.array([2.0, -1.0, -1.0]), np.array([-3.0, 0.0, -1.0])]

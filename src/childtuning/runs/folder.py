@@ -61,10 +61,10 @@ _WIDE = 0.05  # half the width of an interval that is worth a remark
 _NOT_IDENTITY = ("save_steps", "report_to")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file atomically; ``errors`` says what becomes of half a character (a lone surrogate), as for ``open``."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors=errors)
     os.replace(partial, path)
 
 

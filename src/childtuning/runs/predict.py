@@ -89,7 +89,8 @@ class PredictionsFile:
         """Write rows."""
         if self.path.suffix == ".jsonl":
             lines = (json.dumps(json_ready(row), ensure_ascii=False, default=str) for row in joined)
-            write_text(self.path, "".join(line + "\n" for line in lines))
+            # Half a character is written as JSON escapes it, which is how it came.
+            write_text(self.path, "".join(line + "\n" for line in lines), errors="backslashreplace")
             return
         file = io.StringIO()
         columns = list(dict.fromkeys(name for row in joined for name in row))
@@ -104,7 +105,7 @@ class PredictionsFile:
                     for name, value in row.items()
                 }
             )
-        write_text(self.path, file.getvalue())
+        write_text(self.path, file.getvalue(), errors="replace")
 
     def _added(self, row: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
         added = {name: value for name, value in row.items() if name != "logits"}

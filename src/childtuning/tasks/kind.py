@@ -321,9 +321,11 @@ class Task:
                 "Pass a larger --train-limit, or more examples"
                 if len(self.label_names) > 1
                 else "Add examples of another class"
+                if seen
+                else "Label the examples"
             )
             raise DataError(
-                f"Training needs at least two classes, got only {min(seen)!r} "
+                f"Training needs at least two classes, got {f'only {min(seen)!r}' if seen else 'none'} "
                 f"in the train split of {self.name!r}. {remedy}."
             )
         check_labels(self.dev, self.label_names, where=f"the dev split of {self.name!r}")
