@@ -228,3 +228,20 @@ def test_a_reselection_that_fails_changes_nothing() -> None:
         optimizer.zero_grad()
         loss(model).backward()
         optimizer.step()
+
+
+def test_hooks_of_state_dicts_run_as_torch_runs_them() -> None:
+    net, seen = a_net(), []
+    opt = ChildOptimizer(net.named_parameters(), rows_of(net), lr=0.1)
+    opt.register_state_dict_pre_hook(lambda optimizer: seen.append("before saving"))
+    opt.register_state_dict_post_hook(lambda optimizer, state: {**state, "mine": 1})
+    opt.register_load_state_dict_pre_hook(lambda optimizer, state: seen.append(state.pop("mine")))
+    opt.register_load_state_dict_post_hook(lambda optimizer: seen.append("loaded"))
+    loss(net).backward()
+    opt.step()
+    state = opt.state_dict()
+    opt.load_state_dict(state)
+    assert seen == ["before saving", 1, "loaded"] and state["mine"] == 1
+    copied = copy.deepcopy(opt)
+    copied.load_state_dict(state)
+    assert seen[3:] == [1, "loaded"]

@@ -47,6 +47,7 @@ from childtuning.optim.state import (
     pieces_held,
     scaled_moments,
     state_by_name,
+    with_state_hooks,
 )
 from childtuning.optim.trained import Trained
 from childtuning.ranks import check_same_child
@@ -54,6 +55,7 @@ from childtuning.ranks import check_same_child
 _STATE_VERSION = 2
 
 
+@with_state_hooks
 class ChildOptimizer(Optimizer):
     """Train a child network with an optimizer from ``torch.optim``. [Xu et al. 2021, Algorithm 1]
 
@@ -470,11 +472,8 @@ class ChildOptimizer(Optimizer):
         Of a sharded model it holds this process's pieces; ``childtuning.distributed.save`` writes them all.
         """
         self._share_options()
-        about: dict[str, Any] = {
-            "version": _STATE_VERSION,
-            "identity": self.child.fingerprint(),
-            "num_steps": self._num_steps,
-        }
+        about: dict[str, Any] = {"version": _STATE_VERSION, "identity": self.child.fingerprint()}
+        about["num_steps"] = self._num_steps
         if self._frozen is not None:
             about["frozen"] = self._frozen.checksums()
         if (pieces := pieces_held(self._trained)) is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +15,40 @@ from childtuning.child.eligible import canonical_name
 from childtuning.errors import ParameterError
 from childtuning.optim.trained import Trained
 
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 Groups = Sequence[Sequence[Trained]]
 _SECOND_MOMENT = "exp_avg_sq"
 START = "start"  # where a pull towards the pretrained values leads to
 _VALUES = (START, "ax")  # states that begin as the parameter; ASGD's average is one
 _NO_OPTIONS = ("params", "param_names")
+
+
+def with_state_hooks(cls: type[OptimizerT]) -> type[OptimizerT]:
+    """Let the ``state_dict`` and ``load_state_dict`` of an optimizer run the hooks that torch registers for them."""
+    save, load = cls.state_dict, cls.load_state_dict
+
+    @wraps(save)
+    def state_dict(self: OptimizerT) -> dict[str, Any]:
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = save(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            if (other := after(self, state)) is not None:
+                state = other
+        return state
+
+    @wraps(load)
+    def load_state_dict(self: OptimizerT, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)  # a hook may put something in the place of an entry
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            if (other := before(self, state_dict)) is not None:
+                state_dict = other
+        load(self, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    cls.state_dict, cls.load_state_dict = state_dict, load_state_dict  # type: ignore[method-assign]
+    return cls
 
 
 def state_by_name(groups: Groups, inner: Optimizer) -> dict[str, Any]:
