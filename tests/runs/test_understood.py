@@ -119,7 +119,7 @@ def test_the_folder_holds_what_was_chosen_and_a_resume_keeps_it(
         train_run(replace(config, epochs=3.0), tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("left", ["checkpoints/", "config.toml.partial"])
+@pytest.mark.parametrize("left", ["checkpoints/", "config.toml.7-8.partial"])
 def test_a_run_that_was_killed_before_it_had_a_child_starts_again(
     tiny_bert: Path, sentiment: Path, tmp_path: Path, left: str
 ) -> None:

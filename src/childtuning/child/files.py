@@ -37,14 +37,17 @@ _MAX_LOW_BITS = 40
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file next to the path, then move it into place.
 
-    A reader sees either the old file or the new one, even if the process is killed.
+    A reader sees either the old file or the new one, even if the process is killed. Who may read it is as for any file
+    that a program makes there; safetensors would let the owner alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
         write(partial)
-        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
+        partial.chmod(mode)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

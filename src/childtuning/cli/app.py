@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import sys
 from importlib import metadata
@@ -125,6 +126,10 @@ def main() -> None:
         where = f" {str(error.filename)!r}" if error.filename else ""
         _fail(f"cannot read or write{where}: {error.strerror or error}. Check the path and the disk.", 2)
     except Exception as error:
+        if (
+            number := re.search(r"\(os error (\d+)\)", str(error))
+        ) is not None:  # of safetensors, written in Rust
+            _fail(f"cannot read or write: {os.strerror(int(number[1]))}. Check the path and the disk.", 2)
         if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
             message = error.format_message().rstrip()  # type: ignore[attr-defined]
             if not message:  # no arguments: the help has been shown

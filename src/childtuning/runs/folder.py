@@ -31,7 +31,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from childtuning.child.files import read_json
+from childtuning.child.files import read_json, write_atomically
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, CorruptFileError
 from childtuning.runs.config import RunConfig, json_ready, read_toml
@@ -63,9 +63,7 @@ _NOT_IDENTITY = ("save_steps", "report_to")
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Write a file atomically; ``errors`` says what becomes of half a character (a lone surrogate), as for ``open``."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors=errors)
-    os.replace(partial, path)
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", errors=errors))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -139,7 +137,7 @@ def check_output(folder: Path, config: RunConfig, *, overwrite: bool, resume: bo
 def _is_bare(folder: Path) -> bool:
     """Whether a folder contains only what a run creates first: an empty checkpoints folder, half of its options."""
     return all(
-        path.name == CONFIG + ".partial"
+        path.match(f"{CONFIG}.*partial")
         or (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()
     )
@@ -199,8 +197,8 @@ def check_data(known: Mapping[str, str], options: Mapping[str, Any], remedy: str
 
 def clear_run(folder: Path) -> None:
     """Remove a run's own files from its folder, and nothing else."""
-    for name in (*_OURS, *(name + ".partial" for name in _OURS)):
-        path = folder / name
+    partial = (path for name in _OURS for path in folder.glob(f"{name}.*partial"))
+    for path in (*(folder / name for name in _OURS), *partial):
         if path.is_symlink():
             path.unlink()
         elif path.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor
 from childtuning.child import Budget, Child
 from childtuning.child.budget import check_budget
 from childtuning.child.eligible import matches
+from childtuning.child.files import write_atomically
 from childtuning.child.pieces import local_of
 from childtuning.delta import Delta
 from childtuning.errors import ConfigError, LostProcessError
@@ -479,10 +479,8 @@ def score_run(
     assert isinstance(child, Child)
     scores = in_model_order(trainer.bare_model, found)
     num_scored = trainer.num_scored
-    partial = output.with_name(output.name + ".partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: score.cpu().contiguous() for name, score in scores.items()}, partial)
-    os.replace(partial, output)
+    on_cpu = {name: score.cpu().contiguous() for name, score in scores.items()}
+    write_atomically(output, lambda partial: save_file(on_cpu, partial))
     tell(f"scores of {child.num_eligible:,} entries from {num_scored} examples in {output}")
     return {
         "output": str(output),

@@ -6,7 +6,6 @@ Tensors and numpy arrays are stored as tensors; everything else is stored as JSO
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from childtuning.child.files import write_atomically
 from childtuning.errors import CorruptFileError
 
 _HEADER = "childtuning-state"
@@ -30,9 +30,7 @@ def save_state(path: Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(state, tensors))
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={_HEADER: header})
-    os.replace(partial, path)
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata={_HEADER: header}))
 
 
 def load_state(path: Path) -> Any:
