@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import resource
 import tomllib
 from pathlib import Path
 
@@ -254,3 +255,18 @@ def test_half_a_character_is_written_as_it_came(childtuning, train_words, tmp_pa
         assert done.code == 0, done.err
     assert json.loads((tmp_path / "out.jsonl").read_text())["note"] == "\ud83d"
     assert (tmp_path / "out.csv").read_text().splitlines()[1].startswith("? is bad,?,")
+
+
+def test_a_full_disk_is_one_line(childtuning, train_words, tmp_path) -> None:
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        done = childtuning(*train_words, "--output", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == (
+        "childtuning: cannot read or write: File too large. Check the path and the disk."
+    )
+    assert childtuning(*train_words, "--output", tmp_path / "run", "--resume").code == 0
