@@ -10,7 +10,7 @@ from tests.reference.fisher_loop import per_example
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from childtuning.errors import ParameterError
+from childtuning.errors import ConfigError, ParameterError
 from childtuning.fisher import fisher_information
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -143,3 +143,11 @@ def test_sparse_gradients_are_scored() -> None:
     wanted = per_example(model, [batch], lambda model, batch: rows(model, batch).sum())
     for name, score in wanted.items():
         torch.testing.assert_close(found[name], score)
+
+
+def test_inference_mode_is_refused() -> None:
+    model, batch = nn.Linear(4, 2), torch.ones(3, 4)
+    with torch.no_grad():
+        assert fisher_information(model, [batch], lambda m, b: m(b).sum(-1))["weight"].all()
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"torch.inference_mode\(\) forbids them"):
+        fisher_information(model, [batch], lambda m, b: m(b).sum(-1))

@@ -77,9 +77,9 @@ class PerExample:
         self.training = training
         self.parameters = sums.parameters
         self.engine = PerExampleEngine(model, self.parameters)
-        self.paths = dict.fromkeys(self.parameters, "engine")
+        self._path = dict.fromkeys(self.parameters, "engine")
         self.is_reached = False
-        self._num_misfits = 0
+        self._num_fast = self._num_misfits = 0
         self._is_told = training or not fast.enabled()
         self._is_checked = training
         _check_layers(model, training)
@@ -95,12 +95,18 @@ class PerExample:
             self._check_mixing(batch, size)
             self._check_reduction(batch, size, self.loss.reduction)
         reason = self._fast(batch, size) if self.supports(size) else ""
+        self._num_fast += reason is None
         if reason is not None:
             self._check_mixing(batch, size)
             self._loop(batch, size, self.parameters)
             if reason:  # said after the first batch: where the loop raises, nothing is slow
                 self._tell(list(self.parameters), reason)
         return size
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The way of each parameter; of all ``loop`` where no batch went another."""
+        return self._path if self._num_fast else dict.fromkeys(self.parameters, "loop")
 
     # The paths, fastest first
 
@@ -130,10 +136,10 @@ class PerExample:
                 return f"A batch of {size} raised {type(error).__name__}: {error}."
             failed = outcome.failed
             self.is_reached = self.is_reached or outcome.is_reached
-        self.paths |= dict.fromkeys(failed, "vectorised")
+        self._path |= dict.fromkeys(failed, "vectorised")
         rest = self._on("vectorised")
         if rest and (reason := self._vectorised(batch, size, rest)):
-            self.paths |= dict.fromkeys(rest, "loop")
+            self._path |= dict.fromkeys(rest, "loop")
             failed = {name: failed.get(name, reason) for name in rest}
         looped = self._on("loop")
         if looped:
@@ -197,7 +203,7 @@ class PerExample:
         self.is_reached = self.is_reached or reached
 
     def _on(self, path: str) -> list[str]:
-        return [name for name in self.parameters if self.paths[name] == path]
+        return [name for name in self.parameters if self._path[name] == path]
 
     # Checks and warnings
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from childtuning.child.pieces import reshard
-from childtuning.errors import ParameterError
+from childtuning.errors import ConfigError, ParameterError
 from childtuning.fast.structured import set_aside
 
 
@@ -29,8 +29,11 @@ def without_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
             restored, as are the random streams of Python, numpy and torch on every device the model is on.
         training: the mode inside; dropout and batch statistics are active when True.
     Raises:
+        ConfigError: inside ``torch.inference_mode()``.
         ParameterError: the forward pass has written to a weight, other than by ``max_norm`` of an embedding.
     """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("gradients are needed, and torch.inference_mode() forbids them. Leave it first.")
     with ExitStack() as stack:
         stack.enter_context(_random_streams_kept(model))
         stack.enter_context(_buffers_kept(model))
