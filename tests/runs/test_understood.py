@@ -81,6 +81,26 @@ def test_what_looks_wrong_is_said(
     assert any(words in line for line in found.lines())
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            "recadam",
+            ["recadam holds the network back until step 250 of 80. Pass t0=26, a third of the steps."],
+        ),
+        ("recadam:t0=40", []),
+        ("child-dynamic", ["again after 100 steps, and the run has 80: it is child-d. Pass interval=16."]),
+        ("child-dynamic:79", []),
+    ],
+)
+def test_a_run_too_short_for_its_method_is_told(
+    tiny_bert: Path, tmp_path: Path, method: str, words: list[str]
+) -> None:
+    found = understand(tiny_bert, tmp_path, GOOD, OTHERS, batch_size=4, method=method)
+    assert found.steps == 80 and len(found.warnings) == len(words)
+    assert all(word in warning for word, warning in zip(words, found.warnings, strict=True))
+
+
 def test_pairs_and_the_child_are_shown(tiny_bert: Path, tmp_path: Path) -> None:
     pairs = [
         {"text": row["text"], "text_pair": f"and {i}", "label": row["label"]} for i, row in enumerate(GOOD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from childtuning.child import Child, ChildConfig, Part
 from childtuning.child.eligible import named
-from childtuning.errors import ConfigError
+from childtuning.errors import ConfigError, counted
 from childtuning.methods.registry import register
 from childtuning.training import ChildTraining, Method, MethodCallback, choose_child
 
@@ -59,6 +59,15 @@ class ChildDynamic(Method):
         if config.budget is not None:
             raise ConfigError("child-dynamic chooses without costs, got a budget. Pass a density.")
         return replace(config, variant="task-driven", scores="fisher", lowest=False)
+
+    def warning(self, num_steps: int) -> str | None:
+        """Tell where no second child is chosen."""
+        if self.interval < num_steps:
+            return None
+        return (
+            f"child-dynamic chooses again after {counted(self.interval, 'step')}, and the run has {num_steps:,}: it is "
+            f"child-d. Pass interval={max(num_steps // 5, 1)}."
+        )
 
     def callback(self, trainer: ChildTraining) -> MethodCallback:
         """Return the callback that keeps the statistics and chooses the child."""

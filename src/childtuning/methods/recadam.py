@@ -75,6 +75,15 @@ class RecallAdam(Method):
         kept = {name: value for name, value in options.items() if name in _OF_ADAMW}
         return RecAdam, {**kept, "k": self.k, "t0": self.t0, "weight": self.weight}
 
+    def warning(self, num_steps: int) -> str | None:
+        """Tell where the pull outweighs the task in more than half of the steps."""
+        if 2 * self.t0 <= num_steps:
+            return None
+        return (
+            f"recadam holds the network back until step {self.t0:,} of {num_steps:,}. Pass t0={num_steps // 3}, a "
+            "third of the steps."
+        )
+
     def group_options(
         self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:

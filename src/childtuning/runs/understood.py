@@ -163,6 +163,9 @@ def understood(
             "the model sees the same tokens in every training example. Raise --max-length, or check the text."
         )
     batches = math.ceil(len(train) / config.batch_size)
+    steps = math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs)
+    told = (method.warning(steps) for method in config.methods().methods)
+    warnings += [warning for warning in told if warning is not None]
     return Understood(
         task=task.name,
         kind=task.kind,
@@ -181,7 +184,7 @@ def understood(
         method=config.method,
         learning_rate=config.learning_rate,
         epochs=config.epochs,
-        steps=math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs),
+        steps=steps,
         reasons=reasons,
         folds=config.folds if config.fold is None else None,
         warnings=warnings,

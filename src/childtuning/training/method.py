@@ -228,6 +228,10 @@ class Method:
         """Return a callback for training events, whose state is saved in checkpoints; ``None`` if not needed."""
         return None
 
+    def warning(self, num_steps: int) -> str | None:
+        """Return one line if a run of so many steps is too short for the options; else ``None``."""
+        return None
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Save the result in another library's format, in addition to the delta."""
 
