@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -49,6 +50,7 @@ def comparison_tables(folder: Path) -> dict[str, str]:
     tables = {name: [make(export) for export in _read(folder, name)] for name, make in kinds.items()}
     tables |= {name: rates(_read(folder, name)) for name in ("rates", "confirmed")}
     tables |= {"base-size": base_size(_read(folder, "base-size"))}
+    tables |= {"both-rates": [_beside_full_at_two_rates(_read(folder, "rates") + _read(folder, "confirmed"))]}
     return {name: "\n\n".join(parts) or "Not recorded yet." for name, parts in tables.items()}
 
 
@@ -160,52 +162,34 @@ def rates(exports: Iterable[Export]) -> list[str]:
     The standard error is that of a row's best mean over its seeds, its variances averaged over the rows. Chosen by
     other seeds, a rate's score is not favoured by the noise of the seed that it was chosen with.
     """
-    cells, lost, behind, variances, commands, num_collapsed = [], [], [], [], [], 0
-    at_default: dict[str, dict[str, dict[int, float]]] = {}
-    by_others: dict[str, dict[str, dict[int, float]]] = {}
-    for export in exports:
-        commands.append(export["comparison"]["command"])
-        found: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
-        constants: dict[tuple[str, int, str], float] = {}
-        for run in export["records"]:
-            if run["state"] == "done":
-                group = (run["group"]["task"], run["group"]["train_size"], run["group"]["method"])
-                of_rate = found.setdefault(group, {}).setdefault(run["point"]["learning_rate"], {})
-                metric = run["result"]["metric"]
-                of_rate[run["seed"]] = metric["value"]
-                constants[group] = run["result"]["constant"][metric["name"]]
-        for (task, size, method), by_rate in found.items():
-            default = suggested_rate(Linear(_MINILM, _MINILM), Combination.parse(method).rate)
-            common = set.intersection(*(set(scores) for scores in by_rate.values()))
-            if default not in by_rate or len(by_rate) < 4 or not common:
-                continue
-            means = {rate: mean(scores[seed] for seed in common) for rate, scores in sorted(by_rate.items())}
-            best = max(means, key=means.__getitem__)
-            lost.append(means[best] - means[default])
-            if len(common) > 1:
-                where = f"{task} {size}"
-                usual = {seed: by_rate[default][seed] for seed in common}
-                tuned = {seed: _chosen_by_others(by_rate, seed, common) for seed in common}
-                at_default.setdefault(f"`{method}`", {})[where] = usual
-                by_others.setdefault(f"`{method}`", {})[where] = tuned
-                behind.append(mean(tuned[seed] - usual[seed] for seed in common))
-                variances.append(stdev(by_rate[best][seed] for seed in common) ** 2 / len(common))
-            constant = constants[task, size, method]
-            num_collapsed += sum(by_rate[default][s] <= constant < by_rate[best][s] for s in common)
-            values = " / ".join(f"{value:.3f}" for value in means.values())
-            tried = ", ".join(f"{rate:g}" for rate in means)
-            cells.append(
-                [
-                    TASKS.get(task, task),
-                    f"{size}",
-                    str(len(common)),
-                    f"`{method}`",
-                    f"{default:g}",
-                    f"{means[default]:.3f}",
-                    f"{means[best]:.3f} at {best:g}",
-                    f"{values} at {tried}",
-                ]
-            )
+    cells, lost, behind, variances, num_collapsed = [], [], [], [], 0
+    exports = list(exports)
+    commands = [export["comparison"]["command"] for export in exports]
+    for row in _rated(exports):
+        means = {
+            rate: mean(scores[seed] for seed in row.seeds) for rate, scores in sorted(row.by_rate.items())
+        }
+        best = max(means, key=means.__getitem__)
+        lost.append(means[best] - means[row.default])
+        if len(row.seeds) > 1:
+            usual, tuned = row.usual(), row.tuned()
+            behind.append(mean(tuned[seed] - usual[seed] for seed in row.seeds))
+            variances.append(stdev(row.by_rate[best][seed] for seed in row.seeds) ** 2 / len(row.seeds))
+        num_collapsed += sum(
+            row.by_rate[row.default][seed] <= row.constant < row.by_rate[best][seed] for seed in row.seeds
+        )
+        cells.append(
+            [
+                TASKS.get(row.task, row.task),
+                f"{row.size}",
+                str(len(row.seeds)),
+                f"`{row.method}`",
+                f"{row.default:g}",
+                f"{means[row.default]:.3f}",
+                f"{means[best]:.3f} at {best:g}",
+                f"{' / '.join(f'{value:.3f}' for value in means.values())} at {', '.join(f'{r:g}' for r in means)}",
+            ]
+        )
     if not cells:
         return []
     header = ["task", "examples", "seeds", "method", "default", "its score", "best of four", "all four"]
@@ -225,28 +209,81 @@ def rates(exports: Iterable[Export]) -> list[str]:
             f" Against the rate that the other seeds choose, it is behind by {100 * mean(behind):z.1f} ± "
             f"{100 * stdev(behind) / len(behind) ** 0.5:.1f} points (standard error over {len(behind)} rows)."
         )
-    said += _methods_beside_full("At the defaults", at_default)
-    said += _methods_beside_full("At the rates that the other seeds choose", by_others)
+    said += f" {_beside_full_at_two_rates(exports)}"
     return ["\n".join([said, "", table(header, cells, text=(0, 3, 6, 7)), "", "```bash", *commands, "```"])]
 
 
-def _methods_beside_full(at: str, scores: dict[str, dict[str, dict[int, float]]]) -> str:
+@dataclass(frozen=True)
+class _Rated:
+    """The scores of a method on a task of a size, by rate and seed; ``seeds`` are those that every rate has."""
+
+    task: str
+    size: int
+    method: str
+    by_rate: dict[float, dict[int, float]]
+    constant: float
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(set.intersection(*(set(scores) for scores in self.by_rate.values())))
+
+    @property
+    def default(self) -> float:
+        return suggested_rate(Linear(_MINILM, _MINILM), Combination.parse(self.method).rate)
+
+    def usual(self) -> dict[int, float]:
+        """By seed, the score at the default rate."""
+        return {seed: self.by_rate[self.default][seed] for seed in self.seeds}
+
+    def tuned(self) -> dict[int, float]:
+        """By seed, the score at the rate that is best on average over the other seeds."""
+        found = {}
+        for seed in self.seeds:
+            others = [other for other in self.seeds if other != seed]
+            best = max(sorted(self.by_rate), key=lambda rate: mean(self.by_rate[rate][s] for s in others))
+            found[seed] = self.by_rate[best][seed]
+        return found
+
+
+def _rated(exports: Iterable[Export]) -> Iterator[_Rated]:
+    """Yield the rows of which the default and at least three other rates are there."""
+    for export in exports:
+        found: dict[tuple[str, int, str], dict[float, dict[int, float]]] = {}
+        constants: dict[tuple[str, int, str], float] = {}
+        for run in export["records"]:
+            if run["state"] == "done":
+                group = (run["group"]["task"], run["group"]["train_size"], run["group"]["method"])
+                metric = run["result"]["metric"]
+                by_seed = found.setdefault(group, {}).setdefault(run["point"]["learning_rate"], {})
+                by_seed[run["seed"]] = metric["value"]
+                constants[group] = run["result"]["constant"][metric["name"]]
+        for group, by_rate in found.items():
+            row = _Rated(*group, by_rate, constants[group])
+            if row.default in by_rate and len(by_rate) >= 4 and row.seeds:
+                yield row
+
+
+def _beside_full_at_two_rates(exports: Iterable[Export]) -> str:
     """Say how far each method is from `full`, over the tasks and sizes of two seeds or more that all of them have."""
-    shared = set.intersection(*(set(of_task) for of_task in scores.values()), set(scores.get("`full`", ())))
-    paired = {name: {where: by[where] for where in by if where in shared} for name, by in scores.items()}
-    if not shared:
-        return ""
-    full = paired["`full`"]
-    apart = [[name, *_from_full(by, full)] for name, by in paired.items() if by is not full]
-    listed = "; ".join(f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart)
-    return f" {at}, over {len(full)} tasks and sizes: {listed}, of {sum(map(len, full.values()))} pairs each."
-
-
-def _chosen_by_others(by_rate: Mapping[float, Mapping[int, float]], seed: int, seeds: Iterable[int]) -> float:
-    """Return a seed's score at the rate that is best on average over the other seeds."""
-    others = [other for other in seeds if other != seed]
-    best = max(sorted(by_rate), key=lambda rate: mean(by_rate[rate][other] for other in others))
-    return by_rate[best][seed]
+    rows = [row for row in _rated(exports) if len(row.seeds) > 1]
+    told = []
+    for at, scores_fn in (
+        ("At the defaults", _Rated.usual),
+        ("At the rates that the other seeds choose", _Rated.tuned),
+    ):
+        scores: dict[str, dict[str, dict[int, float]]] = {}
+        for row in rows:
+            scores.setdefault(f"`{row.method}`", {})[f"{row.task} {row.size}"] = scores_fn(row)
+        shared = set.intersection(*(set(of_task) for of_task in scores.values())) if scores else set()
+        if not shared or "`full`" not in scores:
+            continue
+        paired = {name: {where: by[where] for where in by if where in shared} for name, by in scores.items()}
+        full = paired.pop("`full`")
+        apart = [[name, *_from_full(by, full)] for name, by in paired.items()]
+        listed = "; ".join(f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart)
+        pairs = sum(map(len, full.values()))
+        told.append(f"{at}, over {len(full)} tasks and sizes: {listed}, of {pairs} pairs each.")
+    return " ".join(told)
 
 
 def overview(folder: Path) -> str:

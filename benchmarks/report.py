@@ -166,7 +166,9 @@ def main() -> int:
         ROOT / "docs" / "forgetting.svg": {"front": front.chart(folder, front.DECODER)},
         ROOT / "docs" / "similarity.svg": {"front": front.chart(folder, front.ENCODER)},
         ROOT / "docs" / "scale.md": scale.tables(folder),
-        ROOT / "docs" / "learning-rates.md": {name: compared[name] for name in ("rates", "confirmed")},
+        ROOT / "docs" / "learning-rates.md": {
+            name: compared[name] for name in ("rates", "confirmed", "both-rates")
+        },
         ROOT / "docs" / "serving.md": {"serving": serving(), "merges": merges()},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},
         ROOT / "docs" / "transfer.md": {
