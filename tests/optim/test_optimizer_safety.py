@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, RMSprop, Rprop
+from torch.utils._pytree import tree_map
 
 from childtuning import Child, ChildOptimizer, TaskFree, fast, random_child
 from childtuning.child import Part
@@ -87,6 +89,46 @@ def test_moments_in_another_layout_than_the_weights_are_not_misread() -> None:
             net.to(memory_format=to)  # type: ignore[call-overload]
         ends.append(net.weight.detach().contiguous())
     torch.testing.assert_close(*ends)
+
+
+def _swapped(conv: nn.Module) -> nn.Module:
+    conv.weight.data = conv.weight.data.transpose(0, 3).contiguous().transpose(0, 3)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "lay_out", [nn.Module.float, lambda conv: conv.to(memory_format=torch.channels_last), _swapped]
+)
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+@pytest.mark.parametrize("kind", ["task-free", "fixed", "whole", "carried over", "loaded", "bf16"])
+def test_fused_steps_are_those_of_any_layout(lay_out: Any, granularity: str, kind: str) -> None:
+    """Torch's fused optimizers walk weights, gradients and moments in the order of memory, whatever their strides."""
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        net = lay_out(nn.Conv2d(3, 4, 2))
+        if kind == "bf16":
+            net = net.bfloat16()
+        child = (
+            random_child(
+                net, 1.0 if kind in ("whole", "carried over", "loaded") else 0.5, granularity=granularity
+            )
+            if kind not in ("task-free", "bf16")
+            else TaskFree(0.5, granularity=granularity)
+        )
+        opt = ChildOptimizer(net.named_parameters(), child, AdamW, lr=0.01, fused=fused)
+        for step in range(4):
+            batch = torch.linspace(-1, 1, 75, dtype=net.weight.dtype).view(1, 3, 5, 5) + step
+            net(batch).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+            if kind == "carried over" and step == 1:
+                opt.reselect(child)
+            if kind == "loaded" and step == 1:
+                flat = lambda v: v.contiguous() if isinstance(v, Tensor) else v  # noqa: E731
+                opt.load_state_dict(tree_map(flat, opt.state_dict()))
+        ends.append(net.weight.detach().float())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-2 if kind == "bf16" else 1e-6)
 
 
 def test_moments_of_another_dtype_are_not_misread() -> None:

@@ -38,8 +38,8 @@ def inner_step(given: Iterable[tuple[Trained, Tensor]], inner: Optimizer) -> Non
     """Let the inner optimizer see these values with these gradients, and nothing else; write what it makes of them.
 
     Args:
-        given: parameters, and their gradients as the inner optimizer is to see them, laid out as ``value`` is, of its
-            dtype.
+        given: parameters, and their gradients as the inner optimizer is to see them, of the shape and dtype of
+            ``value``. They and the state are laid out as it is: fused optimizers take all three in the order of memory.
         inner: has been given every ``value``.
     """
     given = list(given)
@@ -49,7 +49,11 @@ def inner_step(given: Iterable[tuple[Trained, Tensor]], inner: Optimizer) -> Non
     try:
         for t, gradient in given:
             t.read()
-            t.value.grad = gradient
+            t.value.grad = _laid_out_as(t.value, gradient)
+            state = inner.state.get(t.value, {})
+            for key, entry in state.items():
+                if isinstance(entry, Tensor) and entry.shape == t.value.shape:
+                    state[key] = _laid_out_as(t.value, entry)
         inner.step()
         for t, _ in given:
             t.write()
@@ -58,6 +62,13 @@ def inner_step(given: Iterable[tuple[Trained, Tensor]], inner: Optimizer) -> Non
             t.value.grad = None
         for parameter, gradient in kept:
             parameter.grad = gradient
+
+
+def _laid_out_as(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor with the strides of another of its shape, such as those of ``channels_last``."""
+    if tensor.layout != torch.strided or tensor.stride() == value.stride():
+        return tensor
+    return torch.empty_like(value, dtype=tensor.dtype).copy_(tensor)
 
 
 @contextmanager
