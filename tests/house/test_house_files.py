@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 MAX_LINES = 500
 MIN_LINES = 40  # in the core: a file is a chapter, not an idea
@@ -103,22 +105,20 @@ def test_names_say_what_a_file_holds(root: Path) -> None:
     assert naming_faults(root) == []
 
 
-def test_no_pickle(source: Path) -> None:
+@pytest.mark.parametrize(
+    ("find", "rule"),
+    [
+        (pickle_faults, "files are safetensors and JSON only"),
+        (device_faults, "say device=, even of the CPU"),
+    ],
+)
+def test_no_file_breaks_the_rule(source: Path, find: Callable[[str], Iterator[str]], rule: str) -> None:
     faults = [
         f"{path.relative_to(source)}:{fault}"
         for path in _python_files(source)
-        for fault in pickle_faults(path.read_text(encoding="utf-8"))
+        for fault in find(path.read_text(encoding="utf-8"))
     ]
-    assert not faults, "files are safetensors and JSON only:\n" + "\n".join(faults)
-
-
-def test_tensors_are_made_on_a_stated_device(source: Path) -> None:
-    faults = [
-        f"{path.relative_to(source)}:{fault}"
-        for path in _python_files(source)
-        for fault in device_faults(path.read_text(encoding="utf-8"))
-    ]
-    assert not faults, "say device=, even of the CPU:\n" + "\n".join(faults)
+    assert not faults, f"{rule}:\n" + "\n".join(faults)
 
 
 def test_package_is_typed(source: Path) -> None:
