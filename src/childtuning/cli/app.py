@@ -126,9 +126,8 @@ def main() -> None:
         where = f" {str(error.filename)!r}" if error.filename else ""
         _fail(f"cannot read or write{where}: {error.strerror or error}. Check the path and the disk.", 2)
     except Exception as error:
-        if (
-            number := re.search(r"\(os error (\d+)\)", str(error))
-        ) is not None:  # of safetensors, written in Rust
+        number = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors, which is written in Rust
+        if number is not None:
             _fail(f"cannot read or write: {os.strerror(int(number[1]))}. Check the path and the disk.", 2)
         if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
             message = error.format_message().rstrip()  # type: ignore[attr-defined]

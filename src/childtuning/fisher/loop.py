@@ -98,10 +98,6 @@ def check_finite(losses: Tensor) -> None:
     """
     if isinstance(losses, FakeTensor):
         return
-    if losses.is_meta:
-        raise DataError(
-            "the loss is on the meta device, where tensors have no values. Load the model's weights."
-        )
     if not bool(losses.isfinite().all()):
         worst = losses[~losses.isfinite()][0] if losses.dim() else losses
         raise DataError(f"the loss is {worst.item()}. Check the labels, or use float32.")
