@@ -156,6 +156,31 @@ def test_accumulated_batches_are_one_batch(make: Any, data: Any, tmp_path: Path)
         torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
 
 
+class OfSequences(ChildTrainer):
+    """Its loss is the mean over sequences, however many tokens each has."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs["labels"], reduction="none")
+        loss = (losses.sum(1) / (inputs["labels"] != -100).sum(1)).mean()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def test_a_loss_of_the_users_own_is_added_up_as_it_is(tmp_path: Path) -> None:
+    ends = []
+    for size, steps in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        model = a_token_classifier()
+        options = {"max_grad_norm": 0.0, "weight_decay": 0.0, "optim": "sgd", "lr_scheduler_type": "constant"}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        args = arguments(tmp_path / str(size), learning_rate=0.1, **options)
+        child = ChildConfig(variant="task-free", density=1.0)
+        OfSequences(model, args, train_dataset=Ragged(), child=child).train()
+        ends.append(dict(model.named_parameters()))
+    for name, parameter in ends[0].items():
+        torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
 def test_sharding_that_is_asked_for_and_not_done_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

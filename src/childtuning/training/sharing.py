@@ -102,19 +102,20 @@ class _Marked(Dataset):
         return self.dataset[max(index, ~index)], index >= 0
 
 
-def weigh(samples: list[Any], model: Any, *, divides_by_items: bool) -> None:
+def weigh(samples: list[Any], model: Any, *, divides_by_items: bool, is_models: bool) -> None:
     """Put the weight of its loss into each sample, in place of the mark of the examples that count.
 
     Args:
         samples: the micro-batches of an update; those that a trainer makes itself keep the weight 1.
         model: which says whether labels are shifted.
         divides_by_items: whether the loss is a sum divided by the items of the update: it has its weight already.
+        is_models: whether the model computes the loss. What another is a mean of is not known: one process adds its
+            micro-batches up as transformers does.
     """
     ranks = Ranks.everyone()
     is_shared = bool(samples) and _COUNTS in samples[0]
-    if not is_shared and (
-        ranks.size > 1 or len(samples) < 2 or divides_by_items or not _are_labelled(samples)
-    ):
+    is_known = is_models and not divides_by_items and _are_labelled(samples)
+    if not is_shared and (ranks.size > 1 or len(samples) < 2 or not is_known):
         return
     counts = [_num_items(sample, model) for sample in samples]
     total = int(ranks.sum_(torch.stack(counts).sum())) if ranks.size > 1 else sum(map(int, counts))

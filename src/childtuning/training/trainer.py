@@ -413,7 +413,9 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             self.model_accepts_loss_kwargs = self._divides_by_items
             if not self._divides_by_items and self.loss_is_scaled_for_ga is None:
                 self.loss_is_scaled_for_ga = False
-        weigh(samples, self.bare_model, divides_by_items=bool(self._divides_by_items))
+        is_models = self.compute_loss_func is None and type(self).compute_loss is ChildTrainer.compute_loss
+        divides = bool(self._divides_by_items)
+        weigh(samples, self.bare_model, divides_by_items=divides, is_models=is_models)
         return samples, num_items if self._divides_by_items else None
 
     def compute_loss(
