@@ -156,14 +156,10 @@ def test_accumulated_batches_are_one_batch(make: Any, data: Any, tmp_path: Path)
         torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
 
 
-class OfSequences(ChildTrainer):
-    """Its loss is the mean over sequences, however many tokens each has."""
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs["labels"], reduction="none")
-        loss = (losses.sum(1) / (inputs["labels"] != -100).sum(1)).mean()
-        return (loss, {"logits": logits}) if return_outputs else loss
+def of_sequences(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The mean over sequences, however many tokens each has."""
+    losses = torch.nn.functional.cross_entropy(outputs["logits"].transpose(1, 2), labels, reduction="none")
+    return (losses.sum(1) / (labels != -100).sum(1)).mean()
 
 
 def test_a_loss_of_the_users_own_is_added_up_as_it_is(tmp_path: Path) -> None:
@@ -175,7 +171,7 @@ def test_a_loss_of_the_users_own_is_added_up_as_it_is(tmp_path: Path) -> None:
         options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
         args = arguments(tmp_path / str(size), learning_rate=0.1, **options)
         child = ChildConfig(variant="task-free", density=1.0)
-        OfSequences(model, args, train_dataset=Ragged(), child=child).train()
+        ChildTrainer(model, args, train_dataset=Ragged(), child=child, compute_loss_func=of_sequences).train()
         ends.append(dict(model.named_parameters()))
     for name, parameter in ends[0].items():
         torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=1e-6)
