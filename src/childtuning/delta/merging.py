@@ -35,7 +35,7 @@ def merge_deltas(
             value. ``mean``: the base value and the mean of the changes, 0 where a delta trained nothing. ``ties``: of
             each delta the share ``kept`` of the largest changes stays, the sign of an entry is that of the sum of them,
             and the changes of that sign are averaged [Yadav et al. 2023].
-        base: the base model, whose values changes are measured from; ``exact`` needs none, and verifies it if given.
+        base: the base model, which every delta is checked to be of; changes are measured from its values.
         own: names or patterns of what each task keeps for itself, such as its head.
         kept: for ``ties``, in (0, 1].
         weight: what the merged changes are multiplied by.
@@ -52,19 +52,16 @@ def merge_deltas(
         raise ConfigError(f"kept must lie in (0, 1], got {kept}. Pass 0.2.")
     if not deltas:
         raise ConfigError("there are no deltas to merge. Pass at least one.")
-    if how != "exact" and base is None:
-        raise ConfigError(f"how={how!r} measures changes from the base model. Pass base=model.")
+    if base is None:
+        raise ConfigError("nothing in deltas tells that they are all of one base model. Pass base=model.")
     if how == "exact" and weight != 1:
         raise ConfigError(f"how='exact' writes values as they are, got weight={weight}. Leave it out.")
     own = as_patterns(own)
     match_names(own, deltas[0].parts)  # a pattern that fits nothing is a mistake
     shared = _shared(deltas, own)
-    originals = {} if base is None else {n: p.detach() for n, p in named(base).items() if n in shared}
-    if base is not None:
-        for delta in deltas:
-            delta.check_base(base, shared)
-    elif len(deltas) > 1 and not _base_is_known(deltas, shared):
-        raise DeltaError("nothing in the deltas tells that they are of one base model. Pass base=model.")
+    for delta in deltas:
+        delta.check_base(base, shared)
+    originals = {n: p.detach() for n, p in named(base).items() if n in shared}
     least = [_threshold(delta, originals, kept) if how == "ties" else 0.0 for delta in deltas]
     merged: dict[str, tuple[Part, Tensor | None, str | None]] = {}
     for name in shared:
@@ -79,7 +76,7 @@ def merge_deltas(
             change = _elected(changes) if how == "ties" else torch.stack(changes).mean(0)
             original = originals[name].cpu().to(change.dtype)
             values = read((original + weight * change).to(originals[name].dtype), part)
-        merged[name] = part, values, _frozen(name, part, deltas, originals.get(name))
+        merged[name] = part, values, None if part.is_whole else frozen_hash(originals[name], part.indices())
     return [_complete(delta, merged) for delta in deltas]
 
 
@@ -126,23 +123,6 @@ def _bits(values: Tensor) -> Tensor:
     return values.contiguous().view(-1).view(torch.uint8)
 
 
-def _base_is_known(deltas: Sequence[Delta], shared: Sequence[str]) -> bool:
-    """Tell whether hashes of the deltas can be compared: of a parameter that no two of them change differently."""
-    first = deltas[0]
-    return all(
-        any(
-            name in first.hashes
-            and first.hashes[name] == delta.hashes.get(name)
-            and (
-                first.parts[name].is_empty
-                or torch.equal(first.parts[name].indices(), delta.parts[name].indices())
-            )
-            for name in shared
-        )
-        for delta in deltas[1:]
-    )
-
-
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -176,18 +156,6 @@ def _elected(changes: Sequence[Tensor]) -> Tensor:
     agreeing = [change * (change.sign() == sign) for change in changes]
     count = sum(((change != 0).float() for change in agreeing), start=torch.zeros_like(sign))
     return sum(agreeing, start=torch.zeros_like(sign)) / count.clamp(min=1)
-
-
-def _frozen(name: str, part: Part, deltas: Sequence[Delta], original: Tensor | None) -> str | None:
-    """Return the hash of a parameter's frozen entries; ``None`` where it cannot be known."""
-    if part.is_whole:
-        return None
-    if original is not None:
-        return frozen_hash(original, part.indices())
-    told = {delta.hashes[name] for delta in deltas if delta.parts[name].num_trained == part.num_trained}
-    if part.is_empty and len(told) > 1:
-        raise DeltaError(f"the deltas were made for different base models ({name!r} differs).")
-    return told.pop() if len(told) == 1 else None
 
 
 def _complete(delta: Delta, merged: Mapping[str, tuple[Part, Tensor | None, str | None]]) -> Delta:
