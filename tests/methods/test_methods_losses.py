@@ -20,7 +20,7 @@ from childtuning import Child
 from childtuning.errors import ConfigError
 from childtuning.fast.dropout import spare_dropouts
 from childtuning.methods import Combination
-from childtuning.training import ChildTrainer
+from childtuning.training import ChildTrainer, LossStep
 
 R3F = "r3f:weight=2,eps=0.5"
 SMART = "smart:weight=3,step=0.3,noise_variance=0.1,epsilon=0.25"
@@ -132,6 +132,22 @@ def test_twenty_steps_are_the_twins(tmp_path: Path, method: str, regression: boo
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
     assert abs(firsts[0] - first_task_loss) > 1e-3  # the term is no matter of rounding
+
+
+@pytest.mark.parametrize("norm", ["inf", "l2"])
+def test_padding_has_no_share_in_the_ball(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
+    """Noise is the same at the tokens of a text however far it is padded."""
+    drawn = torch.randn(1, 16, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    smart = Combination.parse(f"{SMART},norm={norm}").methods[0]
+    model, found, none = bert().eval(), [], torch.zeros((), dtype=torch.double)
+    monkeypatch.setattr(Tensor, "normal_", lambda x, mean, std: x.copy_(std * drawn[:, : x.shape[1]]))
+    for length in (5, 9, 16):
+        ids = torch.full((1, length), 1)
+        ids[:, :5] = torch.tensor([7, 3, 9, 4, 12])
+        batch = {"input_ids": ids, "attention_mask": (torch.arange(length) < 5).long()[None]}
+        step = LossStep(model, batch, model(**batch), none, lambda *_: (none, None))
+        found.append(smart.loss(none, step).item())
+    assert found[0] > 1e-4 and found == pytest.approx([found[0]] * 3, rel=1e-9)
 
 
 def test_terms_do_not_depend_on_the_order_in_which_they_are_named(tmp_path: Path) -> None:

@@ -90,7 +90,10 @@ def smart(
 ) -> Tensor:
     """The divergence from the prediction at x̃, one projected ascent step from a random start, per example."""
     x = read(model, batch)
-    start = x.detach() + torch.empty_like(x).normal_(0, sd)
+    noise = torch.empty_like(x).normal_(0, sd)
+    if "attention_mask" in batch:
+        noise = noise * batch["attention_mask"][:, :, None]
+    start = x.detach() + noise
     start.requires_grad_()
     (gradient,) = torch.autograd.grad(apart(logits_at(model, batch, start), logits.detach()), start)
     changes = []

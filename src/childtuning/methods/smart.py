@@ -23,7 +23,8 @@ class Smart(Method):
     """Add α·ℓ(f(x̃), f(x)) to the loss: the smoothness-inducing regularisation of SMART, with its algorithm 1.
 
     x̃ = x + Π(ν + η·g/‖g‖) with ν ~ N(0, σ²) and g = ∇_x̃ ℓ(f(x + ν), f(x)), where f(x) is held fixed; Π projects onto
-    the ball ‖x̃ − x‖ ≤ ε. x are the input embeddings, and norms are per example. ℓ is KL(p‖q) + KL(q‖p), or the squared
+    the ball ‖x̃ − x‖ ≤ ε. x are the input embeddings, and norms are per example; what has no influence on ℓ, such as
+    padding, has no noise and no share in them. ℓ is KL(p‖q) + KL(q‖p), or the squared
     difference in regression. The added term has gradients through both passes. The second part of the paper, the
     Bregman proximal point method, is not included.
 
@@ -84,7 +85,8 @@ class Smart(Method):
         moved = noise.detach()
         if gradient is not None:
             length = self._length(gradient, example_axis).clamp_min(torch.finfo(gradient.dtype).tiny)
-            moved = moved + self.step * (gradient / length)
+            reached = (gradient != 0).any(-1, keepdim=True)
+            moved = (moved + self.step * (gradient / length)) * reached
         if self.norm == "inf":
             return moved.clamp(-self.epsilon, self.epsilon)
         return moved * (self.epsilon / self._length(moved, example_axis)).clamp_max(1.0)
