@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def test_a_decoders_padding_is_the_tokenizers(tiny_bert: Path, sentiment: Path, 
     assert logits(["a great cat"]) == pytest.approx(logits(["a great cat", "the dog " * 20]), abs=1e-5)
 
 
-def test_texts_are_cut_where_positions_end(sentiment: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "length"), [("child-random", 50), ("prompt:5", 45), ("prefix:5", 45)])
+def test_texts_are_cut_where_positions_end(method: str, length: int, sentiment: Path, tmp_path: Path) -> None:
     import transformers
 
     source = save_tiny_bert(tmp_path / "source")
@@ -131,11 +133,14 @@ def test_texts_are_cut_where_positions_end(sentiment: Path, tmp_path: Path) -> N
     rows = [row, {**row, "label": "bad"}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said: list[str] = []
-    config = a_config(source, sentiment, method="child-random", eval=str(tmp_path / "long.jsonl"))
+    config = a_config(source, sentiment, method=method, eval=str(tmp_path / "long.jsonl"))
     result = train_run(config, tmp_path / "run", tell=said.append)
     assert result.cut_by_length == 2
-    assert any("texts are cut at 50 tokens" in line for line in said)
+    assert any(f"texts are cut at {length} tokens" in line for line in said)
     assert len(FinishedRun(tmp_path / "run").predict(Examples(["a dog " * 90], None, None))) == 1
+    if method.startswith("pr"):
+        with pytest.raises(ConfigError, match="needs more than the model's 50 positions"):
+            train_run(replace(config, method=method.replace("5", "50")), tmp_path / "none")
 
 
 def test_tokens_without_embedding_are_refused(tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ class Combination:
         return any(method.part == "child" and method.density < 1 for method in self.methods)
 
     @property
+    def num_positions(self) -> int:
+        """How many of a model's positions they take from the input."""
+        return sum(method.num_positions for method in self.methods)
+
+    @property
     def chooses(self) -> bool:
         """Whether a method sets the parameters that a child is chosen from."""
         return any(method.chooses for method in self.methods)

@@ -27,6 +27,11 @@ class VirtualTokens(PeftMethod):
         if self.tokens < 1:
             raise ConfigError(f"tokens of {self.name!r} must be at least 1, got {self.tokens}.")
 
+    @property
+    def num_positions(self) -> int:
+        """The number of virtual tokens."""
+        return self.tokens
+
     def prepare(self, prepared: Prepared) -> Prepared:
         """Wrap the model, and test it on an input of two tokens.
 
@@ -79,7 +84,7 @@ class VirtualTokens(PeftMethod):
         """Refuse: virtual tokens are not a change of weights."""
         raise ModelError(
             f"the virtual tokens of {self.name!r} cannot be merged into the base model's weights. "
-            "Use the run's folder, or load its folder method/ with PEFT."
+            "Use the run's folder, or export it to peft."
         )
 
 

@@ -95,9 +95,20 @@ class Predictor:
 
 
 def cut_at(config: RunConfig, kind: Kind, model: Any) -> int:
-    """Return the maximum number of tokens per example: ``max_length``, or the model's positions if fewer."""
+    """Return the maximum number of tokens per example: ``max_length``, or the positions that are left if fewer.
+
+    Raises:
+        ConfigError: when the method takes all the model's positions.
+    """
     room = num_positions(model) if kind.auto_processor == "AutoTokenizer" else None
-    return config.max_length if room is None else min(config.max_length, room)
+    if room is None:
+        return config.max_length
+    left = room - config.methods().num_positions
+    if left < 1:
+        raise ConfigError(
+            f"method {config.method!r} needs more than the model's {room} positions. Pass fewer tokens."
+        )
+    return min(config.max_length, left)
 
 
 def check_tokens(model: Any, encoded: Any) -> None:

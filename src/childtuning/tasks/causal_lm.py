@@ -296,8 +296,10 @@ def _end(processor: Any) -> int:
 
 
 def _num_positions(model: Any) -> int:
+    """The number of positions for tokens: without those of PEFT's virtual ones."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else 2**31
+    taken = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return limit - taken if isinstance(limit, int) else 2**31
 
 
 def _blocks(tokens: list[int], start: list[int], max_length: int) -> EncodedExamples:

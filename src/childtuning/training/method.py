@@ -177,6 +177,11 @@ class Method:
                 f"method {self.name!r} needs {self.package}. Install it: pip install {self.package}."
             )
 
+    @property
+    def num_positions(self) -> int:
+        """How many of a model's positions it takes from the input."""
+        return 0
+
     def child(self, config: ChildConfig) -> ChildConfig:
         """Return the configuration of the child, given the user's options.
 
