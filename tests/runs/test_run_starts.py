@@ -46,6 +46,32 @@ def test_it_starts_from_the_tuned_network(
     assert len(answers) == 24
 
 
+@pytest.mark.parametrize("method", ["lora:rank=2", "child-d", "prompt:3"])
+def test_what_is_exported_has_the_start(
+    tiny_bert: Path, sentiment: Path, first_run: Path, tmp_path: Path, method: str
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    train_run(a_config(tiny_bert, sentiment, method=method, init_from=str(first_run)), tmp_path / "run")
+    run = FinishedRun(tmp_path / "run")
+    if not method.startswith("child"):  # its files would be read beside the base model, without the start
+        with pytest.raises(ConfigError, match=r"started from another run.*Export to model or patch"):
+            run.export(tmp_path / "adapter", "peft")
+        assert not (tmp_path / "adapter").exists() and not (tmp_path / "run" / "method").exists()
+    if method.startswith("prompt"):
+        with pytest.raises(ModelError, match="cannot be merged"):
+            run.export(tmp_path / "model")
+        return
+    assert (run.export(tmp_path / "patch", "patch") / "patch.safetensors").is_file()
+    served = AutoModelForSequenceClassification.from_pretrained(run.export(tmp_path / "model")).eval()
+    texts = ["a great film", "the dog sat on the mat"]
+    inputs = run.processor()(texts, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        logits = served(**inputs).logits
+    wanted = torch.tensor([row["logits"] for row in run.predict(texts)])
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_folder_is_the_model(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
     plain = train_run(a_config(tiny_bert, sentiment, method="head"), tmp_path / "a")
     named = train_run(a_config(None, sentiment, method="head", init_from=str(tiny_bert)), tmp_path / "b")

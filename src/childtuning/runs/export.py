@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from childtuning.child import Child
 from childtuning.child.eligible import named
 from childtuning.delta import Delta
+from childtuning.delta.delta import persistent_buffers
 from childtuning.delta.files import bits
 from childtuning.delta.patch import Patch
 from childtuning.errors import BaseMismatchError, ConfigError, ModelError, did_you_mean
-from childtuning.runs.folder import METHOD_FILES
+from childtuning.runs.folder import METHOD_FILES, START
 from childtuning.training import make_patch, write_model
 from childtuning.training.export import check_empty
 from childtuning.training.on_disk import Checkpoint
@@ -31,7 +33,7 @@ def export_run(run: Any, folder: str | Path, to: Form = "model") -> Path:
         folder: new or empty.
         to: ``model``: an ordinary folder for transformers, with the tokenizer or image processor; written tensor by
             tensor where the run changed the base model's parameters alone. ``patch``: see ``Patch``. ``peft``: the
-            adapter as PEFT reads it.
+            adapter as PEFT reads it, where it is all that the run changed.
     Raises:
         ConfigError: the folder is not empty, or the run has no such form.
         BaseMismatchError: the base model has changed.
@@ -53,11 +55,23 @@ def export_run(run: Any, folder: str | Path, to: Form = "model") -> Path:
 
 
 def _export_adapter(run: Any, folder: Path) -> None:
+    if (run.path / START).is_dir():
+        raise ConfigError(
+            f"the run in {str(run.path)!r} started from another run, whose changes PEFT's files do not hold. "
+            "Export to model or patch."
+        )
     files = run.path / METHOD_FILES
     if not (files / "adapter_config.json").is_file():
         raise ConfigError(
             f"the run in {str(run.path)!r} is of method {run.method!r}, which is not PEFT's. Export to model or patch."
         )
+    before = persistent_buffers(run.untuned(run.base()))
+    for name, buffer in run.delta.buffers.items():
+        if not torch.equal(before[name], buffer):
+            raise ConfigError(
+                f"the run in {str(run.path)!r} changed {name!r}, which PEFT's files do not hold. Export to model or "
+                "patch."
+            )
     shutil.copytree(files, folder, dirs_exist_ok=True)
 
 
@@ -67,14 +81,14 @@ def _streamed(run: Any) -> tuple[Patch, Any, Checkpoint]:
     Raises:
         BaseMismatchError, ModelError: the run changed more than values of its base model, or is of another one.
     """
-    bare, delta = run.bare_model(), run.changes()
-    added = set(delta.parts).difference(named(bare))
+    bare = run.bare_model()
+    added = set(run.delta.parts).difference(named(bare))
     if added:
         raise ModelError(
             f"method {run.method!r} adds modules ({min(added)!r}), which are merged into the weights."
         )
     checkpoint = Checkpoint(run.base_folder())
-    return make_patch(delta, bare, checkpoint), bare, checkpoint
+    return make_patch(run.changes(), bare, checkpoint), bare, checkpoint
 
 
 def checked_patch(run: Any) -> tuple[Patch, Checkpoint]:

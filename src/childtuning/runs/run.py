@@ -342,7 +342,8 @@ def _save(
     if isinstance(child, Child):
         child.save(folder / "child.safetensors")
     loaded.processor.save_pretrained(folder / kind.processor_folder)
-    config.methods().save(trainer.bare_model, folder / METHOD_FILES)
+    if not (folder / START).is_dir():  # other libraries know nothing of a start
+        config.methods().save(trainer.bare_model, folder / METHOD_FILES)
     write_json(folder / LABELS, labels)
 
 
