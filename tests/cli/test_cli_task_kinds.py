@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.tiny_kinds import (
     write_instructions,
     write_sentences,
 )
+
+from childtuning import load
 
 REAL = Path(os.environ.get("CHILDTUNING_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -54,6 +57,18 @@ def test_several_labels(childtuning, tiny_bert, tmp_path, method) -> None:
         assert row["prediction"] == [
             n for n, logit in zip(["animal", "place"], row["logits"], strict=True) if logit >= 0
         ]
+    wanted = torch.tensor([row["logits"] for row in said["predictions"]]).double().sigmoid()
+    for name in ("said.csv", "said.jsonl"):  # labels do not exclude each other: no softmax
+        args = ("predict", tmp_path / "run", "--input", path, "--output", tmp_path / name)
+        assert childtuning(*args).code == 0
+    with (tmp_path / "said.csv").open() as file:
+        written = [[float(row["p_animal"]), float(row["p_place"])] for row in csv.DictReader(file)]
+    torch.testing.assert_close(torch.tensor(written).double(), wanted)
+    lines = (tmp_path / "said.jsonl").read_text().splitlines()
+    again = [[*json.loads(line)["probabilities"].values()] for line in lines]
+    assert again == written
+    chances = load(tmp_path / "run").predict_proba([row["text"] for row in rows])
+    torch.testing.assert_close(torch.from_numpy(chances), wanted)
 
 
 def test_token_classification(childtuning, tiny_bert, tmp_path) -> None:
@@ -134,6 +149,18 @@ def test_image_classification(childtuning, tmp_path, family) -> None:
     assert one.code == 0 and one.out.split("\t")[0] in said["label_names"]
     refused = childtuning("predict", tmp_path / "run", "--text", "red")
     assert refused.code == 2 and "--input FILE" in refused.err
+
+
+@pytest.mark.parametrize(("family", "code"), [("vit", 0), ("resnet", 2)])
+def test_an_adapter_is_exported_where_it_is_all(childtuning, tmp_path, family, code) -> None:
+    """PEFT's files do not hold the statistics of BatchNorm, which training moves."""
+    model = save_tiny_vision(tmp_path / "model", family)
+    method = "lora:rank=2" if family == "vit" else "lora:rank=2,targets=*.convolution"
+    done = train(childtuning, write_image_folders(tmp_path), model, tmp_path / "run", "--method", method)
+    assert done.code == 0, done.err
+    done = childtuning("export", tmp_path / "run", "--to", "peft", "--output", tmp_path / "adapter")
+    assert done.code == code and (code == 0 or "running_mean', which PEFT's files do not hold" in done.err)
+    assert (tmp_path / "adapter").exists() == (code == 0)
 
 
 @pytest.mark.nightly

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.training.test_child_trainer import a_trainer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from childtuning import TaskFree
+from childtuning import TaskFree, load
+from childtuning.errors import ModelError
 
 CHILDREN = {"child-d": ("child-d", 0.1), "child-f": (TaskFree(density=0.3, seed=0), None)}
 
@@ -32,3 +34,27 @@ def test_the_folder_of_a_trainer(childtuning: Any, tiny_bert: Path, tmp_path: Pa
     assert done.code == 0 and "AutoModelForSequenceClassification" in done.out, done.err
     done = childtuning("predict", tmp_path / "saved", "--text", "a great film", "--json")
     assert done.json["predictions"][0]["prediction"] in ("LABEL_0", "LABEL_1")
+
+
+def test_the_loss_says_what_the_outputs_are(tiny_bert: Path, tmp_path: Path) -> None:
+    """A model of one class has several labels, or several numbers, where its configuration says so."""
+    trainer = a_trainer(tiny_bert, tmp_path / "out", "child-d", max_steps=1, child_density=0.1)
+    trainer.train()
+    saved = tmp_path / "saved"
+    trainer.save_model(str(saved))
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(saved)
+    names = {0: "short", 1: "sweet"}
+    assert load(saved).kind.name == "classification"
+    config = AutoConfig.from_pretrained(saved)
+    config.update({"problem_type": "multi_label_classification", "id2label": names})
+    config.save_pretrained(saved)
+    run = load(saved)
+    (row,) = run.predict(["a great film"])
+    logits = torch.tensor(row["logits"], dtype=torch.double)
+    assert run.kind.name == "multi-label"
+    assert row["prediction"] == [names[i] for i, logit in enumerate(logits) if logit >= 0]
+    torch.testing.assert_close(torch.from_numpy(run.predict_proba(["a great film"])[0]), logits.sigmoid())
+    config.problem_type = "regression"
+    config.save_pretrained(saved)
+    with pytest.raises(ModelError, match="predicts nothing with a BertForSequenceClassification"):
+        load(saved).predict(["a great film"])

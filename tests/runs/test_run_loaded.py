@@ -63,7 +63,7 @@ def test_numbers_have_no_probabilities(tiny_bert: Path, tmp_path: Path) -> None:
     train_run(config, tmp_path / "run")
     run = childtuning.load(tmp_path / "run")
     assert len(run.predict([("a film", "a book"), ("a dog", "a cat")])) == 2
-    with pytest.raises(ConfigError, match="regression does not have one class per example. Call predict"):
+    with pytest.raises(ConfigError, match="regression has no probability of each class. Call predict"):
         run.predict_proba([("a film", "a book")])
 
 

@@ -91,7 +91,7 @@ def run(
             rows = one.predict(examples, Answers(max_new_tokens))
         answered[name] = {"label_names": one.label_names, "predictions": rows}
         if into is not None:
-            joined = into.joined(joined or given, rows, one.label_names, _prefix(name, opened))
+            joined = into.joined(joined or given, rows, one, _prefix(name, opened))
         elif not as_json:
             if shared:
                 print(f"{name}:")

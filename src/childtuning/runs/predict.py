@@ -24,7 +24,6 @@ from childtuning.runs.folder import START, RunFolder, write_text
 from childtuning.runs.inputs import base_model, is_model_folder, prepare_run_model, read_run_task
 from childtuning.runs.judgement import Answered, Judgement
 from childtuning.tasks import Answers, Columns, Source, Split, as_source, check_labels
-from childtuning.tasks.metrics import probabilities
 from childtuning.training import LoadedModel, bare_architecture, model_folder
 from childtuning.training.checkpoint_files import CHILD_FILE
 
@@ -36,7 +35,8 @@ class PredictionsFile:
     """A new csv or jsonl file: the columns of the input, then the predictions.
 
     A class gets the columns prediction and confidence, and the probability of each class if there are at most 50: in
-    csv a column p_CLASS each, in jsonl one object ``probabilities``. Other kinds of task get what ``predict`` returns.
+    csv a column p_CLASS each, in jsonl one object ``probabilities``. So do several labels, whose probabilities are
+    independent of each other. Other kinds of task get what ``predict`` returns.
 
     Args:
         path: the file; its ending decides.
@@ -76,12 +76,12 @@ class PredictionsFile:
         self,
         inputs: Sequence[Mapping[str, Any]],
         rows: Sequence[dict[str, Any]],
-        label_names: Sequence[str],
+        run: FinishedRun,
         prefix: str = "",
     ) -> list[dict[str, Any]]:
-        """Return the input's rows with their predictions, as they are written."""
+        """Return the input's rows with a run's predictions, as they are written."""
         return [
-            {**given, **{prefix + name: value for name, value in self._added(row, label_names).items()}}
+            {**given, **{prefix + name: value for name, value in self._added(row, run).items()}}
             for given, row in zip(inputs, rows, strict=True)
         ]
 
@@ -107,14 +107,16 @@ class PredictionsFile:
             )
         write_text(self.path, file.getvalue(), errors="replace")
 
-    def _added(self, row: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
+    def _added(self, row: dict[str, Any], run: FinishedRun) -> dict[str, Any]:
         added = {name: value for name, value in row.items() if name != "logits"}
-        if label_names and "logits" in row and len(label_names) <= _MOST_CLASSES:
-            chances = dict(zip(label_names, probabilities([row["logits"]])[0].tolist(), strict=True))
-            if self.path.suffix == ".jsonl":
-                return {**added, "probabilities": chances}
-            added |= {f"p_{name}": value for name, value in chances.items()}
-        return added
+        names = run.label_names
+        chances = run.kind.chances(np.array([row["logits"]])) if "logits" in row else None
+        if chances is None or len(names) > _MOST_CLASSES:
+            return added
+        of_class = dict(zip(names, chances[0].tolist(), strict=True))
+        if self.path.suffix == ".jsonl":
+            return {**added, "probabilities": of_class}
+        return added | {f"p_{name}": value for name, value in of_class.items()}
 
 
 class FinishedRun(RunFolder):
@@ -199,9 +201,12 @@ class FinishedRun(RunFolder):
         )
 
     def base_parameters(self) -> Iterable[tuple[str, Any]]:
-        """Return the base model's parameters by name."""
-        loaded = self.base()
-        return [(n, p) for n, p in loaded.model.named_parameters() if n not in set(loaded.new_parameters)]
+        """Return the parameters that a loaded base model has from its files, by name."""
+        loaded, start = self.base(), self.path / START
+        other = set(loaded.new_parameters)
+        if start.is_dir():
+            other |= {name for name, part in Delta.load(start).parts.items() if not part.is_empty}
+        return [(n, p) for n, p in loaded.model.named_parameters() if n not in other]
 
     def changes(self) -> Delta:
         """Return the delta from the base model on disk: of a run that started from another one, both."""
@@ -336,18 +341,20 @@ class FinishedRun(RunFolder):
     def predict_proba(self, examples: Texts | str | Path | Split) -> np.ndarray:
         """Return the probability of each class, [num_examples, num_classes], float64, in the order of ``label_names``.
 
+        Of several labels per example, each has a probability of its own.
+
         Args:
             examples: as for ``predict``.
         Raises:
-            ConfigError: when the run does not have one class per example.
+            ConfigError: when an example of the run has no classes.
         """
-        rows = self.predict(examples) if self.kind.has_classes else [{}]
-        if not all("logits" in row for row in rows):
-            raise ConfigError(f"{self.kind.name} does not have one class per example. Call predict.")
-        logits = np.array([row["logits"] for row in rows], dtype=np.float64).reshape(
-            -1, len(self.label_names)
-        )
-        return probabilities(logits) if len(logits) else logits
+        none = np.empty((0, len(self.label_names)))
+        if self.kind.chances(none) is None:
+            raise ConfigError(f"{self.kind.name} has no probability of each class. Call predict.")
+        rows = self.predict(examples)
+        chances = self.kind.chances(np.array([row["logits"] for row in rows]) if rows else none)
+        assert chances is not None
+        return chances
 
     def evaluate(self, examples: str | Path | Split) -> dict[str, float]:
         """Return the run's metrics on labelled examples; arguments and errors as for ``judge``."""

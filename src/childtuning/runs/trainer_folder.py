@@ -74,14 +74,14 @@ class TrainerFolder(FinishedRun):
 
     @cached_property
     def kind(self) -> Kind:  # type: ignore[override]
-        """The kind of task that the model's class is for."""
+        """The kind of task that the model's class is for, and its loss: ``config.problem_type``."""
         import transformers
 
-        name = (self._config.architectures or ["none"])[0]
+        config = self._config
+        name = (config.architectures or ["none"])[0]
         for kind in KINDS.values():
             mapping = getattr(transformers, kind.auto_model)._model_mapping
-            has_room = kind.has_classes == (self._config.num_labels > 1) or not kind.has_new_head
-            if type(self._config) in mapping and mapping[type(self._config)].__name__ == name and has_room:
+            if type(config) in mapping and mapping[type(config)].__name__ == name and _has_loss(kind, config):
                 return kind
         raise ModelError(f"childtuning predicts nothing with a {name}. Call model(), and use it yourself.")
 
@@ -185,3 +185,12 @@ class TrainerFolder(FinishedRun):
     def merged(self) -> Any:
         """Return a tuned model: it has the base model's architecture."""
         return self._tuned(self.base())
+
+
+def _has_loss(kind: Kind, config: Any) -> bool:
+    """Tell whether a kind of task has the loss of a configuration; where it names none, it is transformers' choice."""
+    is_one = config.num_labels == 1
+    if kind.problem_type is None:
+        return kind.has_classes != is_one or not kind.has_new_head
+    problem = config.problem_type or ("regression" if is_one else "single_label_classification")
+    return kind.problem_type == problem and (kind.has_classes or is_one)

@@ -21,6 +21,7 @@ class Classification(TextKind):
 
     name = "classification"
     summary = "one class per text or pair of texts"
+    problem_type = "single_label_classification"
     metric_names = metrics_of("classification")
     label_kind = "class"
 
@@ -31,10 +32,6 @@ class Classification(TextKind):
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return accuracy."""
         return default_metrics("classification")
-
-    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return the class names and the problem type: one class per text."""
-        return {**super().model_options(label_names), "problem_type": "single_label_classification"}
 
     def truth(self, split: Examples, label_names: Sequence[str]) -> list[int]:
         """Return the class id of each example."""
@@ -55,6 +52,10 @@ class Classification(TextKind):
     ) -> list[dict[str, Any]]:
         """Return the class, its softmax probability and the logits."""
         return class_predictions(answers, label_names)
+
+    def chances(self, logits: np.ndarray) -> np.ndarray:
+        """Return the softmax of each row."""
+        return probabilities(logits)
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
         """Return the class, its probability and the text."""

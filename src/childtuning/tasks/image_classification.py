@@ -21,7 +21,7 @@ from childtuning.tasks.classification import (
 )
 from childtuning.tasks.images import Images, holds_both_splits, holds_images, read_images
 from childtuning.tasks.kind import Collate, Columns, Kind, Part, register
-from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of
+from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of, probabilities
 from childtuning.tasks.rows import Source
 from childtuning.tasks.text import logits_by_example
 
@@ -70,6 +70,7 @@ class ImageClassification(Kind):
     auto_processor = "AutoImageProcessor"
     processor_folder = "image_processor"
     takes_packaged = False
+    problem_type = "single_label_classification"
     metric_names = metrics_of("classification")
 
     def claims(self, source: Source, columns: Columns) -> bool:
@@ -87,10 +88,6 @@ class ImageClassification(Kind):
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return accuracy."""
         return default_metrics("classification")
-
-    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return the class names and the problem type: one class per image."""
-        return {**super().model_options(label_names), "problem_type": "single_label_classification"}
 
     def default_processor(self, config: Any) -> Any:
         """Return a processor that resizes to the model's size and scales to [−1, 1]; None if the size is unknown."""
@@ -139,6 +136,10 @@ class ImageClassification(Kind):
         """Return the class, its softmax probability, the logits and the image's name."""
         rows = class_predictions(answers, label_names)
         return [{**row, "image": split.shown(index)} for index, row in enumerate(rows)]
+
+    def chances(self, logits: np.ndarray) -> np.ndarray:
+        """Return the softmax of each row."""
+        return probabilities(logits)
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
         """Return the class, its probability and the image's name."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from childtuning.errors import ConfigError, DataError, did_you_mean
@@ -78,6 +79,7 @@ class Kind(ABC):
         has_classes: whether labels are classes.
         has_new_head: whether the model gets a new head for the task.
         takes_packaged: whether the packaged encoder is the default model.
+        problem_type: transformers' name for the loss, where one class of model has several.
         metric_names: all available metrics.
         batch_size: examples per batch in prediction and evaluation.
         cut_words: what `Encoded.num_cut` counts, as the subject of "… were cut".
@@ -92,6 +94,7 @@ class Kind(ABC):
     has_classes: ClassVar[bool] = True
     has_new_head: ClassVar[bool] = True
     takes_packaged: ClassVar[bool] = True
+    problem_type: ClassVar[str | None] = None
     metric_names: ClassVar[tuple[str, ...]]
     batch_size: ClassVar[int] = 32
     cut_words: ClassVar[str] = "rows"
@@ -158,6 +161,7 @@ class Kind(ABC):
             "num_labels": self.num_outputs(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {label: index for index, label in enumerate(label_names)},
+            **({} if self.problem_type is None else {"problem_type": self.problem_type}),
         }
 
     def default_processor(self, config: Any) -> Any:
@@ -212,6 +216,10 @@ class Kind(ABC):
         self, answers: Sequence[Any], encoded: Any, split: Any, label_names: Sequence[str]
     ) -> list[dict[str, Any]]:
         """Return for each example what is written for a user: a dict with "prediction" and possibly other keys."""
+
+    def chances(self, logits: np.ndarray) -> np.ndarray | None:
+        """Return the probability of each class [N, K], float64, for logits [N, K]; None without classes."""
+        return None
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
         """Return a prediction and a short form of its example as one line of text."""

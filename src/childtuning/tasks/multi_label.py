@@ -48,6 +48,7 @@ class MultiLabel(TextKind):
 
     name = "multi-label"
     summary = "any number of labels per text or pair of texts: rows with a list of labels"
+    problem_type = "multi_label_classification"
     metric_names = ("micro-f1", "macro-f1", "subset-accuracy")
     label_kind = "class"
 
@@ -93,10 +94,6 @@ class MultiLabel(TextKind):
         """Return F1 over all labels, its mean over labels, and the share of texts with all labels right."""
         return self.metric_names
 
-    def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
-        """Return the label names and the problem type: several labels per text."""
-        return {**super().model_options(label_names), "problem_type": "multi_label_classification"}
-
     def encode(
         self, processor: Any, split: LabelSets, *, max_length: int, label_names: Sequence[str] = ()
     ) -> EncodedExamples:
@@ -140,6 +137,12 @@ class MultiLabel(TextKind):
                 }
             )
         return rows
+
+    def chances(self, logits: np.ndarray) -> np.ndarray:
+        """Return the sigmoid of each logit: labels do not exclude each other."""
+        from scipy.special import expit
+
+        return expit(np.asarray(logits, dtype=np.float64))
 
     def line(self, prediction: Mapping[str, Any], shown: str) -> str:
         """Return the labels with their probabilities, and the text."""

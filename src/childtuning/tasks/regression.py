@@ -28,6 +28,7 @@ class Regression(TextKind):
     name = "regression"
     summary = "one number per text or pair of texts"
     has_classes = False
+    problem_type = "regression"
     metric_names = metrics_of("regression")
     label_kind = "number"
 
@@ -63,7 +64,7 @@ class Regression(TextKind):
 
     def model_options(self, label_names: Sequence[str]) -> dict[str, Any]:
         """Return the options for one output, trained with squared error."""
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"num_labels": 1, "problem_type": self.problem_type}
 
     def weighted(
         self, metric: str, outputs: Sequence[Any], encoded: Any, split: Examples, label_names: Sequence[str]
