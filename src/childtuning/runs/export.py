@@ -65,7 +65,7 @@ def _export_adapter(run: Any, folder: Path) -> None:
         raise ConfigError(
             f"the run in {str(run.path)!r} is of method {run.method!r}, which is not PEFT's. Export to model or patch."
         )
-    before = persistent_buffers(run.untuned(run.base()))
+    before = persistent_buffers(run.untuned(run.base())) if run.delta.buffers else {}
     for name, buffer in run.delta.buffers.items():
         if not torch.equal(before[name], buffer):
             raise ConfigError(
