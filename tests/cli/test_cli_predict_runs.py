@@ -94,3 +94,17 @@ def test_runs_of_different_base_models_are_refused(
     b = trained(childtuning, words, tmp_path / "b", "child-d")
     refused = childtuning("predict", "--runs", a, b, "--text", "good")
     assert refused.code == 2 and "different base models" in refused.err
+
+
+def test_a_run_beside_the_one_that_it_started_from(
+    childtuning: Command, train_words: list[object], tmp_path: Path
+) -> None:
+    """The first run moved every parameter, so that the second shares none with the base model."""
+    full = trained(childtuning, train_words, tmp_path / "full", "full")
+    second = tmp_path / "second"
+    assert childtuning(*train_words, "--method", "head", "--init-from", full, "--output", second).code == 0
+    runs = {"full": ct.load(full), "second": ct.load(second)}
+    together = RunsOfOneBase(runs)
+    for name, folder in (("full", full), ("second", second), ("full", full)):
+        with together.using(name) as run:
+            assert run.predict(TEXTS) == ct.load(folder).predict(TEXTS)

@@ -10,7 +10,7 @@ import pytest
 
 from childtuning.compare import Comparison, num_runs, read_comparison, set_up
 from childtuning.compare.design import read_grid, read_methods, read_sizes
-from childtuning.compare.plan import needed
+from childtuning.compare.plan import choose, needed
 from childtuning.compare.protocols import PROTOCOLS, inference_splits
 from childtuning.compare.records import Record
 from childtuning.errors import ConfigError
@@ -250,3 +250,46 @@ def test_a_store_refuses_a_file_that_has_changed(tmp_path: Path) -> None:
         ConfigError, match="a.csv has changed since it was trained on. Restore it, or pass another"
     ):
         set_up(tmp_path / "s.db", found)
+
+
+def test_what_chooses_is_what_was_asked_for() -> None:
+    """By held-out examples, which there must be; or by the reported ones, even where some are held out."""
+    words: dict[str, Any] = {"methods": ["full"], "grid": ["lr=1e-3,1e-4"]}
+    with pytest.raises(ConfigError, match="got held_out=0. Leave it out, or pass --selection reported"):
+        asked(**words, options={"held_out": 0.0})
+    assert asked(methods=["full"], options={"held_out": 0.0}).options == {"held_out": 0.0}
+    wanted = {"held-out": 1e-4, "reported": 1e-3}
+    for selection, rate in wanted.items():
+        comparison = asked(
+            **words, options={"held_out": 0.3}, settings={"selection": selection, "num_seeds": 1}
+        )
+        runs = []
+        for run, held_out in zip(comparison.first_runs, (0.5, 0.7), strict=True):
+            result = {
+                "metric": {"name": "accuracy", "value": 1 - held_out},
+                "held_out": {"accuracy": held_out},
+            }
+            runs.append(Record.from_dict({**run.to_dict(), "state": "done", "result": result}))
+        (choice,) = choose(runs, comparison.seeds_to_tune, comparison.selection)
+        assert choice.point == {"learning_rate": rate}
+
+
+def test_the_steps_at_which_a_checkpoint_is_chosen_make_another_run() -> None:
+    def ids(**options: Any) -> list[str]:
+        return [run.id for run in asked(methods=["full"], options=options).first_runs]
+
+    assert ids(save_steps=9) == ids() != ids(best_checkpoint=True)
+    assert ids(save_steps=9, best_checkpoint=True) != ids(save_steps=1, best_checkpoint=True)
+
+
+def test_a_store_is_of_one_content_of_a_task(tmp_path: Path) -> None:
+    """Wherever it lies: a copy is the same, and another folder's examples are not."""
+    for folder, label in (("a", 0), ("copy", 0), ("b", 1)):
+        (tmp_path / folder / "mine").mkdir(parents=True)
+        (tmp_path / folder / "mine" / "train.jsonl").write_text(json.dumps({"text": "x", "label": label}))
+    for folder in ("a", "copy"):
+        options = {"data_dir": str(tmp_path / folder)}
+        set_up(tmp_path / "s.db", asked(tasks=["mine"], methods=["full"], options=options))
+    other = asked(tasks=["mine"], methods=["full"], options={"data_dir": str(tmp_path / "b")})
+    with pytest.raises(ConfigError, match="mine/train.jsonl has changed since it was trained on. Restore it"):
+        set_up(tmp_path / "s.db", other)

@@ -218,6 +218,17 @@ def test_killed_at_random_moments(twelve: Comparison, undisturbed: Recorded, tmp
     assert outcomes(recorded) == outcomes(undisturbed)
 
 
+def test_a_size_that_the_data_does_not_have_fails(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    sizes = {"train_sizes": "12,1000", "settings": {"num_seeds": 1}}
+    asked = a_comparison(tiny_bert, data, tasks=["alpha"], methods=["head"], grid=[], **sizes)
+    set_up(tmp_path / "runs.db", asked)
+    states = {
+        run.group.train_size: (run.state, run.error) for run in compare(tmp_path / "runs.db", asked).records
+    }
+    assert states[12] == ("done", None) and states[1000][0] == "failed"
+    assert "there are 48 training examples, got a size of 1,000. Pass another one" in states[1000][1]
+
+
 @pytest.mark.slow
 def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
@@ -267,6 +278,9 @@ def test_children_of_tasks_are_compared(tiny_bert: Path, data: Path, tmp_path: P
         for run in read(path).records
     )
     assert across == pytest.approx(first.overlap(second))
+    other = a_comparison(tiny_bert, data, methods=["head"], grid=[], settings={"num_seeds": 1})
+    set_up(path, other)
+    assert "overlap" not in read(path).artifacts, "it is of the comparison before"
 
 
 def test_another_comparison_waits_for_who_is_at_work(twelve: Comparison, tmp_path: Path) -> None:

@@ -237,12 +237,15 @@ def test_averages_are_apart_for_every_size_and_start() -> None:
 
 
 def test_averages_are_corrected_together() -> None:
+    methods = (("full", 0), ("child-d", 1), ("lora", 2))
     choices = [
-        choice(Group("rte", method), above(0.6, *[step] * 6))
-        for method, step in (("full", 0), ("child-d", 1), ("lora", 2))
+        choice(Group(task, method), above(0.6, *[step] * 6))
+        for task in ("rte", "cola")
+        for method, step in methods
     ]
-    averages = across_tasks(summarize(choices, "full"), "full")
-    assert [one.p_corrected for one in averages] == [None, 4 / 64, 4 / 64]
+    alone = [choice(Group("rte", method, 100), above(0.6, *[step] * 6)) for method, step in methods]
+    averages = across_tasks(summarize([*choices, *alone], "full"), "full")
+    assert [one.p_corrected for one in averages] == [None, 4 / 2**12, 4 / 2**12, None, None, None]
 
 
 def test_what_cannot_be_averaged_has_no_mean() -> None:

@@ -99,6 +99,13 @@ def test_a_method_from_outside_trains(without_new_methods: None, tiny_bert: Path
     assert sizes["child-d+flat:100"] < 0.3 * sizes["child-d"]
 
 
+def test_layers_that_are_drawn_anew_bear_no_more_than_fulls_rate() -> None:
+    rates = {
+        text: Combination.parse(text).rate for text in ("head", "head+reinit:1", "bitfit+reinit:1", "lora")
+    }
+    assert rates == {"head": 300.0, "head+reinit:1": 1.0, "bitfit+reinit:1": 1.0, "lora": 3.0}
+
+
 def test_register_refuses(without_new_methods: None) -> None:
     class Nameless(Method):
         pass

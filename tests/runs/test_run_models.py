@@ -64,6 +64,19 @@ def test_a_head_for_these_labels_keeps_its_order(
     assert run.merged().config.id2label == dict(enumerate(names))
 
 
+@pytest.mark.parametrize("method", ["bitfit", "adapter:4", "head", "lora:rank=2"])
+def test_a_head_that_fits_is_trained_where_the_method_trains_the_head(
+    classifier: Path, sentiment: Path, tmp_path: Path, method: str
+) -> None:
+    train_run(a_config(classifier, sentiment, method=method), tmp_path / "run")
+    trained = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        for name, part in FinishedRun(tmp_path / "run").delta.parts.items()
+        if part.is_whole
+    }
+    assert {"classifier.weight", "classifier.bias"} <= trained
+
+
 def test_a_head_for_other_classes_is_replaced(classifier: Path, sentiment: Path, tmp_path: Path) -> None:
     model = rewritten(classifier, tmp_path / "model", ["cats", "dogs"])
     said: list[str] = []
@@ -133,9 +146,11 @@ def test_texts_are_cut_where_positions_end(method: str, length: int, sentiment: 
     rows = [row, {**row, "label": "bad"}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said: list[str] = []
-    config = a_config(source, sentiment, method=method, eval=str(tmp_path / "long.jsonl"))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+    files = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "long.jsonl")}
+    config = a_config(source, sentiment, method=method, **files)
     result = train_run(config, tmp_path / "run", tell=said.append)
-    assert result.cut_by_length == 2
+    assert result.cut_by_length == 4
     assert any(f"texts are cut at {length} tokens" in line for line in said)
     assert len(FinishedRun(tmp_path / "run").predict(Examples(["a dog " * 90], None, None))) == 1
     if method.startswith("pr"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import save_tiny_bert
 
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError, DataError
@@ -94,6 +95,19 @@ def test_inputs_make_no_difference(
         for name in ("delta.safetensors", "delta.json"):
             alone, together = (tmp_path / f"{run}{index}" / name for run in ("alone", "shared"))
             assert alone.read_bytes() == together.read_bytes()
+
+
+def test_a_method_that_takes_positions_cuts_its_own_examples_alone(sentiment: Path, tmp_path: Path) -> None:
+    source = save_tiny_bert(tmp_path / "source")  # 64 positions
+    rows = [{"text": f"the cat {word} " * 20, "label": word} for word in ("good", "bad")] * 4
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {"train": str(tmp_path / "long.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    configs = [a_config(source, sentiment, method=method, **files) for method in ("prefix:24", "full")]
+    shared, lengths = Inputs(keep=True), []
+    for index, config in enumerate(configs):
+        train_run(config, tmp_path / f"run{index}", inputs=shared)
+        lengths.append(FinishedRun(tmp_path / f"run{index}").metrics["understood"]["tokens"][1])
+    assert lengths == [40, 62]
 
 
 def test_scores_are_found_once(

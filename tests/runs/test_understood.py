@@ -101,6 +101,13 @@ def test_a_run_too_short_for_its_method_is_told(
     assert all(word in warning for word, warning in zip(words, found.warnings, strict=True))
 
 
+def test_a_step_of_warm_up_alone_is_told(tiny_bert: Path, tmp_path: Path) -> None:
+    options = {"batch_size": 64, "gradient_accumulation": 8, "epochs": 1.0, "learning_rate": 1e-3}
+    (warning,) = understand(tiny_bert, tmp_path, GOOD, OTHERS, **options).warnings
+    assert "the only step is one of warm-up" in warning
+    assert not understand(tiny_bert, tmp_path, GOOD, OTHERS, warmup_ratio=0.0, **options).warnings
+
+
 def test_pairs_and_the_child_are_shown(tiny_bert: Path, tmp_path: Path) -> None:
     pairs = [
         {"text": row["text"], "text_pair": f"and {i}", "label": row["label"]} for i, row in enumerate(GOOD)

@@ -31,7 +31,7 @@ def examples(count: int = 40) -> list[Example]:
     ]
 
 
-_TRAINER_ARGUMENTS = ("callbacks", "train_batches", "data_collator", "eval_dataset")
+_TRAINER_ARGUMENTS = ("always", "callbacks", "train_batches", "data_collator", "eval_dataset")
 
 
 def a_trainer(
@@ -61,6 +61,11 @@ def a_trainer(
     return ChildTrainer(
         model, arguments, train_dataset=examples(), child=child, density=child_density, **extra
     )
+
+
+def test_a_child_that_is_given_has_its_own_always(tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"got always=. Pass it to select_child, or to TaskFree"):
+        a_trainer(tiny_bert, tmp_path, TaskFree(0.3), always=("classifier.*",))
 
 
 def weights(trainer: ChildTrainer) -> dict[str, torch.Tensor]:

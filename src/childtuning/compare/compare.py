@@ -107,7 +107,9 @@ def compare(
         else:
             work(store, comparison)
         if comparison.overlaps:
-            found = overlap(choose(store.records(), comparison.seeds_to_tune), store.folder_of)
+            found = overlap(
+                choose(store.records(), comparison.seeds_to_tune, comparison.selection), store.folder_of
+            )
             if found is not None:
                 store.set_artifact("overlap", found)
         return store.read()

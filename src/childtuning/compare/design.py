@@ -111,6 +111,11 @@ class Comparison:
             )
         if self.selection not in SELECTIONS:
             raise ConfigError(f"selection must be {' or '.join(SELECTIONS)}, got {self.selection!r}.")
+        if self.selection == "held-out" and self.options.get("held_out") == 0 and self.chooses:
+            raise ConfigError(
+                "hyperparameters are chosen by held-out examples, got held_out=0. Leave it out, or pass --selection "
+                "reported."
+            )
         if self.baseline is not None and self.baseline not in self.methods:
             raise ConfigError(
                 f"baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}. Add it."
@@ -243,6 +248,8 @@ class Comparison:
         given = {name: value for name, value in asdict(config).items() if value is not None}
         # Options with default values are left out, so that ids stay the same when later versions add options.
         identity = {n: v for n, v in given.items() if n not in _NOT_IDENTITY and v != _DEFAULTS[n]}
+        if config.chooses_checkpoint and config.save_steps is not None:  # the steps at which it is chosen
+            identity["save_steps"] = config.save_steps
         identity |= {"threads": self.threads, **({"init_from": start} if start else {})}
         if group.method != unlabelled(group.method):  # entries of the same method share no run
             identity["label"] = group.method

@@ -57,12 +57,13 @@ class Choice:
         return numeric and len(values) > 1 and value in (min(values), max(values))
 
 
-def choose(records: Iterable[Record], tune_seeds: Sequence[int]) -> list[Choice]:
+def choose(records: Iterable[Record], tune_seeds: Sequence[int], selection: str = "held-out") -> list[Choice]:
     """Choose the best hyperparameters of every group of runs.
 
     Args:
         records: the runs of one comparison; unfinished and failed runs are ignored.
         tune_seeds: the seeds with which every set of hyperparameters is tried.
+        selection: ``held-out``: by the held-out examples where there are any; ``reported``: by the reported ones.
     Returns:
         a choice for every group with a finished run, in order of appearance. Ties go to the first set.
     """
@@ -71,16 +72,20 @@ def choose(records: Iterable[Record], tune_seeds: Sequence[int]) -> list[Choice]
         if record.state == "done":
             points = groups.setdefault(record.group, {})
             points.setdefault(tuple(record.point.items()), []).append(record)
-    return [_choice(group, points, tune_seeds) for group, points in groups.items()]
+    return [_choice(group, points, tune_seeds, selection) for group, points in groups.items()]
 
 
 def _choice(
-    group: Group, points: Mapping[tuple[Any, ...], list[Record]], tune_seeds: Sequence[int]
+    group: Group,
+    points: Mapping[tuple[Any, ...], list[Record]],
+    tune_seeds: Sequence[int],
+    selection: str,
 ) -> Choice:
     tried = []
     for point, runs in points.items():
         runs.sort(key=lambda record: record.seed)
-        chosen_by = [record.selection for record in runs if record.seed in tune_seeds]
+        tuning = [record for record in runs if record.seed in tune_seeds]
+        chosen_by = [record.score if selection == "reported" else record.selection for record in tuning]
         all_there = len(chosen_by) == len(tune_seeds)
         tried.append(Tried(dict(point), tuple(runs), fmean(chosen_by) if all_there else math.nan))
     sign = -1 if lower_is_better(tried[0].records[0].metric) else 1
@@ -113,7 +118,7 @@ def needed(
         runs = first[group]
         if any(run.state in ("planned", "running") for run in runs):
             continue
-        for choice in choose(runs, comparison.seeds_to_tune):
+        for choice in choose(runs, comparison.seeds_to_tune, comparison.selection):
             chosen[group] = list(choice.records)
             for seed in range(comparison.tune_seeds, comparison.num_seeds):
                 run = comparison.run(group, seed, choice.point)

@@ -114,7 +114,10 @@ class Store:
         """
         with self._writing():
             known = self._fact("files") or {}
-            files = known | check_data(known, comparison["options"], "pass another --store")
+            files = dict(known)
+            for task in (*comparison["tasks"], *comparison.get("transfer_to", ())):
+                options = {**comparison["options"], "task": task}
+                files |= check_data(known, options, "pass another --store")
             before = self._fact("comparison")
             if before is not None and _asked(before) != _asked(json.loads(json.dumps(comparison))):
                 if self._live():
@@ -124,6 +127,7 @@ class Store:
                     )
                 self._db.execute("UPDATE runs SET position = NULL")
                 self._db.execute("DELETE FROM runs WHERE state = 'planned'")
+                self._db.execute("DELETE FROM artifacts WHERE name = 'overlap'")  # it is of that comparison
             for name, value in (("comparison", comparison), ("environment", environment), ("files", files)):
                 self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 

@@ -265,7 +265,10 @@ def across_tasks(rows: Sequence[Row], baseline: str | None) -> list[Average]:
             )
             metric = by_task[tasks[0]].metric if tasks else None
             averages.append(Average(method, train_size, start, tasks, metric, *found))
-    corrected = holm([None if one.paired is None else one.paired.p_permutation for one in averages])
+    of_several = [
+        one.paired if len(one.tasks) > 1 else None for one in averages
+    ]  # of one task it is no average
+    corrected = holm([None if paired is None else paired.p_permutation for paired in of_several])
     return [replace(one, p_corrected=p) for one, p in zip(averages, corrected, strict=True)]
 
 

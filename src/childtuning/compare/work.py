@@ -24,6 +24,7 @@ from childtuning.compare.plan import needed
 from childtuning.compare.records import Record, artifact_of
 from childtuning.compare.store import Store
 from childtuning.delta import Delta
+from childtuning.errors import DataError
 from childtuning.runs.config import RunConfig, json_ready
 from childtuning.runs.folder import CONFIG, TENSORBOARD, RunResult
 from childtuning.runs.inputs import Inputs
@@ -148,6 +149,11 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
     start = time.perf_counter()
     try:
         config = RunConfig.from_options(run.config)
+        there, asked = len(inputs.task(config)[0].train), run.group.train_size
+        if asked is not None and there < asked:
+            raise DataError(
+                f"there are {there:,} training examples, got a size of {asked:,}. Pass another one."
+            )
         result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs)
         done = replace(
             run,

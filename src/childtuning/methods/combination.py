@@ -63,9 +63,13 @@ class Combination:
 
     @property
     def rate(self) -> float:
-        """The learning rate that suits them, as a multiple of full tuning's: that of added modules, or of the child."""
+        """The learning rate that suits them, as a multiple of full tuning's: that of added modules, or of the child.
+
+        Layers that are trained in full bear no more than full tuning's.
+        """
         parts = {method.part: method.rate for method in self.methods}
-        return parts.get("modules", parts.get("child", 1.0))
+        rate = parts.get("modules", parts.get("child", 1.0))
+        return min(rate, 1.0) if any(method.redraws for method in self.methods) else rate
 
     @property
     def takes_density(self) -> bool:

@@ -40,6 +40,7 @@ class Reinit(Method):
     trains = "as set by the other methods, and the new layers in full"
     memory = "—"
     part = "start"
+    redraws = True
     acts_on_pretrained = True
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class VirtualTokens(PeftMethod):
         """Refuse: virtual tokens are not a change of weights."""
         raise ModelError(
             f"the virtual tokens of {self.name!r} cannot be merged into the base model's weights. "
-            "Use the run's folder, or export it to peft."
+            "Use the run's folder."
         )
 
 

@@ -13,7 +13,7 @@ from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
 from childtuning.methods.checks import check_layers
 from childtuning.methods.registry import register
-from childtuning.training import Method, Prepared, find_layers
+from childtuning.training import Method, Prepared, find_layers, task_head
 
 
 class WholeParameters(Method):
@@ -153,12 +153,13 @@ class BitFit(WholeParameters):
             ModelError: when the network has no biases.
         """
         names = named(prepared.model)
-        biases = [n for n in names if n.rpartition(".")[2].endswith("bias") and n not in prepared.always]
+        head = prepared.always or task_head(prepared.model)
+        biases = [n for n in names if n.rpartition(".")[2].endswith("bias") and n not in head]
         if not biases:
             raise ModelError(
                 "bitfit trains biases, but this model's pretrained layers have none. Use another method."
             )
-        return train_only(prepared, biases)
+        return train_only(replace(prepared, always=head), biases)
 
 
 @register

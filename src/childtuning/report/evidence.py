@@ -164,7 +164,8 @@ class Evidence:
     @cached_property
     def choices(self) -> list[Choice]:
         """The hyperparameters and runs reported for each method."""
-        return choose(self.records, range(self.comparison.get("tune_seeds") or 1))
+        seeds = range(self.comparison.get("tune_seeds") or 1)
+        return choose(self.records, seeds, self.comparison.get("selection") or "held-out")
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -158,17 +158,17 @@ class RunTests:
         self, config: RunConfig, task: Task, held_out: Split | None, predictor: Predictor, inputs: Inputs
     ) -> None:
         self.task, self.held_out, self.predictor = task, held_out, predictor
-        self._dev = inputs.encoded(config, predictor.encode, task.dev, "the evaluation examples")
+        self._dev = inputs.encoded(config, predictor, task.dev, "the evaluation examples")
         self._aside = (
             None
             if held_out is None
-            else inputs.encoded(config, predictor.encode, held_out, "the held-out training examples")
+            else inputs.encoded(config, predictor, held_out, "the held-out training examples")
         )
         if config.elsewhere and task.rules.truth(task.dev, task.label_names) is None:
             raise ConfigError(f"elsewhere needs one class per example, got {task.kind}. Leave it out.")
         self._elsewhere = [inputs.elsewhere(name, config, task) for name in config.elsewhere or ()]
         self._elsewhere_encoded = [
-            inputs.encoded(config, predictor.encode, other.questions, f"the examples of {other.name}")
+            inputs.encoded(config, predictor, other.questions, f"the examples of {other.name}")
             for other in self._elsewhere
         ]
 

@@ -177,9 +177,17 @@ def as_begun(folder: Path, config: RunConfig) -> RunConfig:
 
 
 def data_hashes(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return path -> sha256 of the training and evaluation file among a run's options; folders are left out."""
-    paths = [Path(options[name]).expanduser() for name in ("train", "eval") if options.get(name)]
-    return {str(path): sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    """Return name -> sha256 of a run's files of examples: by path, those of a task as TASK/FILE.
+
+    What lies in folders of a folder, as images of a class, is left out.
+    """
+    given = [Path(options[name]).expanduser() for name in ("train", "eval") if options.get(name)]
+    paths = {str(path): path for path in given}
+    if options.get("task") and options.get("data_dir"):
+        folder = Path(options["data_dir"]).expanduser() / options["task"]
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths |= {f"{folder.name}/{p.name}": p for p in inside if not p.name.startswith((".", "README"))}
+    return {name: sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
 
 def check_data(known: Mapping[str, str], options: Mapping[str, Any], remedy: str) -> dict[str, str]:

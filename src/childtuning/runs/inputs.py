@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -120,6 +120,15 @@ _NOT_SCORES = ("density", "mass", "budget", "granularity", "scope", "lowest", "r
 _KEPT = {"task": 2, "elsewhere": 16, "encoded": 24, "model": 1, "scores": 1}  # the number of entries kept
 
 
+class Encoder(Protocol):
+    """What turns examples into model inputs, cut at a length."""
+
+    @property
+    def max_length(self) -> int: ...
+
+    def encode(self, split: Split, where: str) -> Any: ...
+
+
 class Inputs:
     """Load the inputs of runs.
 
@@ -149,12 +158,10 @@ class Inputs:
             "elsewhere", key, lambda: load_transfer_task(name, task.label_names, config.data_dir, **drawn)
         )
 
-    def encoded(
-        self, config: RunConfig, encode_fn: Callable[[Split, str], Any], split: Split, where: str
-    ) -> Any:
+    def encoded(self, config: RunConfig, encoder: Encoder, split: Split, where: str) -> Any:
         """Return encoded examples; ``where`` names them."""
-        key = (_options(config, (*_DATA, *_MODEL, "max_length")), where)
-        return self._once("encoded", key, lambda: encode_fn(split, where))
+        key = (_options(config, (*_DATA, *_MODEL)), encoder.max_length, where)
+        return self._once("encoded", key, lambda: encoder.encode(split, where))
 
     def model(self, config: RunConfig, task: Task) -> LoadedModel:
         """Return the base model with a new head; the caller may modify it."""
@@ -236,7 +243,9 @@ def base_model(run: RunFolder) -> LoadedModel:
     Raises:
         BaseMismatchError: when the base model's weights have changed since the run.
     """
-    loaded = load_run_model(run.config, run.kind, run.label_names)
+    starts = (run.path / START).is_dir()  # from a run, whatever lies at the path that init_from names here
+    config = replace(run.config, init_from=None) if starts else run.config
+    loaded = load_run_model(config, run.kind, run.label_names)
     if loaded.base_hash != run.about["base_hash"]:
         raise BaseMismatchError(
             f"the delta was made for another base model: the weights of {loaded.name!r} are not those that the run was "

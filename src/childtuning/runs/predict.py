@@ -190,8 +190,9 @@ class FinishedRun(RunFolder):
     def base_folder(self) -> Path:
         """Return the folder that the base model is loaded from."""
         config = self.config
-        starts = config.init_from is not None and is_model_folder(config.init_from)
-        return model_folder(config.init_from if starts else config.model)
+        has_start = (self.path / START).is_dir()
+        is_base = config.init_from is not None and not has_start and is_model_folder(config.init_from)
+        return model_folder(config.init_from if is_base else config.model)
 
     def bare_model(self) -> Any:
         """Return a model of the run's architecture without values, on the ``meta`` device."""

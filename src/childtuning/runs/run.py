@@ -103,7 +103,7 @@ def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -
     if max_length < config.max_length:
         tell(f"texts are cut at {max_length} tokens: {loaded.name!r} has no more positions")
     predictor = Predictor(task.rules, loaded.processor, task.label_names, max_length, tell=tell)
-    train = inputs.encoded(config, predictor.encode, task.train, "the training examples")
+    train = inputs.encoded(config, predictor, task.train, "the training examples")
     check_tokens(loaded.model, train)
     config, reasons = choose_training(config, loaded, len(train))
     return _Begun(config, reasons, task, held_out, loaded, start, predictor, train)

@@ -39,8 +39,9 @@ class RunsOfOneBase:
             loaded = self._runs[name].base()
             names = {id(parameter): n for n, parameter in _pretrained(loaded).items()}
             model = self._runs[name].untuned(loaded)
-            is_other = None not in (hashes[first], hashes[name]) and hashes[first] != hashes[name]
-            if is_other or not _share(model, names, known):
+            num_shared = _share(model, names, known)
+            is_known = None not in (hashes[first], hashes[name])  # a start may have moved every parameter
+            if hashes[first] != hashes[name] if is_known else not num_shared:
                 raise ConfigError(
                     f"the runs {first!r} and {name!r} have different base models. Predict with each alone."
                 )

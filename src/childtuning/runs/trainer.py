@@ -127,7 +127,7 @@ def build_trainer(
         tests=tests,
         train_dataset=encoded,
         eval_dataset=tests.encoded[1] if tests is not None and chooses else None,
-        data_collator=task.rules.collator(loaded.processor),
+        data_collator=task.rules.collator(loaded.processor, exact=methods.num_positions > 0),
         child=child,
         always=prepared.always,
         scores=scores,

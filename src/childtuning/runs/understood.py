@@ -166,6 +166,11 @@ def understood(
     steps = math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs)
     told = (method.warning(steps) for method in config.methods().methods)
     warnings += [warning for warning in told if warning is not None]
+    if steps == 1 and config.warmup_ratio > 0:
+        warnings.append(
+            "the only step is one of warm-up, whose rate is 0: nothing will be trained. Raise --epochs, or pass "
+            "--warmup-ratio 0."
+        )
     return Understood(
         task=task.name,
         kind=task.kind,

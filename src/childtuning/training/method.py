@@ -144,6 +144,7 @@ class Method:
             is frozen), the ``start`` (weights or layers before training), a term of the ``loss``, or the ``update``.
         density: the default of p.
         rate: the learning rate that suits it, as a multiple of full tuning's.
+        redraws: it trains layers of the network in full from new values, whatever the others train.
         chooses: it sets the parameters that a child is chosen from, so that ``eligible`` patterns are refused.
         acts_on_pretrained: it selects pretrained weights or changes their effect, so that it cannot be combined with
             added modules, which freeze them.
@@ -162,6 +163,7 @@ class Method:
     part: ClassVar[Part]
     density: ClassVar[float] = 1.0
     rate: ClassVar[float] = 1.0
+    redraws: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     acts_on_pretrained: ClassVar[bool] = False
     whole_gradients: ClassVar[bool] = False

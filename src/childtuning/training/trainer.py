@@ -113,7 +113,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         child: the name of a method, ``child-d`` or ``child-f``; a ``ChildConfig``, for more options; or an existing
             ``Child`` or ``TaskFree``.
         density: of a child that is named; ``None``: 0.3.
-        always: names or patterns of parameters trained in full besides the child; used if the configuration has none.
+        always: names or patterns of parameters trained in full besides the child; used if the configuration has none. A
+            ``Child`` or ``TaskFree`` has its own: of a ``TaskFree`` without them, a new head is masked as the rest.
             ``None``: the model's task head (``task_head``), and parameters missing from its checkpoint.
         scores: precomputed scores by parameter name, in place of a Fisher pass; or a function that takes the pass and
             returns its scores, or cached scores of an equal pass.
@@ -158,6 +159,11 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
+        if self.child is not None and always is not None:
+            raise ConfigError(
+                "a Child or TaskFree says itself what is trained in full, got always=. Pass it to select_child, or to "
+                "TaskFree."
+            )
         _check_methods(self.child_config, self.methods, self.args)
         if self.is_sharded:
             check_sharded_run(self.child_config, self.methods)
