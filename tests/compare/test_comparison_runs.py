@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,36 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(tiny_bert: Path, data: Path
     assert compare(path, asked).records[1].finished == recorded.records[1].finished
     set_up(path, asked, retry_failed=True)
     assert [run.state for run in read(path).records] == ["done", "planned"]
+
+
+def test_what_a_retry_supersedes_is_set_aside(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate that failed is the better one: the seeds of the other are not of the comparison any more."""
+    path, fails = tmp_path / "runs.db", [1e-4]
+
+    def execute(run: Any, *_: Any, **__: Any) -> Any:
+        rate = run.point["learning_rate"]
+        if rate in fails:
+            return replace(run, state="failed", error="no")
+        result = {"metric": {"name": "accuracy", "value": 0.5}, "held_out": {"accuracy": 1 - rate}}
+        return replace(run, state="done", result=result)
+
+    monkeypatch.setattr(working, "execute", execute)
+    options = {
+        "tasks": ["alpha"],
+        "methods": ["head"],
+        "grid": ["lr=1e-3,1e-4"],
+        "settings": {"num_seeds": 3},
+    }
+    asked = a_comparison(tiny_bert, data, **options)
+    set_up(path, asked)
+    counts = Counter(run.point["learning_rate"] for run in compare(path, asked).records)
+    assert counts == {1e-3: 3, 1e-4: 1}
+    fails.clear()
+    set_up(path, asked, retry_failed=True)
+    counts = Counter(run.point["learning_rate"] for run in compare(path, asked).records)
+    assert counts == {1e-3: 1, 1e-4: 3}
 
 
 @pytest.mark.slow

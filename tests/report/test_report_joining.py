@@ -88,6 +88,7 @@ def test_a_baseline_that_only_one_names_is_the_first_method() -> None:
     [
         (read_comparison(baseline="lora"), "differ in their baseline: 'full' and 'lora'"),
         (read_comparison(selection="reported"), "differ in their selection"),
+        (read_comparison(options={"model": "other"}), "differ in their model: None and 'other'"),
         (read_comparison(tune_seeds=2), "differ in their tune_seeds: 1 and 2"),
         (lambda one: replace(one, records=synthetic.glue(3).records), "both hold full on rte. Report them apart"),
         (lambda one: replace(one, artifacts={"overlap": {}}), "both hold the overlap of children"),

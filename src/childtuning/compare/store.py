@@ -192,11 +192,14 @@ class Store:
             )
 
     def retry_failed(self) -> int:
-        """Plan failed runs again; return their number."""
+        """Plan failed runs again; return their number. What was chosen without them is set aside."""
         with self._writing():
-            return self._db.execute(
+            number = self._db.execute(
                 "UPDATE runs SET state = 'planned', details = NULL WHERE state = 'failed'"
             ).rowcount
+            if number:
+                self._db.execute("UPDATE runs SET position = NULL")
+            return number
 
     # What is recorded
 

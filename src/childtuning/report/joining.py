@@ -71,6 +71,7 @@ def _rules(recorded: Recorded) -> dict[str, Any]:
     asked = recorded.comparison
     return {
         "baseline": asked.get("baseline") or next(iter(asked.get("methods") or ()), None),
+        "model": (asked.get("options") or {}).get("model"),
         "selection": asked.get("selection", "held-out"),
         "tune_seeds": asked.get("tune_seeds") or 1,
     }
