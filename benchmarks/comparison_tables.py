@@ -118,26 +118,34 @@ def base_size(exports: Iterable[Export]) -> list[str]:
             name,
             *(_with_interval(list(scores.get(task, {}).values())) for task in tasks),
             " / ".join(chosen[name]),
-            *_from_full(scores, found["`full`"]),
+            *_from_full(_of_enough(scores), _of_enough(found["`full`"])),
         ]
         for name, scores in sorted(found.items(), key=lambda item: item[0] != "`full`")
     ]
     said = (
         "all-mpnet-base-v2 (109 M parameters, in bf16 autocast), 1,000 examples, 3 epochs; mean, half of its 95 % "
         "interval (Student's t), or the seeds in brackets where they are fewer than five. Each method chose the better "
-        "of two rates by held-out examples, with one seed. *− full* is the mean difference over the tasks that the "
-        "method was run on, from five pairs on with its 95 % interval (Student's t) and the p of a test that flips the "
-        "signs of the pairs of one task and seed."
+        "of two rates by held-out examples, with one seed. *− full* is the mean difference over the tasks of which "
+        "both have five seeds, with its 95 % interval (Student's t) and the p of a test that flips the signs of the "
+        "pairs of one task and seed."
     )
     header = ["method", *tasks, "chosen rate", "− `full`", "p"]
     return ["\n".join([said, "", table(header, rows), "", "```bash", *commands, "```"])]
 
 
+def _of_enough(scores: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Return the tasks with as many seeds as a claim needs."""
+    return {task: of_task for task, of_task in scores.items() if len(of_task) >= _FEW}
+
+
 def _from_full(scores: dict[str, dict[int, float]], full: dict[str, dict[int, float]]) -> list[str]:
     """Return the difference and its p over the tasks of ``scores``."""
-    if scores is full:
+    if scores == full:
         return ["", ""]
-    found = compare_stratified([(of_task, full[task]) for task, of_task in scores.items()])
+    pairs = [(of_task, full[task]) for task, of_task in scores.items() if task in full]
+    if not pairs:
+        return ["—", "—"]
+    found = compare_stratified(pairs)
     if found.num < _FEW:
         return ["—" if found.difference is None else f"{found.difference:+.3f}", "—"]
     assert found.difference is not None and found.interval is not None and found.p_permutation is not None
