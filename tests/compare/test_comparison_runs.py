@@ -257,7 +257,7 @@ def test_a_size_that_the_data_does_not_have_fails(tiny_bert: Path, data: Path, t
         run.group.train_size: (run.state, run.error) for run in compare(tmp_path / "runs.db", asked).records
     }
     assert states[12] == ("done", None) and states[1000][0] == "failed"
-    assert "there are 48 training examples, got a size of 1,000. Pass another one" in states[1000][1]
+    assert "there are 48 training examples, got a size of 1,000. Pass a smaller one" in states[1000][1]
 
 
 @pytest.mark.slow

@@ -88,6 +88,10 @@ def test_a_run_that_stopped_resumes_to_the_same_result(
         patch.setattr(RunTests, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_run(config, tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match="was started with save_steps=None, got 9. Resume with the same options"
+    ):
+        train_run(replace(config, save_steps=9), tmp_path / "run", resume=True)
     resumed = train_run(config, tmp_path / "run", resume=True)
     assert (resumed.checkpoint, resumed.metrics) == (whole.checkpoint, whole.metrics)
     assert logged(tmp_path / "run", "eval_accuracy") == logged(tmp_path / "whole", "eval_accuracy")

@@ -154,7 +154,7 @@ def test_texts_are_cut_where_positions_end(method: str, length: int, sentiment: 
     assert any(f"texts are cut at {length} tokens" in line for line in said)
     assert len(FinishedRun(tmp_path / "run").predict(Examples(["a dog " * 90], None, None))) == 1
     if method.startswith("pr"):
-        with pytest.raises(ConfigError, match="needs more than the model's 50 positions"):
+        with pytest.raises(ConfigError, match="leaves none of the model's 50 positions"):
             train_run(replace(config, method=method.replace("5", "50")), tmp_path / "none")
 
 

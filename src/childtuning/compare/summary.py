@@ -265,9 +265,8 @@ def across_tasks(rows: Sequence[Row], baseline: str | None) -> list[Average]:
             )
             metric = by_task[tasks[0]].metric if tasks else None
             averages.append(Average(method, train_size, start, tasks, metric, *found))
-    of_several = [
-        one.paired if len(one.tasks) > 1 else None for one in averages
-    ]  # of one task it is no average
+    # The mean over one task is its own row's, which is corrected there.
+    of_several = [one.paired if len(one.tasks) > 1 else None for one in averages]
     corrected = holm([None if paired is None else paired.p_permutation for paired in of_several])
     return [replace(one, p_corrected=p) for one, p in zip(averages, corrected, strict=True)]
 

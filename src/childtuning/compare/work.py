@@ -150,9 +150,11 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
     try:
         config = RunConfig.from_options(run.config)
         there, asked = len(inputs.task(config)[0].train), run.group.train_size
-        if asked is not None and there < asked:
+        if (
+            asked is not None and there < asked and run.group.start is None
+        ):  # a new head takes what its task has
             raise DataError(
-                f"there are {there:,} training examples, got a size of {asked:,}. Pass another one."
+                f"there are {there:,} training examples, got a size of {asked:,}. Pass a smaller one."
             )
         result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs)
         done = replace(

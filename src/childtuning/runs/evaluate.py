@@ -106,7 +106,7 @@ def cut_at(config: RunConfig, kind: Kind, model: Any) -> int:
     left = room - config.methods().num_positions
     if left < 1:
         raise ConfigError(
-            f"method {config.method!r} needs more than the model's {room} positions. Pass fewer tokens."
+            f"method {config.method!r} leaves none of the model's {room} positions. Pass fewer tokens."
         )
     return min(config.max_length, left)
 

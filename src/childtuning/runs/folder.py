@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from childtuning.child.files import read_json, write_atomically
 from childtuning.delta import Delta
+from childtuning.delta.files import file_hash
 from childtuning.errors import ConfigError, CorruptFileError
 from childtuning.runs.config import RunConfig, json_ready, read_toml
 from childtuning.tasks import KINDS, Kind, find_kind
@@ -155,7 +156,8 @@ def _check_same(folder: Path, config: RunConfig) -> None:
     before = RunConfig.from_options(read_toml(folder / CONFIG))
     for name in RunConfig.__dataclass_fields__:
         then, now = getattr(before, name), getattr(config, name)
-        if then != now != "auto" and name not in _NOT_IDENTITY:
+        chooses = name == "save_steps" and before.chooses_checkpoint  # it says at which steps
+        if then != now != "auto" and (chooses or name not in _NOT_IDENTITY):
             raise ConfigError(
                 f"the run in {str(folder)!r} was started with {name}={then!r}, got {now!r}. "
                 "Resume with the same options, or pass another output folder."
@@ -187,7 +189,7 @@ def data_hashes(options: Mapping[str, Any]) -> dict[str, str]:
         folder = Path(options["data_dir"]).expanduser() / options["task"]
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
         paths |= {f"{folder.name}/{p.name}": p for p in inside if not p.name.startswith((".", "README"))}
-    return {name: sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
+    return {name: file_hash(path) for name, path in paths.items() if path.is_file()}
 
 
 def check_data(known: Mapping[str, str], options: Mapping[str, Any], remedy: str) -> dict[str, str]:
