@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from childtuning.errors import ConfigError
 from childtuning.runs import RunConfig, train_run
+from childtuning.runs.begin import begin
 from childtuning.runs.inputs import Inputs
-from childtuning.runs.run import _begin
 from childtuning.runs.trainer import build_trainer
 from childtuning.tasks.class_weights import BalancedLoss
 
@@ -43,7 +43,7 @@ def test_the_loss_is_the_formula() -> None:
 
 def test_fisher_sees_the_loss_that_is_trained(config: RunConfig, tmp_path: Path) -> None:
     scores: dict[str, torch.Tensor] = {}
-    begun = _begin(replace(config, class_weights="balanced").resolved(), Inputs(), None, print)
+    begun = begin(replace(config, class_weights="balanced").resolved(), Inputs(), None, print)
     trainer = build_trainer(
         begun.config,
         begun.task,

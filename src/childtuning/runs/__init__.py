@@ -6,17 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from childtuning.runs.begin import understand_run
     from childtuning.runs.config import RunConfig
     from childtuning.runs.predict import FinishedRun
-    from childtuning.runs.run import score_run, train_run, understand_run
+    from childtuning.runs.run import train_run
+    from childtuning.runs.score import score_run
 
 __all__ = ["FinishedRun", "RunConfig", "load", "score_run", "train_run", "understand_run"]
 _HOMES = {
     "FinishedRun": "predict",
     "RunConfig": "config",
-    "score_run": "run",
+    "score_run": "score",
     "train_run": "run",
-    "understand_run": "run",
+    "understand_run": "begin",
 }
 
 

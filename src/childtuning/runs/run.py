@@ -7,25 +7,21 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from childtuning.child import Budget, Child
-from childtuning.child.budget import check_budget
 from childtuning.child.eligible import matches
-from childtuning.child.files import write_atomically
 from childtuning.child.pieces import local_of
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError, LostProcessError
+from childtuning.errors import LostProcessError
 from childtuning.ranks import Ranks, is_lost_process, is_main_process, num_processes, wait_for_all
+from childtuning.runs.begin import Tell, begin, understanding
 from childtuning.runs.config import RunConfig
-from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
+from childtuning.runs.evaluate import RunTests, check_tokens
 from childtuning.runs.folder import (
     CHECKPOINTS,
     CHOSEN,
@@ -50,102 +46,16 @@ from childtuning.runs.folder import (
     write_text,
 )
 from childtuning.runs.folds import check_folds, train_folds
-from childtuning.runs.inputs import Inputs, apply_start
+from childtuning.runs.inputs import Inputs
 from childtuning.runs.log import ProgressLines, peak_memory_bytes, reset_peak_memory
 from childtuning.runs.temperature import output_layer, scale
 from childtuning.runs.trainer import build_trainer
-from childtuning.runs.understood import Understood, choose_training, estimate_seconds, understood
-from childtuning.tasks import Kind, Split, Task
-from childtuning.tasks.metrics import OF_ONE_CLASS
+from childtuning.tasks import Kind, Task
 from childtuning.training import (
     ChildTrainer,
     LoadedModel,
-    choose_child,
-    in_model_order,
     saves_computation,
 )
-
-Tell = Callable[[str], None]
-
-
-class _Begun(NamedTuple):
-    """The state of a run before the child is chosen: the settled options, examples, model, start, and predictor."""
-
-    config: RunConfig
-    reasons: dict[str, str]
-    task: Task
-    held_out: Split | None
-    loaded: LoadedModel
-    start: Delta | None
-    predictor: Predictor
-    train: Any
-
-
-def _begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -> _Begun:
-    """Load examples and model; align the order of labels, the maximum length, the learning rate and the epochs."""
-    task, held_out = inputs.task(config)
-    for note in task.notes:
-        tell(note)
-    if task.num_empty:
-        tell(f"rows with empty text: {task.num_empty:,}; they are kept")
-    loaded = inputs.model(config, task)
-    if loaded.note:
-        tell(loaded.note)
-    task = task.in_order(loaded.label_names)
-    if config.temperature_scaling:
-        task = _with_calibration(task)
-    if config.metric in OF_ONE_CLASS and len(task.label_names) == 2:
-        tell(
-            f"{config.metric} is that of the class {task.label_names[1]!r}; macro-f1 weighs both classes equally"
-        )
-    start = apply_start(config, loaded, folder)
-    max_length = cut_at(config, task.rules, loaded.model)
-    if max_length < config.max_length:
-        tell(f"texts are cut at {max_length} tokens: {loaded.name!r} has no more positions")
-    predictor = Predictor(task.rules, loaded.processor, task.label_names, max_length, tell=tell)
-    train = inputs.encoded(config, predictor, task.train, "the training examples")
-    check_tokens(loaded.model, train)
-    config, reasons = choose_training(config, loaded, len(train))
-    return _Begun(config, reasons, task, held_out, loaded, start, predictor, train)
-
-
-def _with_calibration(task: Task) -> Task:
-    """Return the task with the metrics of probabilities.
-
-    Raises:
-        ConfigError: when an example does not have one class.
-    """
-    if task.rules.truth(task.dev, task.label_names) is None:
-        raise ConfigError(f"temperature_scaling needs one class per example, got {task.kind}. Leave it out.")
-    return replace(task, metrics=tuple(dict.fromkeys([*task.metrics, "log-loss", "calibration-error"])))
-
-
-def _understood(begun: _Begun, tests: RunTests, trainer: ChildTrainer) -> Understood:
-    found = understood(begun.config, begun.task, begun.held_out, begun.train, tests, begun.reasons)
-    return replace(found, seconds=estimate_seconds(found, begun.config, trainer, begun.train))
-
-
-def understand_run(config: RunConfig, *, tell: Tell = lambda line: None) -> Understood:
-    """Load and check all that a run needs, and describe it, without training; nothing is written.
-
-    Args:
-        config: the options.
-        tell: called with lines for the user.
-    Raises:
-        ConfigError, DataError, ModelError, ParameterError: as ``train_run`` does.
-    """
-    inputs = Inputs()
-    begun = _begin(config.resolved(), inputs, None, tell)
-    tests = RunTests(begun.config, begun.task, begun.held_out, begun.predictor, inputs)
-    for encoded in tests.encoded:
-        check_tokens(begun.loaded.model, encoded)
-    with TemporaryDirectory() as folder:
-        trainer = build_trainer(
-            begun.config, begun.task, begun.train, begun.loaded, Path(folder), progress=False
-        )
-        if begun.config.budget is not None:
-            check_budget(Budget.parse(begun.config.budget), trainer.count_costs(), trainer.always)
-        return _understood(begun, tests, trainer)
 
 
 def _diverged_at(trainer: ChildTrainer) -> int | None:
@@ -222,7 +132,7 @@ def _train_run(
     has_folds = config.folds is not None and config.fold is None
     if has_folds:
         check_folds(config, inputs, tell)
-    begun = _begin(config, inputs, folder if resume else None, tell)
+    begun = begin(config, inputs, folder if resume else None, tell)
     config, task, loaded, train = begun.config, begun.task, begun.loaded, begun.train
     tests = RunTests(config, task, begun.held_out, begun.predictor, inputs)
     for encoded in tests.encoded:
@@ -232,7 +142,7 @@ def _train_run(
     trainer = build_trainer(
         config, task, train, loaded, folder, progress=progress, scores=inputs.scores(config), tests=tests
     )
-    found = _understood(begun, tests, trainer)
+    found = understanding(begun, tests, trainer)
     for line in () if resume else found.lines():
         tell(line)
     if config.shard and num_processes() == 1:
@@ -438,62 +348,3 @@ def _describe(child: Any, num_scored: int | None, num_examples: int) -> str:
         chosen = "" if num_scored in (None, num_examples) else f", chosen by {num_scored:,} examples"
         return f"the child trains {child.num_trained:,} of {child.num_eligible:,} entries ({child.density:.1%}){chosen}"
     return f"each step trains a fresh random {child.density:.1%} of the entries"
-
-
-def score_run(
-    config: RunConfig,
-    output: Path,
-    *,
-    progress: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Estimate Fisher information on a run's training set and write it to a safetensors file.
-
-    Args:
-        config: a run's options; the training options are not used.
-        output: the file.
-        progress: count examples on standard error.
-        tell: called with lines for the user.
-    Returns:
-        JSON-ready: the file, counts, and for each parameter its mean score and its share in a child of the run's
-        density.
-    """
-    asked = config.resolved().density
-    # A child that is the whole network is chosen without scores.
-    config = replace(config.resolved(), method="child-d", density=0.5 if asked == 1.0 else asked)
-    found: dict[str, Tensor] = {}
-
-    def keep(make_fn: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        nonlocal found
-        found = make_fn()
-        return found
-
-    inputs = Inputs()
-    begun = _begin(config, inputs, None, tell)
-    config, task, loaded, encoded = begun.config, begun.task, begun.loaded, begun.train
-    with TemporaryDirectory() as folder:
-        trainer = build_trainer(config, task, encoded, loaded, Path(folder), progress=progress, scores=keep)
-        child = trainer.select()
-    if asked == 1.0:
-        whole = replace(config, density=1.0).child()
-        child = choose_child(whole, trainer.bare_model, list, always=trainer.always)
-    assert isinstance(child, Child)
-    scores = in_model_order(trainer.bare_model, found)
-    num_scored = trainer.num_scored
-    on_cpu = {name: score.cpu().contiguous() for name, score in scores.items()}
-    write_atomically(output, lambda partial: save_file(on_cpu, partial))
-    tell(f"scores of {child.num_eligible:,} entries from {num_scored} examples in {output}")
-    return {
-        "output": str(output),
-        "task": task.name,
-        "examples": num_scored,
-        "density": child.density,
-        "eligible_parameters": child.num_eligible,
-        "parameters": {
-            name: {
-                "mean": float(score.float().mean()),
-                "share": child.parts[name].num_trained / score.numel(),
-            }
-            for name, score in scores.items()
-        },
-    }
