@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests.compare.tiny_comparisons import a_comparison, outcomes, read, write_tasks
+from tests.tiny import save_tiny_bert
 
 from childtuning.compare import Comparison, Recorded, compare, set_up
 from childtuning.compare import work as working
@@ -261,6 +262,20 @@ def test_a_size_that_the_data_does_not_have_fails(tiny_bert: Path, data: Path, t
 
 
 @pytest.mark.slow
+def test_a_replaced_base_model_fails(data: Path, tmp_path: Path) -> None:
+    base, path = save_tiny_bert(tmp_path / "base"), tmp_path / "runs.db"
+    for seeds in (1, 2, 3):
+        asked = a_comparison(base, data, methods=["head"], grid=[], settings={"num_seeds": seeds})
+        set_up(path, asked, retry_failed=True)
+        recorded = compare(path, asked).records
+        if seeds == 2:
+            assert recorded[1].state == "failed" and recorded[1].error is not None
+            assert f"BaseMismatchError: the weights of {str(base)!r} have changed since" in recorded[1].error
+        save_tiny_bert(base, seed=seeds % 2)
+    assert [run.state for run in recorded] == ["done"] * 3
+    assert len({run.result["base_hash"] for run in recorded if run.result}) == 1
+
+
 def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     asked = a_comparison(

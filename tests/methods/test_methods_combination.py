@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.methods.trainers import method_trainer
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError
@@ -97,6 +98,15 @@ def test_a_method_from_outside_trains(without_new_methods: None, tiny_bert: Path
         with torch.no_grad():
             sizes[method] = float(trainer.bare_model(batch).logits.square().mean())
     assert sizes["child-d+flat:100"] < 0.3 * sizes["child-d"]
+
+
+@pytest.mark.parametrize("text", ["head", "head+reinit:1", "bitfit", "bitfit+reinit:1", "adapter:4"])
+def test_a_pretrained_head_that_fits_is_trained(tiny_bert: Path, text: str) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    prepared = Combination.parse(text).prepare(model, ())
+    trained = {*prepared.always, *(prepared.eligible or ())}
+    assert trained >= {"classifier.weight", "classifier.bias"}
+    assert ("bert.encoder.layer.1.output.dense.weight" in trained) == ("reinit" in text)
 
 
 def test_layers_that_are_drawn_anew_bear_no_more_than_fulls_rate() -> None:

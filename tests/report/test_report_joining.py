@@ -83,6 +83,18 @@ def test_a_baseline_that_only_one_names_is_the_first_method() -> None:
     assert both.comparison["baseline"] == "full"
 
 
+def test_base_models_of_a_task_are_the_same() -> None:
+    def on(base: str, method: str) -> Recorded:
+        whole = synthetic.glue(3)
+        mine = [run for run in whole.records if run.group.method == method and run.group.task == "rte"]
+        based = [replace(run, result={**(run.result or {}), "base_hash": base}) for run in mine]
+        return replace(whole, records=based, artifacts={})
+
+    joined({"a": on("one", "full"), "b": on("one", "child-d")})
+    with pytest.raises(ConfigError, match="'a' and 'b' have different base models on rte"):
+        joined({"a": on("one", "full"), "b": on("two", "child-d")})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

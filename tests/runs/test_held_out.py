@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.tiny import save_tiny_bert
 
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError
+from childtuning.errors import BaseMismatchError, ConfigError
 from childtuning.runs import FinishedRun, RunConfig, inputs, train_run
 from childtuning.runs.evaluate import RunTests
 from childtuning.runs.temperature import fitted_temperature, output_layer, scale
@@ -96,6 +97,30 @@ def test_a_run_that_stopped_resumes_to_the_same_result(
     assert (resumed.checkpoint, resumed.metrics) == (whole.checkpoint, whole.metrics)
     assert logged(tmp_path / "run", "eval_accuracy") == logged(tmp_path / "whole", "eval_accuracy")
     assert same_delta(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_is_not_resumed_on_another_base(
+    sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_bert(tmp_path / "base")
+    config = a_config(base, sentiment, save_steps=2)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTests, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config, tmp_path / "run")
+    save_tiny_bert(base, seed=1)
+    with pytest.raises(
+        BaseMismatchError, match="the weights of '.*base' have changed since it was trained on"
+    ):
+        train_run(config, tmp_path / "run", resume=True)
+    save_tiny_bert(base)
+    result = train_run(config, tmp_path / "run", resume=True)
+    about = json.loads((tmp_path / "run" / "labels.json").read_text())
+    assert result.base_hash == about["base_hash"]
 
 
 @pytest.mark.parametrize(

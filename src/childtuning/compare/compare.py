@@ -19,7 +19,7 @@ from childtuning.compare.overlaps import overlap
 from childtuning.compare.plan import choose, needed
 from childtuning.compare.records import Record, Recorded
 from childtuning.compare.store import Store
-from childtuning.compare.work import end_with_parent, environment, execute, plan, work
+from childtuning.compare.work import base_of, end_with_parent, environment, execute, plan, work
 from childtuning.errors import ChildTuningError, ConfigError
 from childtuning.runs.inputs import Inputs
 
@@ -226,8 +226,9 @@ def work_on_ray(store: Store, comparison: Comparison) -> None:
             while True:
                 plan(store, comparison)
                 while len(at_work) < places and (run := store.claim(owner)) is not None:
+                    base_hash = base_of(run, store.known().values())
                     task = remote.remote(
-                        run.to_dict(), str(store.folder_of(run.id)), comparison.threads, keep
+                        run.to_dict(), str(store.folder_of(run.id)), comparison.threads, keep, base_hash
                     )
                     at_work[task] = run
                 if not at_work:
@@ -260,14 +261,17 @@ def _connected() -> Any:
     return ray
 
 
-def _one_run(run: Mapping[str, Any], folder: str, threads: int, keep: bool) -> dict[str, Any]:
+def _one_run(
+    run: Mapping[str, Any], folder: str, threads: int, keep: bool, base_hash: str | None
+) -> dict[str, Any]:
     """The task of a Ray worker; its process caches inputs for the next run."""
     import torch
 
     torch.set_num_threads(threads)
     if not hasattr(_one_run, "inputs"):
         _one_run.inputs = Inputs(keep=True)  # type: ignore[attr-defined]
-    return execute(Record.from_dict(run), Path(folder), _one_run.inputs, keep=keep).to_dict()  # type: ignore[attr-defined]
+    inputs: Inputs = _one_run.inputs  # type: ignore[attr-defined]
+    return execute(Record.from_dict(run), Path(folder), inputs, keep=keep, base_hash=base_hash).to_dict()
 
 
 def _result(ray: Any, task: Any, run: Record) -> Record:

@@ -11,7 +11,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -88,7 +88,8 @@ def _work(store: Store, comparison: Comparison, owner: Owner) -> None:
             time.sleep(_POLL_SECONDS)
             continue
         try:
-            last = execute(run, store.folder_of(run.id), inputs, keep=keep)
+            base_hash = base_of(run, store.known().values())
+            last = execute(run, store.folder_of(run.id), inputs, keep=keep, base_hash=base_hash)
             _keep_examples(store, last, inputs)
             store.finish(last, owner)
         except BaseException:
@@ -131,7 +132,17 @@ def end_with_parent() -> None:
 _OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other runs would fail too
 
 
-def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
+def base_of(run: Record, recorded: Iterable[Record]) -> str | None:
+    """Return the hash of the base model that other runs on a run's task were trained on, if it is recorded."""
+    same = (other.result for other in recorded if _place(other) == _place(run) and other.result)
+    return next((result["base_hash"] for result in same if result.get("base_hash")), None)
+
+
+def _place(run: Record) -> tuple[str, str | None]:
+    return run.group.task, run.config.get("model")
+
+
+def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash: str | None) -> Record:
     """Train and evaluate, and return the run with its result; an error becomes part of the record.
 
     A run that was killed continues from its last checkpoint.
@@ -141,6 +152,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
         folder: its own folder.
         inputs: inputs shared with previous runs.
         keep: keep the folder; otherwise it is removed once its results are recorded.
+        base_hash: the run fails, before training, if its base model has another; ``None``: anything.
     Raises:
         OSError: when the disk is full or not writable.
     """
@@ -156,7 +168,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool) -> Record:
             raise DataError(
                 f"there are {there:,} training examples, got a size of {asked:,}. Pass a smaller one."
             )
-        result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs)
+        result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs, base_hash=base_hash)
         done = replace(
             run,
             state="done",

@@ -10,7 +10,8 @@ from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
 from childtuning.methods.checks import not_for
 from childtuning.methods.registry import register
-from childtuning.training import Method, Prepared, find_layers, task_head
+from childtuning.methods.whole import with_head
+from childtuning.training import Method, Prepared, find_layers
 from childtuning.training.bottleneck import (
     ACTIVATIONS,
     Bottleneck,
@@ -77,7 +78,7 @@ class Adapter(Method):
         model = prepared.model
         if any(isinstance(module, Bottleneck) for module in model.modules()):
             raise not_for(self.name, model, "it already has adapters")
-        head = prepared.always or task_head(model)
+        always = with_head(prepared)
         places = [self._places(model, block) for block in find_layers(model).blocks if _has_linear(block)]
         if not places:
             raise not_for(self.name, model, "none of its layers has linear layers")
@@ -94,12 +95,11 @@ class Adapter(Method):
                 modules.extend(place.norms)
             trained |= {id(parameter) for module in modules for parameter in module.parameters()}
         plain = named(model)
-        always = set(head)
         eligible = tuple(name for name, p in plain.items() if id(p) in trained and name not in always)
         for name, parameter in plain.items():
             if name not in always and id(parameter) not in trained:
                 parameter.requires_grad_(False)
-        return replace(prepared, always=head, eligible=eligible)
+        return replace(prepared, always=always, eligible=eligible)
 
     def _places(self, model: nn.Module, block: nn.Module) -> Projections:
         found = find_projections(block)

@@ -72,7 +72,7 @@ class Reinit(Method):
         eligible = prepared.eligible
         if eligible is not None:
             eligible = tuple(name for name in eligible if name not in always)
-        return replace(prepared, always=always, eligible=eligible)
+        return replace(prepared, always=always, eligible=eligible, redrawn=(*prepared.redrawn, *new))
 
 
 def _behind(model: nn.Module, found: Layers) -> list[str]:

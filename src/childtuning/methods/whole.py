@@ -65,6 +65,11 @@ def train_only(prepared: Prepared, names: Iterable[str]) -> Prepared:
     return replace(prepared, eligible=eligible)
 
 
+def with_head(prepared: Prepared) -> tuple[str, ...]:
+    """Return what is trained in full, with the task's head also where it is a pretrained one."""
+    return prepared.always if prepared.head else (*prepared.always, *task_head(prepared.model))
+
+
 @register
 @dataclass(frozen=True)
 class Full(WholeParameters):
@@ -95,7 +100,7 @@ class Head(WholeParameters):
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Freeze everything except the head."""
-        return train_only(prepared, () if prepared.always else output_names(prepared.model))
+        return train_only(prepared, () if prepared.head else output_names(prepared.model))
 
 
 @register
@@ -153,13 +158,13 @@ class BitFit(WholeParameters):
             ModelError: when the network has no biases.
         """
         names = named(prepared.model)
-        head = prepared.always or task_head(prepared.model)
-        biases = [n for n in names if n.rpartition(".")[2].endswith("bias") and n not in head]
+        always = with_head(prepared)
+        biases = [n for n in names if n.rpartition(".")[2].endswith("bias") and n not in always]
         if not biases:
             raise ModelError(
                 "bitfit trains biases, but this model's pretrained layers have none. Use another method."
             )
-        return train_only(replace(prepared, always=head), biases)
+        return train_only(replace(prepared, always=always), biases)
 
 
 @register

@@ -53,6 +53,12 @@ def _check(first: str, one: Recorded, second: str, other: Recorded) -> None:
             raise ConfigError(
                 f"{first!r} and {second!r} differ in their {rule}: {value!r} and {theirs[rule]!r}. Report them apart."
             )
+    for task, base in _bases(one).items():
+        if _bases(other).get(task, base) != base:
+            raise ConfigError(
+                f"{first!r} and {second!r} have different base models on {task}: their weights differ. "
+                "Report them apart."
+            )
     held = {record.group for record in other.records}
     shared = next((record.group for record in one.records if record.group in held), None)
     if shared is not None:
@@ -75,6 +81,12 @@ def _rules(recorded: Recorded) -> dict[str, Any]:
         "selection": asked.get("selection", "held-out"),
         "tune_seeds": asked.get("tune_seeds") or 1,
     }
+
+
+def _bases(recorded: Recorded) -> dict[str, str]:
+    """Task -> hash of the base model that its runs were trained on, where it is recorded."""
+    results = ((record.group.task, record.result or {}) for record in recorded.records)
+    return {task: result["base_hash"] for task, result in results if result.get("base_hash")}
 
 
 def _named(group: Group) -> str:

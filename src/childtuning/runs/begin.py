@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from childtuning.child import Budget
 from childtuning.child.budget import check_budget
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError
+from childtuning.errors import BaseMismatchError, ConfigError
 from childtuning.runs.config import RunConfig
 from childtuning.runs.evaluate import Predictor, RunTests, check_tokens, cut_at
 from childtuning.runs.inputs import Inputs, apply_start
@@ -37,14 +37,27 @@ class Begun(NamedTuple):
     train: Any
 
 
-def begin(config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell) -> Begun:
-    """Load examples and model; align the order of labels, the maximum length, the learning rate and the epochs."""
+def begin(
+    config: RunConfig, inputs: Inputs, folder: Path | None, tell: Tell, base_hash: str | None = None
+) -> Begun:
+    """Load examples and model; align the order of labels, the maximum length, the learning rate and the epochs.
+
+    Args:
+        folder: the folder of an interrupted run.
+        base_hash: that of the base model that is asked for, if it is known.
+    Raises:
+        BaseMismatchError: when the base model is another one.
+    """
     task, held_out = inputs.task(config)
     for note in task.notes:
         tell(note)
     if task.num_empty:
         tell(f"rows with empty text: {task.num_empty:,}; they are kept")
     loaded = inputs.model(config, task)
+    if base_hash not in (None, loaded.base_hash):
+        raise BaseMismatchError(
+            f"the weights of {loaded.name!r} have changed since it was trained on. Restore them, or start anew."
+        )
     if loaded.note:
         tell(loaded.note)
     task = task.in_order(loaded.label_names)

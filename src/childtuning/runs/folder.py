@@ -300,6 +300,7 @@ class RunResult:
         understood: what ``Understood`` describes.
         notes: what was guessed about the files or left out, one line each.
         diverged_at: the first logged step with a non-finite loss, at which training stopped; ``None``: none.
+        base_hash: sha256 of the base model's pretrained weights; ``None`` in results of earlier versions.
     """
 
     task: str
@@ -337,6 +338,7 @@ class RunResult:
     folds: list[dict[str, float]] = field(default_factory=list)
     checkpoint: dict[str, float] | None = None
     temperature: float | None = None
+    base_hash: str | None = None
     budget: dict[str, str | float] | None = None
 
     def __repr__(self) -> str:

@@ -77,6 +77,7 @@ def train_run(
     progress: bool = False,
     tell: Tell = lambda line: None,
     inputs: Inputs | None = None,
+    base_hash: str | None = None,
 ) -> RunResult:
     """Execute a run and save its folder.
 
@@ -89,10 +90,12 @@ def train_run(
         progress: draw bars on standard error; otherwise ``tell`` gets a line every ten seconds.
         tell: called with lines for the user.
         inputs: loads data, model and scores; by default, without caching.
+        base_hash: what the base model's weights must hash to, see ``RunResult``; ``None``: anything.
     Returns:
         the result, also saved in ``metrics.json``.
     Raises:
         ConfigError, DataError, ModelError, ParameterError: for faulty options, data, model or patterns.
+        BaseMismatchError: when the base model is another one, or has changed since a run that is resumed began.
     """
     folder, inputs = Path(output).expanduser(), inputs or Inputs()
     with alone_in(folder) if is_main_process() else nullcontext():
@@ -104,6 +107,7 @@ def train_run(
             resume=resume,
             progress=progress,
             tell=tell,
+            base_hash=base_hash,
         )
 
 
@@ -116,6 +120,7 @@ def _train_run(
     resume: bool,
     progress: bool,
     tell: Tell,
+    base_hash: str | None,
 ) -> RunResult:
     import transformers
 
@@ -132,7 +137,8 @@ def _train_run(
     has_folds = config.folds is not None and config.fold is None
     if has_folds:
         check_folds(config, inputs, tell)
-    begun = begin(config, inputs, folder if resume else None, tell)
+    before = chosen_before(folder) if resume else {}
+    begun = begin(config, inputs, folder if resume else None, tell, base_hash or before.get("base_hash"))
     config, task, loaded, train = begun.config, begun.task, begun.loaded, begun.train
     tests = RunTests(config, task, begun.held_out, begun.predictor, inputs)
     for encoded in tests.encoded:
@@ -158,8 +164,8 @@ def _train_run(
             tell(_describe(trainer.select(), trainer.num_scored, len(train)))
         budget = _budget(config, trainer, tell) if checkpoint is None else None
         chosen = {"fisher_seconds": time.perf_counter() - start, "budget": budget}
-        before = {} if checkpoint is None else chosen_before(folder)
-        chosen |= {key: before[key] for key in chosen if key in before}
+        chosen |= {key: before[key] for key in chosen if checkpoint is not None and key in before}
+        chosen["base_hash"] = loaded.base_hash
     except BaseException:
         if is_main:
             remove_empty(folder)

@@ -55,11 +55,18 @@ class Prepared:
         always: names of the parameters trained in full besides the child: the new head, and those that methods added
             or re-initialised.
         eligible: names of the parameters that a child is chosen from; ``None``: all others that require a gradient.
+        redrawn: those of ``always`` that methods re-initialised.
     """
 
     model: nn.Module
     always: tuple[str, ...]
     eligible: tuple[str, ...] | None = None
+    redrawn: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The new head, or what the user trains in full in its place; () where the pretrained head is kept."""
+        return tuple(name for name in self.always if name not in self.redrawn)
 
 
 @dataclass(frozen=True)
