@@ -173,6 +173,20 @@ def test_values_at_the_end_of_what_was_tried_are_told(
     assert tuple(row.at_end) == at_end
 
 
+def test_a_set_that_failed_was_tried() -> None:
+    group, rates = Group("rte", "full"), {1e-5: 0.5, 3e-5: 0.9, 1e-4: None}
+    records = [
+        replace(
+            record(group, 0, score or 0.0), point={"learning_rate": rate}, state="done" if score else "failed"
+        )
+        for rate, score in rates.items()
+    ]
+    (found,) = choose(records, [0])
+    assert found.point == {"learning_rate": 3e-5} and found.at_end == ()
+    assert [len(tried.records) for tried in found.tried] == [1, 1, 0]
+    assert choose(records[2:], [0]) == []
+
+
 def test_collapsed_and_missing_scores_are_told() -> None:
     rows = summarize(
         [

@@ -20,7 +20,7 @@ class Tried:
 
     Attributes:
         point: name -> value.
-        records: its finished runs, by seed.
+        records: its finished runs, by seed; none if all have failed.
         selection: mean of the selection score over the tuning seeds; NaN if one of these runs is missing, failed or
             has no score.
     """
@@ -61,7 +61,7 @@ def choose(records: Iterable[Record], tune_seeds: Sequence[int], selection: str 
     """Choose the best hyperparameters of every group of runs.
 
     Args:
-        records: the runs of one comparison; unfinished and failed runs are ignored.
+        records: the runs of one comparison; unfinished ones are ignored, and what failed is not chosen.
         tune_seeds: the seeds with which every set of hyperparameters is tried.
         selection: ``held-out``: by the held-out examples where there are any; ``reported``: by the reported ones.
     Returns:
@@ -69,10 +69,15 @@ def choose(records: Iterable[Record], tune_seeds: Sequence[int], selection: str 
     """
     groups: dict[Group, dict[tuple[Any, ...], list[Record]]] = {}
     for record in records:
-        if record.state == "done":
+        if record.state in ("done", "failed"):
             points = groups.setdefault(record.group, {})
-            points.setdefault(tuple(record.point.items()), []).append(record)
-    return [_choice(group, points, tune_seeds, selection) for group, points in groups.items()]
+            runs = points.setdefault(tuple(record.point.items()), [])
+            runs += [record] if record.state == "done" else []
+    return [
+        _choice(group, points, tune_seeds, selection)
+        for group, points in groups.items()
+        if any(points.values())
+    ]
 
 
 def _choice(
@@ -88,8 +93,9 @@ def _choice(
         chosen_by = [record.score if selection == "reported" else record.selection for record in tuning]
         all_there = len(chosen_by) == len(tune_seeds)
         tried.append(Tried(dict(point), tuple(runs), fmean(chosen_by) if all_there else math.nan))
-    sign = -1 if lower_is_better(tried[0].records[0].metric) else 1
-    best = max(tried, key=lambda one: -math.inf if math.isnan(one.selection) else sign * one.selection)
+    finished = [one for one in tried if one.records]
+    sign = -1 if lower_is_better(finished[0].records[0].metric) else 1
+    best = max(finished, key=lambda one: -math.inf if math.isnan(one.selection) else sign * one.selection)
     return Choice(group, best.point, best.records, tuple(tried))
 
 
