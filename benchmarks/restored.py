@@ -35,10 +35,10 @@ def main() -> None:
     finished = {run.id: run for run in recorded.records if run.state in ("done", "failed")}
     with Store.open(given.store, create=True) as store, Owner(store.locks) as owner:
         store.set_comparison(recorded.comparison, recorded.environment)
-        store.plan(finished.values())
+        store.plan(finished.values(), recorded.comparison)
         while (run := store.claim(owner)) is not None:
             store.finish(finished[run.id], owner)
-        store.plan(recorded.records)
+        store.plan(recorded.records, recorded.comparison)
         for name, content in recorded.artifacts.items():
             store.set_artifact(name, content)
     print(f"{len(finished)} of {len(recorded.records)} runs are finished.")

@@ -112,8 +112,9 @@ def test_several_stores_are_joined(childtuning, export: Path, recorded: Recorded
 def test_a_store_is_shown_while_others_write_to_it(childtuning, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     with Store.open(path, create=True) as store:
-        store.set_comparison(synthetic.comparison(["rte"], ["full"], 2), {"python": "3.11"})
-        store.plan([synthetic.record(seed=seed, state="planned", result=None) for seed in range(2)])
+        asked = synthetic.comparison(["rte"], ["full"], 2)
+        store.set_comparison(asked, {"python": "3.11"})
+        store.plan([synthetic.record(seed=seed, state="planned", result=None) for seed in range(2)], asked)
         done = childtuning("report", path, "--format", "json")
         assert done.code == 0, done.err
         expected = json.loads(json_text(json_content(store.read())))

@@ -75,7 +75,7 @@ def _power_limit(comparison: Comparison) -> str | None:
 def watched(path: Path, comparison: Comparison, *, jobs: int, tell: Tell, live: bool) -> Iterator[None]:
     """Show the progress of the runs in a store: a live table, or one line per finished run."""
     total = num_runs(comparison)
-    with Store.open(path) as store:
+    with Store.open(path, create=True) as store:  # whoever closes it last has to be able to write
         if live:
             console = Console(stderr=True)
             with Live(

@@ -103,7 +103,8 @@ def compare(
         if executor == "ray":
             work_on_ray(store, comparison)
         elif jobs > 1:
-            work_in_processes(store, comparison, jobs)
+            with Owner(store.locks):  # from before the processes have started
+                work_in_processes(store, comparison, jobs)
         else:
             work(store, comparison)
         if comparison.overlaps:

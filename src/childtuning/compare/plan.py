@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -112,11 +112,16 @@ def needed(
         known: id -> recorded run.
         folder_of: returns the folder of a run by id.
     Yields:
-        each run once; recorded runs as recorded.
+        each run once; finished runs as recorded.
     """
+
+    def recorded(run: Record) -> Record:
+        found = known.get(run.id, run)
+        return found if found.state == "done" else replace(found, config=run.config)
+
     first: dict[Group, list[Record]] = {}
     for run in comparison.first_runs:
-        found = known.get(run.id, run)
+        found = recorded(run)
         first.setdefault(run.group, []).append(found)
         yield found
     chosen: dict[Group, list[Record]] = {}
@@ -128,7 +133,7 @@ def needed(
             chosen[group] = list(choice.records)
             for seed in range(comparison.tune_seeds, comparison.num_seeds):
                 run = comparison.run(group, seed, choice.point)
-                found = known.get(run.id, run)
+                found = recorded(run)
                 chosen[group].append(found)
                 yield found
     for runs in chosen.values():
@@ -137,7 +142,7 @@ def needed(
                 for target in comparison.transfer_to:
                     if target != source.group.task:
                         run = comparison.transfer_run(source, target, folder_of(source.id))
-                        yield known.get(run.id, run)
+                        yield recorded(run)
 
 
 def num_runs(comparison: Comparison) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,9 +44,10 @@ class Store:
     Use ``open`` and ``close``, or ``with Store.open(…) as store``.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, *, writes: bool) -> None:
         self.path = path
         self._db = connection
+        self._writes = writes
 
     @classmethod
     def open(cls, path: str | Path, *, create: bool = False) -> Self:
@@ -73,10 +74,13 @@ class Store:
             except BaseException:
                 connection.close()
                 raise
-        return cls(path, connection)
+        return cls(path, connection, writes=create)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; it is complete by itself then, unless another process writes to it."""
+        if self._writes:
+            with suppress(sqlite3.Error):  # what is not moved into the file stays in the one beside it
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._db.close()
 
     def __enter__(self) -> Self:
@@ -118,9 +122,8 @@ class Store:
             for task in (*comparison["tasks"], *comparison.get("transfer_to", ())):
                 options = {**comparison["options"], "task": task}
                 files |= check_data(known, options, "pass another --store")
-            before = self._fact("comparison")
-            if before is not None and _asked(before) != _asked(json.loads(json.dumps(comparison))):
-                if self._live():
+            if self._fact("comparison") is not None and not self._is_about(comparison):
+                if self._is_live():
                     raise ConfigError(
                         f"another process is working on another comparison in {str(self.path)!r}. "
                         "Wait for it, or pass another --store."
@@ -131,15 +134,25 @@ class Store:
             for name, value in (("comparison", comparison), ("environment", environment), ("files", files)):
                 self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
-    def plan(self, runs: Iterable[Record]) -> None:
-        """Add new runs, and put all runs in this order."""
+    def plan(self, runs: Iterable[Record], comparison: Mapping[str, Any]) -> None:
+        """Add new runs of a comparison, and put all runs in this order; what is not finished takes the options given.
+
+        Raises:
+            ConfigError: when the store's comparison is another one by now.
+        """
         with self._writing():
+            if not self._is_about(comparison):
+                raise ConfigError(
+                    f"another comparison was started in {str(self.path)!r}. Wait for it, or pass another --store; "
+                    "recorded runs are safe."
+                )
             for position, run in enumerate(runs):
                 fixed = {name: value for name, value in run.to_dict().items() if name in _FIXED}
                 self._db.execute(
                     "INSERT INTO runs (id, position, shares, fixed, state) VALUES (?, ?, ?, ?, 'planned') "
-                    "ON CONFLICT (id) DO UPDATE SET position = excluded.position "
-                    "WHERE position IS NOT excluded.position",
+                    "ON CONFLICT (id) DO UPDATE SET position = excluded.position, "
+                    "fixed = CASE state WHEN 'done' THEN fixed ELSE excluded.fixed END "
+                    "WHERE position IS NOT excluded.position OR state != 'done' AND fixed != excluded.fixed",
                     (run.id, position, _shares(run), json.dumps(fixed)),
                 )
 
@@ -253,9 +266,12 @@ class Store:
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO artifacts VALUES (?, ?)", (name, json.dumps(content)))
 
-    def _live(self) -> int:
-        owners = self._db.execute("SELECT DISTINCT owner FROM runs WHERE state = 'running'").fetchall()
-        return sum(is_alive(self.locks, name) for (name,) in owners)
+    def _is_about(self, comparison: Mapping[str, Any]) -> bool:
+        return _asked(self._fact("comparison") or {}) == _asked(json.loads(json.dumps(comparison)))
+
+    def _is_live(self) -> bool:
+        """Whether a process works on the store, also between two runs."""
+        return any(is_alive(self.locks, path.stem) for path in self.locks.glob("*.lock"))
 
     def _fact(self, name: str) -> Any:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -349,6 +365,12 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
         connection.close()
+        beside = path.with_name(path.name + "-wal")
+        if beside.is_file() and beside.stat().st_size:
+            raise ConfigError(
+                f"store {str(path)!r} is in a folder that cannot be written to, and its last runs are in "
+                f"{beside.name!r}. Copy both files to another folder."
+            ) from None
         connection = sqlite3.connect(f"{address}?mode=ro&immutable=1", **options)
     return connection
 

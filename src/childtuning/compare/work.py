@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
 
 def plan(store: Store, comparison: Comparison) -> None:
     """Update the store's plan from its recorded runs."""
-    store.plan(list(needed(comparison, store.known(), store.folder_of)))
+    store.plan(list(needed(comparison, store.known(), store.folder_of)), comparison.to_dict())
 
 
 def work(store: Store, comparison: Comparison) -> None:

@@ -59,7 +59,7 @@ _OURS = (
     "delta.safetensors",
 )
 _WIDE = 0.05  # half the width of an interval that is worth a remark
-_NOT_IDENTITY = ("save_steps", "report_to")
+_NOT_IDENTITY = ("data_dir", "save_steps", "report_to")  # what lies in the folder is compared by its hashes
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -179,17 +179,27 @@ def as_begun(folder: Path, config: RunConfig) -> RunConfig:
 
 
 def data_hashes(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return name -> sha256 of a run's files of examples: by path, those of a task as TASK/FILE.
+    """Return name -> sha256 of what a run's examples are read from: by path, or TASK/FILE for a task's.
 
-    What lies in folders of a folder, as images of a class, is left out.
+    A folder of images has one hash of all its files.
     """
     given = [Path(options[name]).expanduser() for name in ("train", "eval") if options.get(name)]
     paths = {str(path): path for path in given}
-    if options.get("task") and options.get("data_dir"):
-        folder = Path(options["data_dir"]).expanduser() / options["task"]
-        inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        paths |= {f"{folder.name}/{p.name}": p for p in inside if not p.name.startswith((".", "README"))}
-    return {name: file_hash(path) for name, path in paths.items() if path.is_file()}
+    if options.get("data_dir"):
+        others = [name.partition("/")[0] for name in options.get("elsewhere") or ()]
+        for task in dict.fromkeys(filter(None, [options.get("task"), *others])):
+            folder = Path(options["data_dir"]).expanduser() / task
+            inside = sorted(folder.iterdir()) if folder.is_dir() else []
+            paths |= {f"{task}/{p.name}": p for p in inside if not p.name.startswith((".", "README"))}
+    return {name: _content_hash(path) for name, path in paths.items() if path.exists()}
+
+
+def _content_hash(path: Path) -> str:
+    if path.is_file():
+        return file_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = [f"{file.relative_to(path).as_posix()} {file_hash(file)}" for file in files]
+    return sha256("\n".join(listed).encode()).hexdigest()
 
 
 def check_data(known: Mapping[str, str], options: Mapping[str, Any], remedy: str) -> dict[str, str]:
