@@ -240,9 +240,18 @@ def test_little_more_than_a_mark(tmp_path: Path, content: bytes, words: str) -> 
         read_rows(tmp_path / "a.csv")
 
 
-def test_columns_without_a_name_and_rows_without_a_cell_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text;label;;\na;b;;\n;;;\n")
+def test_columns_without_a_name_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;label;;\na;b;;\n")
     assert read_rows(tmp_path / "a.csv") == [{"text": "a", "label": "b"}]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.xlsx"])
+def test_rows_of_empty_cells_are_skipped_unless_every_row_counts(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "x", "label": "y"}, {"text": "", "label": ""}, {"text": "z", "label": "y"}]
+    path = write(tmp_path / name, rows)
+    assert Source(path).rows == [rows[0], rows[2]]
+    texts = [row["text"] or "" for row in read_rows(path)]  # what `predict` answers, line by line
+    assert texts == ["x", "", "z"]
 
 
 def test_a_workbook_of_several_sheets(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ more than n·(k + 1) + N / 2^k bits, and for entries chosen independently it is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -52,6 +53,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, remedy: str = "Copy the whole folder anew.") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from childtuning.child.eligible import named
-from childtuning.child.files import write_atomically
+from childtuning.child.files import file_hash, write_atomically
 from childtuning.child.pieces import whole_of
 from childtuning.errors import CorruptFileError
 
@@ -118,12 +118,6 @@ def _body_hash(body: Mapping[str, Any]) -> str:
 
 def _fits(path: Path, about: Mapping[str, Any]) -> bool:
     return path.is_file() and file_hash(path) == about.get("values_sha256")
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _absorb(digest: hashlib._Hash, tensor: Tensor) -> None:

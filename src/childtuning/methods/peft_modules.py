@@ -14,6 +14,7 @@ from torch import nn
 
 from childtuning.errors import ModelError
 from childtuning.methods.checks import not_for
+from childtuning.methods.whole import with_head
 from childtuning.training import Method, Prepared
 from childtuning.training.method import Part
 
@@ -66,7 +67,7 @@ class PeftMethod(Method, ABC):
             raise ModelError(
                 f"method {self.name!r} got a model that PEFT has already wrapped. Merge it first."
             )
-        head = _head_modules(self.name, prepared.model, prepared.always)
+        head = _head_modules(self.name, prepared.model, with_head(prepared))
         set_aside = [p for name, p in prepared.model.named_parameters() if name in set(prepared.always)]
         try:
             with warnings.catch_warnings():  # it uses the old name of a property of transformers

@@ -87,14 +87,20 @@ def _draw(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     """Initialise every module whose parameters are all among these, inner modules first."""
     wanted = {id(parameter) for parameter in parameters.values()}
     before = {name: parameter.clone() for name, parameter in parameters.items()}
-    flags = [(p, vars(p).pop("_is_hf_initialized", None)) for p in parameters.values()]
-    for module, initialise in reversed(list(_initialisers(model))):
-        own = [id(parameter) for parameter in module.parameters()]
-        if own and wanted.issuperset(own):
-            initialise(module)
-    for parameter, flag in flags:
+    drawn = [
+        (module, initialise)
+        for module, initialise in reversed(list(_initialisers(model)))
+        if (own := [id(parameter) for parameter in module.parameters()]) and wanted.issuperset(own)
+    ]
+    buffers = [buffer for module, _ in drawn for buffer in module.buffers(recurse=False)]
+    tensors = [*parameters.values(), *buffers]
+    flags = [(tensor, vars(tensor).pop("_is_hf_initialized", None)) for tensor in tensors]
+    for module, initialise in drawn:
+        _reset(module)  # an architecture's own initialiser leaves out what is right as torch makes it
+        initialise(module)
+    for tensor, flag in flags:
         if flag is not None:
-            parameter._is_hf_initialized = flag  # type: ignore[attr-defined]
+            tensor._is_hf_initialized = flag  # type: ignore[attr-defined]
     for name, parameter in parameters.items():
         if parameter.ndim > 1 and torch.equal(parameter, before[name]):
             raise not_for("reinit", model, f"the module of {name!r} has no method reset_parameters")

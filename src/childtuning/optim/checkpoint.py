@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from childtuning.child.eligible import bare_model, canonical_name, named
-from childtuning.child.files import write_atomically
+from childtuning.child.files import file_hash, write_atomically
 from childtuning.child.pieces import is_sharded, local_of, piece_of, reshard
 from childtuning.errors import ChildTuningError, CorruptFileError, ParameterError
 from childtuning.optim.child_optimizer import ChildOptimizer
@@ -59,10 +59,12 @@ def save(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer, *, wei
     on_cpu = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in mine.items()}
     with ranks.agreed():
         write_atomically(folder / files[ranks.rank], lambda partial: save_file(on_cpu, partial))
+    sums = ranks.gather(file_hash(folder / files[ranks.rank]))
     keys = dict.fromkeys(key for count in counts for key in count)
     index = {
         "version": _VERSION,
         "files": files,
+        "sums": sums,
         "optimizer": {"param_groups": state["param_groups"], "child": _of_any_layout(state["child"])},
         "weights": _kinds(model) if weights else {},
         "pieces": {key: [count.get(key, 0) for count in counts] for key in keys},
@@ -104,6 +106,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: ChildOptimizer) -> Non
         try:
             saved = _Saved(Path(folder))
             saved.check(model, tensors, optimizer)
+            saved.check_files(ranks)
             for key in saved.keys:
                 kind, _, name = key.partition("/")
                 if kind == _WEIGHTS:
@@ -203,6 +206,13 @@ class _Saved:
         self.weights: dict[str, str] = index["weights"]
         self.optimizer: dict[str, Any] = index["optimizer"]
         self._files = [folder / Path(file).name for file in index["files"]]
+        self._sums: list[str] = index.get("sums") or []  # earlier versions wrote none
+
+    def check_files(self, ranks: Ranks) -> None:
+        """Raise a CorruptFileError if a file was changed; each process looks at its share of them."""
+        for file, known in list(zip(self._files, self._sums, strict=False))[ranks.rank :: ranks.size]:
+            if file_hash(file) != known:
+                raise CorruptFileError(f"{file} was changed. Resume from another checkpoint.")
 
     def check(self, model: nn.Module, tensors: Mapping[str, Tensor], optimizer: ChildOptimizer) -> None:
         """Raise a ParameterError if it is that of another child or model."""

@@ -46,13 +46,12 @@ from childtuning.optim.state import (
     load_by_name,
     pieces_held,
     scaled_moments,
+    settings,
     state_by_name,
     with_state_hooks,
 )
 from childtuning.optim.trained import Trained
 from childtuning.ranks import check_same_child
-
-_STATE_VERSION = 2
 
 
 @with_state_hooks
@@ -431,14 +430,10 @@ class ChildOptimizer(Optimizer):
         return sum(v.nbytes for v in chain(held, *(t.held() for t in chain.from_iterable(self._trained))))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse groups after construction.
-
-        Raises:
-            ParameterError: always, once the optimizer is built.
-        """
+        """Refuse groups after construction, with a ParameterError."""
         if self._built:
             raise ParameterError(
-                "groups cannot be added to a ChildOptimizer. Build a new one with all parameters."
+                "groups cannot be added to a ChildOptimizer. Build a new one with all of them."
             )
         super().add_param_group(param_group)
 
@@ -466,14 +461,17 @@ class ChildOptimizer(Optimizer):
             if not t.is_direct:
                 t.value.grad = compact
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return settings(self.child, self.inner, rescale=self._rescales, preset=self.preset)
+
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return what a bitwise resume needs, keyed by parameter name: inner state, options, masters, step, child.
 
         Of a sharded model it holds this process's pieces; ``childtuning.distributed.save`` writes them all.
         """
         self._share_options()
-        about: dict[str, Any] = {"version": _STATE_VERSION, "identity": self.child.fingerprint()}
-        about["num_steps"] = self._num_steps
+        about = {**self._settings, "num_steps": self._num_steps}
         if self._frozen is not None:
             about["frozen"] = self._frozen.checksums()
         if (pieces := pieces_held(self._trained)) is not None:
@@ -487,7 +485,7 @@ class ChildOptimizer(Optimizer):
         Raises:
             ParameterError: it is that of another child, or of other parameters.
         """
-        about = about_child(state_dict, self.child.fingerprint(), _STATE_VERSION, self._trained)
+        about = about_child(state_dict, self._settings, self._trained)
         is_old = "version" not in about
         saved = from_version_1(state_dict, self._trained, is_fixed=self._is_fixed) if is_old else state_dict
         load_by_name(saved, self._trained, self.inner)

@@ -53,6 +53,10 @@ class OnePass:
         self._steps = torch.zeros(len(places), device="cpu")
         self._tables: dict[torch.device, tuple[list[Trained], ChildTable]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy it without what it keeps of states: pickle gives a copy's counts storages of their own."""
+        return {**self.__dict__, "_kept": {}}
+
     @torch.no_grad()
     def run(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from childtuning.child import Child, TaskFree
 from childtuning.child.eligible import canonical_name
 from childtuning.errors import ParameterError
 from childtuning.optim.trained import Trained
@@ -21,6 +22,7 @@ _SECOND_MOMENT = "exp_avg_sq"
 START = "start"  # where a pull towards the pretrained values leads to
 _VALUES = (START, "ax")  # states that begin as the parameter; ASGD's average is one
 _NO_OPTIONS = ("params", "param_names")
+_VERSION = 2  # of the format of a state
 
 
 def with_state_hooks(cls: type[OptimizerT]) -> type[OptimizerT]:
@@ -125,21 +127,42 @@ def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> 
             t.value.copy_(saved["masters"][name])
 
 
-def about_child(saved: Mapping[str, Any], identity: str, version: int, groups: Groups) -> dict[str, Any]:
+def settings(child: Child | TaskFree, inner: Optimizer, **others: Any) -> dict[str, Any]:
+    """Return what a state and the optimizer that loads it must have in common."""
+    return {
+        "version": _VERSION,
+        "identity": child.fingerprint(),
+        "inner": type(inner).__name__,
+        **others,
+    }
+
+
+def about_child(saved: Mapping[str, Any], own: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
     """Return what a saved state says of its child and its format.
 
+    Args:
+        saved: what ``state_dict`` returned.
+        own: the ``settings`` of the optimizer that loads it.
+        groups: its parameters.
     Raises:
-        ParameterError: it is that of another child, of a newer format, or of other pieces than this process holds.
+        ParameterError: it is that of another child, of other settings, of a newer format, or of other pieces than this
+            process holds.
     """
     about = saved.get("child")
-    if about is None or about["identity"] != identity:
+    if about is None or about["identity"] != own["identity"]:
         raise ParameterError(
             "the optimizer state belongs to another child. Build the optimizer with the child saved beside it."
         )
-    if about.get("version", 1) > version:
+    if about.get("version", 1) > _VERSION:
         raise ParameterError(
-            f"the optimizer state is of version {about['version']}, this library reads {version}. Update it."
+            f"the optimizer state is of version {about['version']}, this library reads {_VERSION}. Update it."
         )
+    for name, value in own.items():
+        if name != "version" and about.get(name, value) != value:
+            raise ParameterError(
+                f"the optimizer state was saved with {name}={about[name]!r}, and this optimizer has {value!r}. "
+                "Build it as it was."
+            )
     if about.get("pieces") != pieces_held(groups):
         raise ParameterError(
             "the optimizer state holds the pieces of another process, or of another number of processes. Use "

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from childtuning.child.eligible import match_names
+from childtuning.child.files import file_hash
 from childtuning.child.units import Granularity, Part
 from childtuning.delta.certificate import Certificate, first_moved
-from childtuning.delta.files import file_hash
 from childtuning.errors import ConfigError, DeltaError
 from childtuning.runs.export import checked_patch
 from childtuning.runs.folder import CONFIG, DATA

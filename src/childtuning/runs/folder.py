@@ -31,9 +31,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from childtuning.child.files import read_json, write_atomically
+from childtuning.child.files import file_hash, read_json, write_atomically
 from childtuning.delta import Delta
-from childtuning.delta.files import file_hash
 from childtuning.errors import ConfigError, CorruptFileError
 from childtuning.runs.config import RunConfig, json_ready, read_toml
 from childtuning.tasks import KINDS, Kind, find_kind

@@ -192,6 +192,7 @@ class CausalLM(Kind):
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[tuple[float, int]]:
         """Return for each row the summed loss in nats and the number of tokens in the sum."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = logits[:, -batch["input_ids"].shape[1] :]  # virtual tokens stand before
         found = []
         for row, labels in zip(logits[:, :-1], batch["labels"][:, 1:], strict=True):
             here = labels != IGNORED

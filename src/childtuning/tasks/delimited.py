@@ -121,8 +121,7 @@ def _rows(
             rows: list[tuple[int, Row | BadRow]] = []
             start = reader.line_num + 1
             for fields in reader:
-                is_blank = not fields or (len(names) > 1 and not any(field.strip() for field in fields))
-                if not is_blank:
+                if fields:  # no blank line
                     rows.append((start, _row(names, header, fields)))
                 start = reader.line_num + 1
             return rows

@@ -31,8 +31,8 @@ class Source:
     """A file or folder of the user; its content is read once and cached.
 
     csv and tsv values are strings; other values keep their types, and objects become columns with dotted names
-    ("review.body"). Blank lines are skipped. A bad row is left out and counted in `notes`; more than one row in
-    twenty, and more than one, are refused.
+    ("review.body"). Blank lines are skipped, and so are rows of several empty cells unless `strict`. A bad row is left
+    out and counted in `notes`; more than one row in twenty, and more than one, are refused.
 
     Args:
         path: the file or folder.
@@ -123,6 +123,8 @@ class Source:
             rows = _json_lines(self.text)
         if guessed:
             self.note(guessed)
+        if form in (".csv", ".tsv", ".xlsx") and not self.strict:
+            rows = [(number, row) for number, row in rows if isinstance(row, BadRow) or not _is_blank(row)]
         if not rows:
             raise DataError(f"{self.path} has no rows. Pass a file with at least one example.")
         return rows
@@ -290,6 +292,11 @@ def _flat(row: Row) -> Row:
     return flat
 
 
+def _is_blank(row: Row) -> bool:
+    """Whether a row has several cells, and nothing in any of them."""
+    return len(row) > 1 and not any(str(cell).strip() for cell in row.values() if cell is not None)
+
+
 def _xlsx_rows(content: bytes, path: Path, named: str | None) -> tuple[_Numbered, str | None]:
     try:
         from openpyxl import load_workbook
@@ -315,9 +322,12 @@ def _xlsx_rows(content: bytes, path: Path, named: str | None) -> tuple[_Numbered
     filled = [(number, row) for number, row in cells if any(cell not in (None, "") for cell in row)]
     if not filled:
         return [], None
-    header = header_names(filled[0][1], path)
+    (first, titles), last = filled[0], filled[-1][0]
+    header = header_names(titles, path)
     rows: _Numbered = [
-        (number, row_of(header, [*row, *[None] * len(header)][: len(header)])) for number, row in filled[1:]
+        (number, row_of(header, [*row, *[None] * len(header)][: len(header)]))
+        for number, row in cells
+        if first < number <= last
     ]
     if len(names) == 1 and named not in (None, names[0]):
         return rows, f"read its only sheet, {names[0]!r}: it has none named {named!r}"

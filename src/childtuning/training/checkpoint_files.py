@@ -147,7 +147,10 @@ class CheckpointFiles:
             self.accelerator.scaler.load_state_dict(load_state(path))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._random_file(checkpoint).is_file():
+        if checkpoint is None:
+            return
+        # With more processes than wrote the checkpoint, the further ones have none; the first one always has.
+        if self._random_file(checkpoint).is_file() or self.args.process_index == 0:
             set_random_state(load_state(self._random_file(checkpoint)))
 
 

@@ -57,10 +57,13 @@ def make_patch(delta: Delta, model: Any, base: str | Path | Checkpoint) -> Patch
         value = buffers[name] if name in buffers else delta.values[name].view(delta.parts[name].shape)
         shapes[name] = tuple(value.shape)
         written[name] = [(None, value)]
-    indices, values = {}, {}
+    indices, values, taken = {}, {}, set[int]()
     for name in (name for name in shapes if name in written):
         where, what = _in_order(written[name], shapes[name])
-        values[name] = what
+        values[name] = (
+            what.clone() if what.data_ptr() in taken else what
+        )  # tied weights may be stored under two names
+        taken.add(what.data_ptr())
         if where is not None:
             indices[name] = where
     known = Path(str(delta.base.get("name") or checkpoint.folder))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from childtuning.child.files import write_atomically
 from childtuning.errors import CorruptFileError
 
-_HEADER = "childtuning-state"
+_HEADER, _SUM = "childtuning-state", "sha256"
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -30,7 +32,8 @@ def save_state(path: Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(state, tensors))
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata={_HEADER: header}))
+    about = {_HEADER: header, _SUM: _sum(header, tensors)}
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about))
 
 
 def load_state(path: Path) -> Any:
@@ -41,10 +44,22 @@ def load_state(path: Path) -> Any:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            return _unpack(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about.get(_SUM, found := _sum(about[_HEADER], tensors)) != found:
+            raise ValueError("its content was changed")
+        return _unpack(json.loads(about[_HEADER]), tensors)
     except (SafetensorError, OSError, KeyError, ValueError) as fault:
         raise CorruptFileError(f"{path} cannot be read ({fault}). Resume from another checkpoint.") from None
+
+
+def _sum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of what a file holds."""
+    digest = sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
