@@ -172,6 +172,30 @@ def test_a_store_that_cannot_be_written_to_can_be_read(four: Comparison) -> None
         assert "Pass a --store that is writable" in said.get()
 
 
+def test_it_is_complete_in_one_file_while_others_read_it(four: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    with Store.open(path, create=True) as first:
+        first.set_comparison(four.to_dict(), {})
+        with Store.open(path) as reader:
+            reader.known()
+            first.plan(four.first_runs, four.to_dict())
+            first.close()
+            (tmp_path / "copy.db").write_bytes(path.read_bytes())
+    with Store.open(tmp_path / "copy.db") as copy:
+        assert len(copy.known()) == len(four.first_runs)
+
+
+def test_another_comparison_is_not_planned(four: Comparison, tmp_path: Path) -> None:
+    path, other = tmp_path / "runs.db", replace(four, num_seeds=four.num_seeds + 1)
+    with Store.open(path, create=True) as store:
+        store.set_comparison(four.to_dict(), {})
+        with Owner(store.locks), pytest.raises(ConfigError, match="another process is working on another"):
+            store.set_comparison(other.to_dict(), {})  # that process is between two runs
+        store.set_comparison(other.to_dict(), {})
+        with pytest.raises(ConfigError, match="another comparison was started in"):
+            store.plan(four.first_runs, four.to_dict())
+
+
 def test_it_is_exported(four: Comparison, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     set_up(path, four)

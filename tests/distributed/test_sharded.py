@@ -440,6 +440,23 @@ def test_damaged_indices_are_told(tmp_path: Path) -> None:
         load(tmp_path, model, opt)
 
 
+def test_a_changed_file_is_told(tmp_path: Path) -> None:
+    model = net(torch.float32)
+    opt = optimizer(model, "D element")
+    train(model, opt, data(2))
+    save(tmp_path, model, opt)
+    (file,) = tmp_path.glob("step-*.safetensors")
+    whole_file = file.read_bytes()
+    for place in (-1, len(whole_file) // 2):
+        changed = bytearray(whole_file)
+        changed[place] ^= 64
+        file.write_bytes(changed)
+        with pytest.raises(CorruptFileError, match="cannot be read"):
+            load(tmp_path, model, opt)
+    file.write_bytes(whole_file)
+    load(tmp_path, model, opt)
+
+
 def test_one_process_saves_and_resumes_bitwise(tmp_path: Path) -> None:
     ends = []
     for stop in (False, True):

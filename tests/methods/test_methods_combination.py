@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.methods.trainers import method_trainer
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
 from childtuning import ChildConfig
 from childtuning.errors import ConfigError
@@ -107,6 +107,21 @@ def test_a_pretrained_head_that_fits_is_trained(tiny_bert: Path, text: str) -> N
     trained = {*prepared.always, *(prepared.eligible or ())}
     assert trained >= {"classifier.weight", "classifier.bias"}
     assert ("bert.encoder.layer.1.output.dense.weight" in trained) == ("reinit" in text)
+
+
+@pytest.mark.parametrize("text", ["lora", "prompt:2"])
+def test_modules_are_trained_beside_a_head_that_fits(text: str) -> None:
+    sizes = {"vocab_size": 20, "d_model": 8, "n_layer": 2, "n_head": 2, "d_inner": 8}
+    model = XLNetForSequenceClassification(XLNetConfig(**sizes))
+    head = {name: p.detach().clone() for name, p in model.named_parameters() if "logits_proj" in name}
+    prepared = Combination.parse(text).prepare(model, ())
+    copies = {
+        name: p for name, p in prepared.model.named_parameters() if "logits_proj.modules_to_save" in name
+    }
+    assert len(copies) == 2 and set(copies) <= set(prepared.always)
+    for name, copy in copies.items():
+        (own,) = (value for key, value in head.items() if key.rpartition(".")[2] == name.rpartition(".")[2])
+        assert torch.equal(copy, own)
 
 
 def test_layers_that_are_drawn_anew_bear_no_more_than_fulls_rate() -> None:

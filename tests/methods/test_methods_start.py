@@ -17,6 +17,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     TrainerCallback,
     set_seed,
 )
@@ -284,6 +286,26 @@ def test_reinit_is_decided_by_the_seed_and_composes_with_freeze(tiny_bert: Path)
 def test_reinit_keeps_a_language_models_head_and_last_norm() -> None:
     always = Reinit(1).prepare(Prepared(a_gpt2(GPT2LMHeadModel), ())).always
     assert set(always) == {name for name, _ in a_gpt2().named_parameters() if ".h.1." in name}
+
+
+def test_reinit_draws_running_statistics_of_a_loaded_model(tmp_path: Path) -> None:
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 2], "layer_type": "basic"}
+    before = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=2))
+    with torch.no_grad():
+        for buffer in before.buffers():
+            buffer.fill_(9)
+        before.save_pretrained(tmp_path)
+    model = ResNetForImageClassification.from_pretrained(tmp_path)
+    Reinit(1).prepare(Prepared(model, task_head(model)))
+    found = {
+        name: set(buffer.flatten().tolist())
+        for name, buffer in model.named_buffers()
+        if "stages.1.layers.1." in name
+    }
+    assert len(found) == 6
+    for name, values in found.items():
+        assert values == ({1.0} if name.endswith("running_var") else {0})
+    assert all((b == 9).all() for name, b in model.named_buffers() if name not in found)
 
 
 def test_reinit_of_any_network() -> None:

@@ -8,6 +8,7 @@ import os
 import pickle  # what torch.save and multiprocessing use on an optimizer
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,36 @@ def test_a_copy_steps_with_the_clipped_gradient_and_pickles(kind: str) -> None:
     opt.step()
     copied.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "task-free"])
+def test_a_pickled_one_goes_on_counting(kind: str) -> None:
+    net = a_net()
+    opt = ChildOptimizer(net.named_parameters(), children(net)[kind], lr=0.1)
+    for step in range(1, 5):
+        loss(net, 3).backward()
+        opt.step()
+        opt.zero_grad()
+        assert {float(state["step"]) for state in opt.state_dict()["state"].values()} == {step}
+        if step == 2:
+            net, opt = pickle.loads(pickle.dumps((net, opt)))
+
+
+@pytest.mark.parametrize(
+    ("inner", "options", "words"),
+    [
+        (torch.optim.SGD, {"rescale": False}, "was saved with rescale=True, and this optimizer has False"),
+        (torch.optim.AdamW, {}, "was saved with inner='SGD', and this optimizer has 'AdamW'"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(inner: Any, options: dict[str, Any], words: str) -> None:
+    net = a_net()
+    saved = ChildOptimizer(
+        net.named_parameters(), children(net)["fixed"], torch.optim.SGD, lr=0.1
+    ).state_dict()
+    other = ChildOptimizer(net.named_parameters(), children(net)["fixed"], inner, lr=0.1, **options)
+    with pytest.raises(ParameterError, match=words):
+        other.load_state_dict(saved)
 
 
 # What is trained, and what is not

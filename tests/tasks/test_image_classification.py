@@ -125,6 +125,23 @@ def test_files_of_any_mode_are_read(tmp_path):
     np.testing.assert_array_equal(open_image(tmp_path / "RGBA.png"), colour)
 
 
+def test_a_photograph_is_turned_as_it_says(tmp_path):
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    image = image_files.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned to the right
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.png"), np.rot90(pixels, -1))
+
+
+def test_sixteen_bits_a_channel_are_refused(tmp_path):
+    image_files.fromarray(np.full((2, 2), 3000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(
+        DataError, match=r"a.png has more than 8 bits a channel \(mode I;16\). Save it with 8"
+    ):
+        open_image(tmp_path / "a.png")
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     train, dev = write_image_folders(tmp_path)
     (train / "red" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")

@@ -129,6 +129,19 @@ def test_conll_files(tmp_path):
         read_conll(Source(path), labelled=True)
 
 
+def test_conll_spaces_inside_words_and_comments(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text(
+        "# id 8f3a domain=en\n10\u00a0000 B-NUM\r\n#\tO\na\u2028b O\n\n# sent_id = 2\n# O\n", newline=""
+    )
+    assert looks_like_conll(path.read_text())
+    source = Source(path)
+    split = read_conll(source, labelled=True)
+    assert split.words == [["10\u00a0000", "#", "a\u2028b"], ["#"]]
+    assert split.tags == [["B-NUM", "O", "O"], ["O"]]
+    assert source.notes == ["a.conll: 2 comments before sentences were left out"]
+
+
 def test_running_text_is_no_conll():
     assert looks_like_conll(CONLL)
     assert not looks_like_conll("ROMEO:\nBut soft what light\n")

@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification, TrainerCallback, Trainin
 
 from childtuning import Child, ChildConfig, TaskFree
 from childtuning.child.eligible import unit_axes
-from childtuning.errors import ConfigError, DeltaError, ParameterError
+from childtuning.errors import ConfigError, CorruptFileError, DeltaError, ParameterError
 from childtuning.training import ChildTrainer, task_head
 
 Example = dict[str, torch.Tensor]
@@ -306,6 +306,15 @@ def test_a_dataset_with_columns_that_the_model_does_not_take(tiny_bert: Path, tm
     trainer.train_dataset = datasets.Dataset.from_list(rows)
     trainer.train()
     assert isinstance(trainer.select(), Child)
+
+
+def test_resume_without_random_states_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3), max_steps=7).train()
+    (tmp_path / "checkpoint-7" / "random-0.safetensors").unlink()
+    with pytest.raises(CorruptFileError, match="random-0.safetensors cannot be read"):
+        a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-7")
+        )
 
 
 def test_resume_with_another_child_is_refused(tiny_bert: Path, tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def test_random_streams_go_on(tmp_path) -> None:
     assert first == (random.random(), np.random.rand(), torch.rand(2).tolist())
 
 
+def test_a_changed_byte_is_told(tmp_path) -> None:
+    save_state(path := tmp_path / "random.safetensors", random_state())
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match="its content was changed"):
+        load_state(path)
+
+
 def test_what_is_not_data_is_refused(tmp_path) -> None:
     with pytest.raises(TypeError, match="cannot hold"):
         save_state(tmp_path / "x", {"f": print})

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.checks import not_for
+from childtuning.methods.checks import layers_of, not_for
 from childtuning.methods.registry import register
 from childtuning.methods.whole import with_head
-from childtuning.training import Method, Prepared, find_layers
+from childtuning.training import Method, Prepared
 from childtuning.training.bottleneck import (
     ACTIVATIONS,
     Bottleneck,
@@ -79,7 +80,9 @@ class Adapter(Method):
         if any(isinstance(module, Bottleneck) for module in model.modules()):
             raise not_for(self.name, model, "it already has adapters")
         always = with_head(prepared)
-        places = [self._places(model, block) for block in find_layers(model).blocks if _has_linear(block)]
+        places = [
+            self._places(model, block) for block in layers_of(self.name, model).blocks if _has_linear(block)
+        ]
         if not places:
             raise not_for(self.name, model, "none of its layers has linear layers")
         trained: set[int] = set()
@@ -104,6 +107,9 @@ class Adapter(Method):
     def _places(self, model: nn.Module, block: nn.Module) -> Projections:
         found = find_projections(block)
         kind = type(block).__name__
+        owners = (m for m in block.modules() if not isinstance(m, _ConvNd))
+        if any(p.dim() == 3 for m in owners for p in m.parameters(recurse=False)):
+            raise not_for(self.name, model, f"{kind} has experts that are no linear layers")
         if found is None:
             raise not_for(self.name, model, f"{kind} does not end in a feed-forward's output projection")
         if found.attention is None and self.placement == "houlsby":

@@ -8,7 +8,7 @@ from dataclasses import fields
 from torch import nn
 
 from childtuning.errors import ConfigError, ModelError
-from childtuning.training import Method
+from childtuning.training import Layers, Method, find_layers
 
 
 def check_positive(method: Method) -> None:
@@ -37,6 +37,21 @@ def not_for(method: str, model: nn.Module, why: BaseException | str) -> ModelErr
     """
     reason = (str(why).splitlines() or [""])[0].rstrip(".") or type(why).__name__
     return ModelError(f"method {method!r} does not apply to {type(model).__name__}: {reason}.")
+
+
+def layers_of(method: str, model: nn.Module) -> Layers:
+    """Return a network's layers for a method to which their order matters.
+
+    Raises:
+        ModelError: the order cannot be told.
+    """
+    found = find_layers(model)
+    if found.beside:
+        names = " and ".join(map(repr, found.beside))
+        raise not_for(
+            method, model, f"{names} are lists of layers beside each other, whose order cannot be told"
+        )
+    return found
 
 
 def check_layers(method: str, asked: int, there: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from childtuning.errors import ConfigError
+from childtuning.methods.checks import layers_of
 from childtuning.methods.registry import register
-from childtuning.training import Method, find_layers
+from childtuning.training import Method
 
 
 @register
@@ -43,7 +44,7 @@ class LayerwiseDecay(Method):
         self, model: nn.Module, always: tuple[str, ...], options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
         """Return each parameter's learning rate."""
-        found = find_layers(model)
+        found = layers_of(self.name, model)
         behind = len(found.layers) + 1
         rates = {name: options["lr"] * self.decay ** (behind - d) for name, d in found.depth().items()}
         return {

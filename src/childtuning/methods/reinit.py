@@ -11,10 +11,10 @@ from torch import nn
 
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.checks import check_layers, not_for
+from childtuning.methods.checks import check_layers, layers_of, not_for
 from childtuning.methods.registry import register
 from childtuning.methods.whole import output_names
-from childtuning.training import Layers, Method, Prepared, find_layers, task_head
+from childtuning.training import Layers, Method, Prepared, task_head
 
 Initialise = Callable[[Any], object]
 
@@ -55,7 +55,7 @@ class Reinit(Method):
         Raises:
             ModelError: when the model has fewer layers, or one of them cannot be initialised.
         """
-        model, found = prepared.model, find_layers(prepared.model)
+        model, found = prepared.model, layers_of(self.name, prepared.model)
         head = {*prepared.always, *task_head(model)}
         if getattr(model, "get_output_embeddings", lambda: None)() is not None:
             head |= set(output_names(model))

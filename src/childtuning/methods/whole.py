@@ -11,9 +11,9 @@ from torch import nn
 from childtuning.child import ChildConfig
 from childtuning.child.eligible import named
 from childtuning.errors import ConfigError, ModelError
-from childtuning.methods.checks import check_layers
+from childtuning.methods.checks import check_layers, layers_of
 from childtuning.methods.registry import register
-from childtuning.training import Method, Prepared, find_layers, task_head
+from childtuning.training import Method, Prepared, task_head
 
 
 class WholeParameters(Method):
@@ -129,7 +129,7 @@ class LastK(WholeParameters):
 
     def prepare(self, prepared: Prepared) -> Prepared:
         """Freeze everything below the last k layers."""
-        found = find_layers(prepared.model)
+        found = layers_of(self.name, prepared.model)
         check_layers(self.name, self.layers, len(found.layers))
         names = [name for layer in found.layers[-self.layers :] for name in layer]
         return train_only(prepared, [*names, *found.after])
@@ -199,7 +199,7 @@ class Freeze(Method):
         Raises:
             ModelError: when the model has fewer layers.
         """
-        found = find_layers(prepared.model)
+        found = layers_of(self.name, prepared.model)
         check_layers(self.name, self.layers, len(found.layers))
         frozen = {*found.before, *(name for layer in found.layers[: self.layers] for name in layer)}
         left = tuple(

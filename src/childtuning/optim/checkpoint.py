@@ -211,8 +211,12 @@ class _Saved:
     def check_files(self, ranks: Ranks) -> None:
         """Raise a CorruptFileError if a file was changed; each process looks at its share of them."""
         for file, known in list(zip(self._files, self._sums, strict=False))[ranks.rank :: ranks.size]:
-            if file_hash(file) != known:
-                raise CorruptFileError(f"{file} was changed. Resume from another checkpoint.")
+            try:
+                fault = "" if file_hash(file) == known else "its content was changed"
+            except OSError as error:
+                fault = str(error)
+            if fault:
+                raise CorruptFileError(f"{file} cannot be read ({fault}). Resume from another checkpoint.")
 
     def check(self, model: nn.Module, tensors: Mapping[str, Tensor], optimizer: ChildOptimizer) -> None:
         """Raise a ParameterError if it is that of another child or model."""

@@ -94,6 +94,8 @@ class Images(Split):
 def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:
     """Return the pixels of an image file: [height, width] for grey images, [height, width, 3] for others.
 
+    A photograph is turned as its EXIF data say. Of an animation it is the first frame.
+
     Args:
         image: a file, or its content.
         where: names it in errors; by default the file.
@@ -101,18 +103,20 @@ def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:
         DataError: when the image cannot be read.
     """
     pillow = _pillow()
+    from PIL.ImageOps import exif_transpose
+
     try:
         with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as image_:
-            if image_.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{where or image!s} has more than 8 bits a channel (mode {image_.mode}). Save it with 8."
-                )
-            return np.asarray(image_.convert("L" if image_.mode in ("1", "L") else "RGB"))
+            mode = image_.mode
+            if not mode.startswith(("I", "F")):
+                turned = exif_transpose(image_)
+                return np.asarray(turned.convert("L" if mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError) as fault:
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise DataError(
             f"{where or image!s} is damaged or not an image ({reason[:120]}). Replace or remove it."
         ) from None
+    raise DataError(f"{where or image!s} has more than 8 bits a channel (mode {mode}). Save it with 8.")
 
 
 def _pillow() -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from childtuning.errors import DataError
@@ -122,7 +123,8 @@ def _cells(value: Any, column: str) -> list[str]:
 def read_conll(source: Source, *, labelled: bool) -> Sentences:
     """Read sentences from a file with one word per line, its tag in the last column, and blank lines between sentences.
 
-    Columns are separated by white space; -DOCSTART- lines are skipped.
+    Columns are separated by spaces or tabs. -DOCSTART- lines are skipped, and so are comments before a sentence: lines
+    that begin with # and hold a "=".
 
     Args:
         source: the file, optionally .gz.
@@ -132,8 +134,11 @@ def read_conll(source: Source, *, labelled: bool) -> Sentences:
     """
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
-    for number, line in enumerate(source.text.splitlines(), start=1):
-        fields = line.split()
+    num_comments = 0
+    for number, fields in enumerate(_lines(source.text), start=1):
+        if not words[-1] and _is_comment(fields):
+            num_comments += 1
+            continue
         if not fields or fields[0] == _DOCUMENT:
             if words[-1]:
                 words.append([])
@@ -151,13 +156,25 @@ def read_conll(source: Source, *, labelled: bool) -> Sentences:
         tags.pop()
     if not words:
         raise DataError(f"{source} has no sentences. Pass a file with at least one word.")
+    if num_comments:
+        source.note(f"{num_comments} comments before sentences were left out")
     return Sentences(words, tags if labelled else None)
+
+
+def _lines(text: str) -> Iterator[list[str]]:
+    """Yield the columns of each line; other spaces than these, as in 10 000, are of the words."""
+    for line in text.split("\n"):
+        yield [field for field in re.split("[ \t]+", line.removesuffix("\r")) if field]
+
+
+def _is_comment(fields: list[str]) -> bool:
+    return len(fields) > 1 and fields[0] == "#" and any("=" in field for field in fields[1:])
 
 
 def looks_like_conll(text: str) -> bool:
     """Return whether a text has a word and a BIO tag on each line, judged by the first few hundred lines."""
-    lines = [line.split() for line in text.splitlines()[:400]]
-    filled = [fields for fields in lines if fields and fields[0] != _DOCUMENT]
+    lines = list(islice(_lines(text), 400))
+    filled = [fields for fields in lines if fields and fields[0] != _DOCUMENT and not _is_comment(fields)]
     return bool(filled) and all(len(fields) > 1 and _BIO.fullmatch(fields[-1]) for fields in filled)
 
 
