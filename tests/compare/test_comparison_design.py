@@ -252,6 +252,25 @@ def test_a_store_refuses_a_file_that_has_changed(tmp_path: Path) -> None:
         set_up(tmp_path / "s.db", found)
 
 
+@pytest.mark.parametrize("changed", ["photos/train/red/0.png", "other/dev.jsonl"])
+def test_a_store_refuses_other_images_and_other_examples_elsewhere(tmp_path: Path, changed: str) -> None:
+    for name in ("photos/train/red/0.png", "photos/dev/red/0.png", "other/dev.jsonl"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    options = {"data_dir": str(tmp_path / "data"), "elsewhere": ("other",)}
+    found = asked(tasks=["photos"], methods=["full"], options=options)
+    set_up(tmp_path / "s.db", found)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = asked(
+        tasks=["photos"], methods=["full"], options={**options, "data_dir": str(tmp_path / "moved")}
+    )
+    set_up(tmp_path / "s.db", moved)
+    (tmp_path / "moved" / changed).write_text("after")
+    with pytest.raises(ConfigError, match=f"{'/'.join(changed.split('/')[:2])} has changed since"):
+        set_up(tmp_path / "s.db", moved)
+
+
 def test_what_chooses_is_what_was_asked_for() -> None:
     """By held-out examples, which there must be; or by the reported ones, even where some are held out."""
     words: dict[str, Any] = {"methods": ["full"], "grid": ["lr=1e-3,1e-4"]}

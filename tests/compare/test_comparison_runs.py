@@ -23,6 +23,7 @@ from childtuning.compare import Comparison, Recorded, compare, set_up
 from childtuning.compare import work as working
 from childtuning.compare.records import artifact_of
 from childtuning.errors import ConfigError
+from childtuning.runs.evaluate import RunTests
 
 NUM_KILLS = int(os.environ.get("CHILDTUNING_KILLS", "1"))  # 20 take some minutes
 
@@ -248,6 +249,31 @@ def test_killed_at_random_moments(twelve: Comparison, undisturbed: Recorded, tmp
     recorded = read(path)
     assert len(recorded.records) == 12
     assert outcomes(recorded) == outcomes(undisturbed)
+
+
+def test_what_is_not_done_takes_the_data_where_it_is_now(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before, after = tmp_path / "runs.db", tmp_path / "before", tmp_path / "after"
+
+    def of(place: Path) -> Comparison:
+        return a_comparison(tiny_bert, place, methods=["head"], grid=[], settings={"num_seeds": 2})
+
+    write_tasks(before, "alpha")
+    set_up(path, of(before))
+    whole = RunTests.measure
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunTests, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(path, of(before))
+    monkeypatch.setattr(RunTests, "measure", whole)
+    before.rename(after)
+    set_up(path, of(after))
+    recorded = compare(path, of(after)).records
+    assert [(run.state, run.config["data_dir"]) for run in recorded] == [("done", str(after))] * 2
 
 
 def test_a_size_that_the_data_does_not_have_fails(tiny_bert: Path, data: Path, tmp_path: Path) -> None:

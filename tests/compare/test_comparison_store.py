@@ -17,6 +17,7 @@ import pytest
 
 from childtuning.compare import Comparison, Recorded, Store, read_comparison, set_up
 from childtuning.compare import files as store_places
+from childtuning.compare import store as store_module
 from childtuning.compare.files import Owner, is_alive
 from childtuning.errors import ConfigError
 
@@ -183,6 +184,30 @@ def test_it_is_complete_in_one_file_while_others_read_it(four: Comparison, tmp_p
             (tmp_path / "copy.db").write_bytes(path.read_bytes())
     with Store.open(tmp_path / "copy.db") as copy:
         assert len(copy.known()) == len(four.first_runs)
+
+
+def test_runs_that_lie_beside_a_file_that_cannot_be_written_to_are_not_left_out(
+    four: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "runs.db"
+    set_up(path, four)
+    opened = sqlite3.connect
+
+    class Refused:
+        def execute(self, statement: str) -> None:
+            raise sqlite3.OperationalError("unable to open database file")
+
+        def close(self) -> None: ...
+
+    def connect(address: Any, **options: Any) -> Any:
+        return opened(address, **options) if "immutable" in str(address) else Refused()
+
+    monkeypatch.setattr(store_module.sqlite3, "connect", connect)
+    with Store.open(path) as store:
+        assert len(store.known()) == 2
+    (tmp_path / "runs.db-wal").write_bytes(b"more runs")
+    with pytest.raises(ConfigError, match="its last runs are in 'runs.db-wal'. Copy both files to another"):
+        Store.open(path)
 
 
 def test_another_comparison_is_not_planned(four: Comparison, tmp_path: Path) -> None:

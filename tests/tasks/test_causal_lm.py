@@ -15,6 +15,7 @@ from tests.tasks.measured import measured
 from tests.tiny_kinds import save_tiny_lm, save_tokenizer, write_instructions
 
 from childtuning.errors import ConfigError, DataError, ModelError
+from childtuning.runs import RunConfig, load, train_run
 from childtuning.tasks import Answers, Source, task_from_files
 from childtuning.tasks.causal_lm import CausalLM
 from childtuning.tasks.instructions import Instructions, RunningText, read_prompts
@@ -31,6 +32,27 @@ CHAT = [{"role": "user", "content": "cat ?"}, {"role": "assistant", "content": "
 def write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_virtual_tokens_are_not_scored(tmp_path: Path) -> None:
+    train, dev = write_instructions(tmp_path)
+    base = str(save_tiny_lm(tmp_path / "base"))
+    config = RunConfig(train=str(train), eval=str(dev), model=base, method="prompt:3", epochs=1.0)
+    result = train_run(config, tmp_path / "run")
+    run = load(tmp_path / "run")
+    task = task_from_files(train, dev)
+    total, count = 0.0, 0
+    for prompt, response in zip(task.dev.prompts, task.dev.responses, strict=True):
+        encoded = KIND.encode(run.processor(), Instructions([prompt], [response]), max_length=64)[0]
+        tokens, labels = torch.tensor([encoded["input_ids"]]), torch.tensor(encoded["labels"])
+        with torch.no_grad():
+            logits = (
+                run.model().eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, 3:]
+            )
+        here = labels[1:] != -100
+        loss = torch.nn.functional.cross_entropy(logits[:-1][here], labels[1:][here], reduction="sum")
+        total, count = total + float(loss), count + int(here.sum())
+    assert result.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

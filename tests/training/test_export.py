@@ -106,6 +106,21 @@ def patched_by_hand(base: Path, patch: Path, output: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
+def test_a_tied_weight_that_is_stored_twice_is_written_twice(tmp_path: Path) -> None:
+    base = base_folder("llama, tied", tmp_path / "base", torch.float32)
+    tensors = load_file(base / "model.safetensors")
+    twice = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | twice, base / "model.safetensors", metadata={"format": "pt"})
+    model = load("llama, tied", base)
+    whole = random_child(model, 1.0)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1.0)
+    make_patch(Delta.capture(model, whole), skeleton(model), base).save(tmp_path / "patch")
+    written = load_file(tmp_path / "patch" / "patch.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(written[f"{name}.values"].view(model.lm_head.weight.shape), model.lm_head.weight)
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])

@@ -177,14 +177,15 @@ def load_model(
     _check_mismatched(shown, model, mismatched)
     new = {name for name in {*info["missing_keys"], *mismatched} if name in names}
     note = ""
-    head = {name for name in task_head(model) if name not in new}
+    head = set(task_head(model)) - new
+    outputs_kept = len(head) == len(task_head(model))
     if head and labels and own and set(own) != set(labels):
         _restart(model, head, seed)
         new |= head
         note = (
             f"the head of {shown!r} is for other classes ({', '.join(own[:5])}); it is replaced by a new one"
         )
-    elif head and len(labels) > 1 and not own:
+    elif head and outputs_kept and len(labels) > 1 and not own:
         note = (
             f"the head of {shown!r} names no classes; its outputs are assumed to be {', '.join(labels[:5])}"
         )
