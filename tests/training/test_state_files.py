@@ -47,3 +47,8 @@ def test_what_is_not_data_is_refused(tmp_path) -> None:
     (tmp_path / "x").write_bytes(b"nonsense")
     with pytest.raises(CorruptFileError, match="cannot be read"):
         load_state(tmp_path / "x")
+
+
+def test_one_expanded_entry_is_kept(tmp_path) -> None:
+    save_state(path := tmp_path / "state.safetensors", {"step": torch.ones(()).expand(1)})
+    assert load_state(path)["step"].tolist() == [1.0]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from childtuning.child.ranking import Share, random_parts
 from childtuning.child.units import Granularity, Part
@@ -59,6 +60,14 @@ def file_hash(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, row by row; a copy where they do not lie so."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one entry that was expanded
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def read_json(path: Path, remedy: str = "Copy the whole folder anew.") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from childtuning.child.eligible import named
-from childtuning.child.files import file_hash, write_atomically
+from childtuning.child.files import bytes_of, file_hash, write_atomically
 from childtuning.child.pieces import whole_of
 from childtuning.errors import CorruptFileError
 
@@ -121,9 +121,8 @@ def _fits(path: Path, about: Mapping[str, Any]) -> bool:
 
 
 def _absorb(digest: hashlib._Hash, tensor: Tensor) -> None:
-    tensor = tensor.detach().to("cpu").contiguous()
     digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor))
 
 
 def frozen_hash(tensor: Tensor, trained: Tensor | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -107,8 +108,9 @@ class Adapter(Method):
     def _places(self, model: nn.Module, block: nn.Module) -> Projections:
         found = find_projections(block)
         kind = type(block).__name__
-        owners = (m for m in block.modules() if not isinstance(m, _ConvNd))
-        if any(p.dim() == 3 for m in owners for p in m.parameters(recurse=False)):
+        behind = dropwhile(lambda module: not is_linear(module), block.modules())
+        own = (p for m in behind if not isinstance(m, _ConvNd) for p in m.parameters(recurse=False))
+        if any(p.dim() == 3 for p in own):
             raise not_for(self.name, model, f"{kind} has experts that are no linear layers")
         if found is None:
             raise not_for(self.name, model, f"{kind} does not end in a feed-forward's output projection")

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from childtuning.child.eligible import canonical_name
-from childtuning.child.files import read_json
+from childtuning.child.files import bytes_of, read_json
 from childtuning.errors import CorruptFileError, ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -165,7 +165,7 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in read:
             if tensor.numel():
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                file.write(bytes_of(tensor))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from childtuning.child.files import write_atomically
+from childtuning.child.files import bytes_of, write_atomically
 from childtuning.errors import CorruptFileError
 
 _HEADER, _SUM = "childtuning-state", "sha256"
@@ -58,7 +58,7 @@ def _sum(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = sha256(header.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 
