@@ -196,8 +196,9 @@ def data_hashes(options: Mapping[str, Any]) -> dict[str, str]:
 def _content_hash(path: Path) -> str:
     if path.is_file():
         return file_hash(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = [f"{file.relative_to(path).as_posix()} {file_hash(file)}" for file in files]
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    shown = sorted(name for name in files if "/." not in f"/{name}")  # .DS_Store and the like are no examples
+    listed = [f"{name} {file_hash(files[name])}" for name in shown]
     return sha256("\n".join(listed).encode()).hexdigest()
 
 

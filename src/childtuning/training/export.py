@@ -60,9 +60,8 @@ def make_patch(delta: Delta, model: Any, base: str | Path | Checkpoint) -> Patch
     indices, values, taken = {}, {}, set[int]()
     for name in (name for name in shapes if name in written):
         where, what = _in_order(written[name], shapes[name])
-        values[name] = (
-            what.clone() if what.data_ptr() in taken else what
-        )  # tied weights may be stored under two names
+        # Tied weights may be stored under two names.
+        values[name] = what.clone() if what.data_ptr() in taken else what
         taken.add(what.data_ptr())
         if where is not None:
             indices[name] = where
