@@ -50,6 +50,7 @@ def comparison_tables(folder: Path) -> dict[str, str]:
     tables = {name: [make(export) for export in _read(folder, name)] for name, make in kinds.items()}
     tables |= {name: rates(_read(folder, name)) for name in ("rates", "confirmed")}
     tables |= {"base-size": base_size(_read(folder, "base-size"))}
+    tables |= {"defaults": defaults(_read(folder, "defaults"))}
     tables |= {"both-rates": [_beside_full_at_two_rates(_read(folder, "rates") + _read(folder, "confirmed"))]}
     return {name: "\n\n".join(parts) or "Not recorded yet." for name, parts in tables.items()}
 
@@ -293,6 +294,40 @@ def _beside_full_at_two_rates(exports: Iterable[Export]) -> str:
         pairs = sum(map(len, full.values()))
         told.append(f"{at}, over {len(full)} tasks and sizes: {listed}, of {pairs} pairs each.")
     return " ".join(told)
+
+
+def defaults(exports: Iterable[Export]) -> list[str]:
+    """Return the scores at the default rate and epochs by task and size, and how far each method is from `full`."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    commands = []
+    for export in exports:
+        commands.append(export["comparison"]["command"])
+        for row in export["summary"]["rows"]:
+            task, size = row["group"]["task"], row["group"]["train_size"]
+            scores = {int(seed): score for seed, score in row["scores"].items()}
+            found.setdefault(f"`{row['group']['method']}`", {})[f"{TASKS.get(task, task)}, {size}"] = scores
+    if "`full`" not in found:
+        return []
+    full = found.pop("`full`")
+    rows = [
+        [
+            where,
+            _with_interval(list(full[where].values())),
+            *(_with_interval(list(scores.get(where, {}).values())) for scores in found.values()),
+        ]
+        for where in full
+    ]
+    apart = [[name, *_from_full(scores, full)] for name, scores in found.items()]
+    pairs = sum(map(len, full.values()))
+    said = (
+        "all-MiniLM-L6-v2 at the default rate and epochs, 400 evaluation examples at most; mean and half of its 95 % "
+        "interval (Student's t) with five seeds, or the seeds in brackets. Over all "
+        f"{len(full)} tasks and sizes and {pairs} pairs: "
+        + "; ".join(f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart)
+        + "."
+    )
+    header = ["task, examples", "`full`", *found]
+    return ["\n".join([said, "", table(header, rows), "", "```bash", *commands, "```"])]
 
 
 def overview(folder: Path) -> str:

@@ -167,7 +167,7 @@ def main() -> int:
         ROOT / "docs" / "similarity.svg": {"front": front.chart(folder, front.ENCODER)},
         ROOT / "docs" / "scale.md": scale.tables(folder),
         ROOT / "docs" / "learning-rates.md": {
-            name: compared[name] for name in ("rates", "confirmed", "both-rates")
+            name: compared[name] for name in ("rates", "confirmed", "both-rates", "defaults")
         },
         ROOT / "docs" / "serving.md": {"serving": serving(), "merges": merges()},
         ROOT / "docs" / "methods" / "index.md": {"measured": method_tables.methods(folder)},

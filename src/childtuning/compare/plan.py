@@ -52,7 +52,7 @@ class Choice:
         return tuple(name for name, value in self.point.items() if self._is_end(name, value))
 
     def _is_end(self, name: str, value: Any) -> bool:
-        values = {one.point[name] for one in self.tried}
+        values = {one.point[name] for one in self.tried if name in one.point}
         numeric = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
         return numeric and len(values) > 1 and value in (min(values), max(values))
 
