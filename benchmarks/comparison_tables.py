@@ -317,14 +317,15 @@ def defaults(exports: Iterable[Export]) -> list[str]:
         ]
         for where in full
     ]
-    apart = [[name, *_from_full(scores, full)] for name, scores in found.items()]
-    pairs = sum(map(len, full.values()))
+    apart = []
+    for name, scores in found.items():
+        pairs = sum(len(of_cell.keys() & full[where].keys()) for where, of_cell in scores.items())
+        difference, p = _from_full(scores, full)
+        apart.append(f"{name} − `full` {difference}, p = {p}, of {pairs} pairs")
     said = (
         "all-MiniLM-L6-v2 at the default rate and epochs, 400 evaluation examples at most; mean and half of its 95 % "
         "interval (Student's t) with five seeds, or the seeds in brackets. Over all "
-        f"{len(full)} tasks and sizes and {pairs} pairs: "
-        + "; ".join(f"{name} − `full` {difference}, p = {p}" for name, difference, p in apart)
-        + "."
+        f"{len(full)} tasks and sizes: {'; '.join(apart)}."
     )
     header = ["task, examples", "`full`", *found]
     return ["\n".join([said, "", table(header, rows), "", "```bash", *commands, "```"])]

@@ -27,6 +27,18 @@ def a_config(model: Path, data: Path, **options: Any) -> RunConfig:
     return RunConfig(**{**files, "learning_rate": 3e-3, "epochs": 4.0, "method": "child-d", **options})
 
 
+def stop_at_the_end(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a run after its training, before anything of the result is saved."""
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTests, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config, folder)
+
+
 def logged(run: Path, name: str) -> list[float]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line[name] for line in lines if name in line]
@@ -77,18 +89,11 @@ def test_training_stops_without_a_better_checkpoint(tiny_bert: Path, sentiment: 
 def test_a_run_that_stopped_resumes_to_the_same_result(
     tiny_bert: Path, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted after training has stopped early, before anything of the result is saved."""
+    """Interrupted after training has stopped early."""
     config = a_config(tiny_bert, sentiment, early_stopping=1, epochs=8.0, learning_rate=0.03)
     whole = train_run(config, tmp_path / "whole")
     assert whole.checkpoint is not None and whole.checkpoint["of"] < 8 * 6
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTests, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config, tmp_path / "run")
+    stop_at_the_end(config, tmp_path / "run", monkeypatch)
     with pytest.raises(
         ConfigError, match="was started with save_steps=None, got 9. Resume with the same options"
     ):
@@ -104,14 +109,7 @@ def test_a_run_is_not_resumed_on_another_base(
 ) -> None:
     base = save_tiny_bert(tmp_path / "base")
     config = a_config(base, sentiment, save_steps=2)
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTests, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(config, tmp_path / "run")
+    stop_at_the_end(config, tmp_path / "run", monkeypatch)
     save_tiny_bert(base, seed=1)
     with pytest.raises(
         BaseMismatchError, match="the weights of '.*base' have changed since it was trained on"
