@@ -111,7 +111,9 @@ class Adapter(Method):
         behind = dropwhile(lambda module: not is_linear(module), block.modules())
         own = (p for m in behind if not isinstance(m, _ConvNd) for p in m.parameters(recurse=False))
         if any(p.dim() == 3 for p in own):
-            raise not_for(self.name, model, f"{kind} has experts that are no linear layers")
+            raise not_for(
+                self.name, model, f"{kind} has experts that are no linear layers. Use child-d or lora"
+            )
         if found is None:
             raise not_for(self.name, model, f"{kind} does not end in a feed-forward's output projection")
         if found.attention is None and self.placement == "houlsby":

@@ -49,7 +49,10 @@ def layers_of(method: str, model: nn.Module) -> Layers:
     if found.beside:
         names = " and ".join(map(repr, found.beside))
         raise not_for(
-            method, model, f"{names} are lists of layers beside each other, whose order cannot be told"
+            method,
+            model,
+            f"{names} are lists of layers beside each other, whose order cannot be told. Use child-d, with eligible "
+            "patterns for a part of the network",
         )
     return found
 

@@ -95,8 +95,12 @@ def _draw(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     buffers = [buffer for module, _ in drawn for buffer in module.buffers(recurse=False)]
     tensors = [*parameters.values(), *buffers]
     flags = [(tensor, vars(tensor).pop("_is_hf_initialized", None)) for tensor in tensors]
+    for (
+        module,
+        _,
+    ) in drawn:  # as they are made: an architecture's own initialiser leaves out what is right then
+        _reset(module)
     for module, initialise in drawn:
-        _reset(module)  # an architecture's own initialiser leaves out what is right as torch makes it
         initialise(module)
     for tensor, flag in flags:
         if flag is not None:
