@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from childtuning import Child, ChildConfig, TaskFree, random_child, select_child
 from childtuning.child import Part
 from childtuning.child.eligible import named
 from childtuning.child.files import read_parts, write_parts
+from childtuning.child.pieces import Piece
 from childtuning.child.units import KINDS, Granularity
 from childtuning.errors import ConfigError, CorruptFileError, ParameterError
 
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 
 
-def naive_units(kind: str, shape: tuple[int, ...], axis: int, block: tuple[int, int]) -> torch.Tensor:
-    """The unit that each entry belongs to, entry by entry."""
-    numel = int(torch.tensor(shape).prod()) if shape else 1
+def naive_units(
+    kind: str, shape: tuple[int, ...], axes: tuple[int, ...], block: tuple[int, int]
+) -> torch.Tensor:
+    """The unit that each entry belongs to, entry by entry; of blocks the first axes number matrices."""
+    numel = math.prod(shape)
     units = torch.zeros(numel, dtype=torch.long)
     for flat in range(numel):
         coordinates, rest = [], flat
@@ -31,26 +35,34 @@ def naive_units(kind: str, shape: tuple[int, ...], axis: int, block: tuple[int, 
         if kind == "element":
             units[flat] = flat
         elif kind in ("row", "column"):
-            units[flat] = coordinates[axis % len(shape) if len(shape) > 1 else 0] if shape else 0
+            for axis in axes if len(shape) > 1 else range(len(shape)):
+                units[flat] = units[flat] * shape[axis] + coordinates[axis]
         elif kind == "block":
-            width = numel // shape[0] if len(shape) > 1 else numel
-            y, x = divmod(flat, width)
-            units[flat] = (y // block[0]) * -(-width // block[1]) + x // block[1]
+            matrix = shape[len(axes) :]
+            height = matrix[0] if len(matrix) > 1 else 1
+            width = math.prod(matrix) // height
+            which, inside = divmod(flat, height * width)
+            y, x = divmod(inside, width)
+            down, across = -(-height // block[0]), -(-width // block[1])
+            units[flat] = (which * down + y // block[0]) * across + x // block[1]
     return units.view(shape)
 
 
 @given(
     shapes,
     st.sampled_from(KINDS),
-    st.integers(0, 3),
+    st.sets(st.integers(0, 3), min_size=1),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
     st.data(),
 )
-@settings(max_examples=150, deadline=None)
-def test_granularity_against_the_naive_twin(shape, kind, axis, block, data) -> None:
-    axis = axis % len(shape) if len(shape) > 1 else 0
-    unit = Granularity(kind, axis, block)
-    membership = naive_units(kind, shape, axis, block)
+@settings(max_examples=250, deadline=None)
+def test_granularity_against_the_naive_twin(shape, kind, some, block, data) -> None:
+    axes = tuple(sorted({axis % len(shape) for axis in some})) if shape else ()
+    if kind == "block":
+        axes = tuple(range(len(some) % (len(shape) + 1)))
+    is_one = len(axes) == 1 and kind != "block"
+    unit = Granularity(kind, axes[0] if is_one else axes or 0, block)
+    membership = naive_units(kind, shape, axes, block)
     num_units = unit.num_units(shape)
     assert num_units == int(membership.max()) + 1
     values = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -60,6 +72,10 @@ def test_granularity_against_the_naive_twin(shape, kind, axis, block, data) -> N
     chosen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_units, max_size=num_units)))
     part = Part(shape, chosen.nonzero().squeeze(1), unit)
     mask = chosen[membership]
+    if shape:  # as shards of the first axis hold it
+        start = data.draw(st.integers(0, shape[0] - 1))
+        piece = Piece(shape, start, data.draw(st.integers(1, shape[0] - start)))
+        assert torch.equal(piece.part(part).mask(), piece.slice(mask))
     assert torch.equal(part.mask(), mask)
     assert torch.equal(part.indices(), mask.view(-1).nonzero().squeeze(1))
     assert part.num_trained == int(mask.sum())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from childtuning.child.child import Child
 from childtuning.child.ranking import Share
-from childtuning.child.units import Granularity, Part
+from childtuning.child.units import Axes, Granularity, Part
 from childtuning.config import Budget
 from childtuning.errors import ConfigError, ParameterError
 
@@ -83,7 +83,7 @@ class Place:
         shape: its shape.
         itemsize: bytes of an entry.
         gradient: the work of its whole gradient.
-        input_axis: of a weight, that of its input units.
+        input_axis: of a weight, that of its input units, or those.
         input_bytes: of the input that its gradient is a product with; 0 where there is none.
         shared: the share of these bytes that is kept for its sake where every parameter is trained; below 1 where
             others keep the same input.
@@ -94,7 +94,7 @@ class Place:
     shape: tuple[int, ...]
     itemsize: int
     gradient: Work
-    input_axis: int = 1
+    input_axis: Axes = 1
     input_bytes: float = 0.0
     shared: float = 1.0
     formed: tuple[str, ...] = ("row", "column", "block")
@@ -225,8 +225,9 @@ class Costs:
         size = max(place.numel, 1)
         unit = granularity or Granularity("parameter")
         is_whole = unit.kind == "parameter"
+        inputs = Granularity("row", place.input_axis).axes(place.shape)
         is_matrix, has_index = len(place.shape) > 1, unit.kind == "element"
-        of_inputs = is_matrix and unit.kind == "row" and unit.axis % len(place.shape) == place.input_axis
+        of_inputs = is_matrix and unit.kind == "row" and unit.axes(place.shape) == inputs
         is_structured = is_matrix and ("column" if of_inputs else unit.kind) in place.formed
         is_columns = of_inputs and is_structured
         if what == "step":

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from childtuning.child.pieces import is_sharded
+from childtuning.child.units import Axes
 from childtuning.errors import ParameterError, did_you_mean
 from childtuning.fast.layers import CONV1D
 
@@ -148,39 +149,68 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(module).__mro__)
 
 
-def unit_axes(model: nn.Module, granularity: str) -> dict[str, int]:
-    """Return by parameter name the axis of a weight's units where it is not the usual one.
+def unit_axes(model: nn.Module, granularity: str) -> dict[str, Axes]:
+    """Return by parameter name the axes of a weight's units where they are not the usual ones.
 
     A weight is [out, in, …], so that a row is an output unit, axis 0, and a column an input unit, axis 1. GPT-2's
     Conv1D and transposed convolutions are [in, out, …]. An embedding is a table with a row for each token: it has no
-    columns, and is cut into rows in either case.
+    columns, and is cut into rows in either case. The experts that transformers stacks, [experts, out, in] or
+    [experts, in, out], are matrices of their own: a row or a column is one expert's, and a block lies in one expert.
+    So it is with a few more weights of its models, such as XLNet's attention.
 
     Args:
         model: the model.
-        granularity: any; only ``row`` and ``column`` have axes.
+        granularity: any; ``row``, ``column`` and ``block`` have axes.
     Example:
         >>> net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
         >>> unit_axes(net, "column"), unit_axes(net, "row")
         ({'0.weight': 0}, {})
     """
-    if granularity not in ("row", "column"):
+    if granularity not in _USUAL:
         return {}
-    is_column = granularity == "column"
-    found: dict[int, int] = {}
+    found: dict[int, Axes] = {}
     for module in bare_model(model).modules():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            continue
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            found[id(weight)] = 0  # also where a linear layer shares it
-        elif is_conv1d(module) or (is_column and isinstance(module, _TRANSPOSED)):
-            found.setdefault(id(weight), 1 - is_column)
-    usual = int(is_column)
+        for name, weight in module._parameters.items():
+            if weight is None:
+                continue
+            if name == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                if granularity == "column":
+                    found[id(weight)] = 0  # also where a linear layer shares it
+            elif (layout := _layout(module, name, weight.dim())) is not None:
+                found.setdefault(id(weight), layout[granularity])
+    usual = _USUAL[granularity]
     return {
-        name: axis
+        name: axes
         for name, p in named(model, sharded=True).items()
-        if (axis := found.get(id(p), usual)) != usual
+        if (axes := found.get(id(p), usual)) != usual
     }
 
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _layout(module: nn.Module, name: str, num_axes: int) -> dict[str, Axes] | None:
+    """Return the axes of a weight by granularity, if they are not the usual ones."""
+    if name == "weight" and is_conv1d(module):
+        return _TRANSPOSED
+    if name == "weight" and isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return {**_TRANSPOSED, "row": 0}
+    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # transformers' experts of any model
+        if num_axes == 2:  # biases
+            return {"row": (0, 1), "column": (0, 1), "block": (0,)}
+        return (_STACKED_TRANSPOSED if module.is_transposed else _STACKED) if num_axes == 3 else None
+    patterns = _LAYOUTS.get(f"{type(module).__module__}.{type(module).__qualname__}", {})
+    return next((layout for pattern, layout in patterns.items() if fnmatchcase(name, pattern)), None)
+
+
+_USUAL: dict[str, Axes] = {"row": 0, "column": 1, "block": ()}
+_TRANSPOSED: dict[str, Axes] = {"row": 1, "column": 0, "block": ()}
+_STACKED: dict[str, Axes] = {"row": (0, 1), "column": (0, 2), "block": (0,)}
+_STACKED_TRANSPOSED: dict[str, Axes] = {"row": (0, 2), "column": (0, 1), "block": (0,)}
+_INTO_HEADS: dict[str, Axes] = {"row": (1, 2), "column": 0, "block": ()}  # [in, heads, out of a head]
+_FROM_HEADS: dict[str, Axes] = {"row": 0, "column": (1, 2), "block": ()}  # [out, heads, in of a head]
+_MODELS = "transformers.models."
+_LAYOUTS: dict[str, dict[str, dict[str, Axes]]] = {  # by class, and by pattern over its parameters' names
+    f"{_MODELS}convbert.modeling_convbert.GroupedLinearLayer": {"weight": _STACKED_TRANSPOSED},
+    f"{_MODELS}funnel.modeling_funnel.FunnelRelMultiheadAttention": {"r_kernel": _INTO_HEADS},
+    f"{_MODELS}jetmoe.modeling_jetmoe.JetMoeParallelExperts": {"weight": _STACKED},
+    f"{_MODELS}llama4.modeling_llama4.Llama4TextExperts": {"*": _STACKED_TRANSPOSED},
+    f"{_MODELS}xlnet.modeling_xlnet.XLNetRelativeAttention": {"[qkvr]": _INTO_HEADS, "o": _FROM_HEADS},
+}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from childtuning.child.ranking import Share, random_parts
-from childtuning.child.units import Granularity, Part
+from childtuning.child.units import Granularity, Part, as_axes
 from childtuning.errors import ConfigError, CorruptFileError
 
 Records = dict[str, dict[str, Any]]
@@ -149,7 +149,7 @@ def write_parts(parts: Mapping[str, Part], from_recipe: Collection[str] = ()) ->
             unit = part.granularity
             if unit.kind != "element":
                 record["granularity"] = unit.kind
-            if unit.kind == "row" and unit.axis != 0:
+            if (unit.kind == "row" and unit.axis != 0) or (unit.kind == "block" and unit.axis != ()):
                 record["axis"] = unit.axis
             if unit.kind == "block":
                 record["block_shape"] = list(unit.block_shape)
@@ -204,11 +204,9 @@ def _read_part(record: Mapping[str, Any], stream: NDArray[np.uint8] | None) -> P
         return Part(shape)
     if record["trained"] == "none":
         return Part.none(shape)
-    granularity = Granularity(
-        record.get("granularity", "element"),
-        int(record.get("axis", 0)),
-        tuple(record.get("block_shape", (32, 32))),
-    )
+    kind = record.get("granularity", "element")
+    axis = as_axes(record.get("axis", () if kind == "block" else 0))
+    granularity = Granularity(kind, axis, tuple(record.get("block_shape", (32, 32))))
     if stream is None:
         raise KeyError("indices")
     units = decode_gaps(stream, int(record["count"]), int(record["low_bits"]))

@@ -60,7 +60,7 @@ class Piece:
             return Part(shape, None, whole.granularity)
         if whole.is_empty or not math.prod(shape):
             return Part.none(shape)
-        if whole.granularity.is_run(whole.shape):
+        if whole.granularity.is_uncut(whole.shape):
             first, count = self.runs(whole.granularity)
             inside = units[(units >= first) & (units < first + count)] - first
             return Part.from_sorted(shape, inside, whole.granularity)
@@ -71,7 +71,7 @@ class Piece:
         return Part.from_sorted(shape, inside, Granularity())
 
     def runs(self, granularity: Granularity) -> tuple[int, int]:
-        """Return the first local unit, and how many there are, where each lies in one piece (``is_run``)."""
+        """Return the first local unit, and how many there are, where each lies in one piece (``is_uncut``)."""
         count = granularity.num_units(self.local_shape)
         return (self.start * (count // self.length) if self.length else 0), count
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from childtuning.child import sharded_ranking
 from childtuning.child.pieces import local_of
 from childtuning.child.task_free import uniform
-from childtuning.child.units import Granularity, Part
+from childtuning.child.units import Axes, Granularity, Part, as_axes
 from childtuning.config import SCOPES, check_density
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
 from childtuning.fast import ranking as fast_ranking
@@ -37,7 +37,7 @@ class Share:
         scope: ``global`` ranks all parameters together; ``parameter`` gives each its own share, rounded by largest
             remainder so that the total is exact.
         granularity: the units.
-        row_axes: for rows, the output axis by parameter name where it is not the granularity's.
+        row_axes: the units' axes by parameter name where they are not the granularity's.
     Raises:
         ConfigError: the density or scope is outside its range.
     """
@@ -45,7 +45,7 @@ class Share:
     density: float
     scope: str = "global"
     granularity: Granularity = field(default_factory=Granularity)
-    row_axes: Mapping[str, int] = field(default_factory=dict)
+    row_axes: Mapping[str, Axes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))
@@ -91,8 +91,9 @@ class Share:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Rebuild what ``to_dict`` returned."""
-        unit = Granularity(fields["granularity"], fields["axis"], tuple(fields["block_shape"]))
-        return cls(fields["density"], fields["scope"], unit, dict(fields["row_axes"]))
+        unit = Granularity(fields["granularity"], as_axes(fields["axis"]), tuple(fields["block_shape"]))
+        axes = {name: as_axes(axis) for name, axis in fields["row_axes"].items()}
+        return cls(fields["density"], fields["scope"], unit, axes)
 
 
 def top_parts(scores: Mapping[str, Tensor], share: Share, *, lowest: bool = False) -> dict[str, Part]:

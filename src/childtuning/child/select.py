@@ -23,7 +23,7 @@ from childtuning.child.eligible import (
 from childtuning.child.eligible import eligible as eligible_parameters
 from childtuning.child.pieces import is_sharded
 from childtuning.child.ranking import Scope, Share, not_numbers, random_parts, top_parts
-from childtuning.child.units import Granularity, Part
+from childtuning.child.units import Axes, Granularity, Part
 from childtuning.config import Budget, check_density, mass_fault
 from childtuning.errors import ConfigError, ParameterError
 
@@ -40,7 +40,7 @@ def select_child(
     always: Iterable[str] = (),
     avoid: Child | None = None,
     lowest: bool = False,
-    row_axes: Mapping[str, int] | None = None,
+    row_axes: Mapping[str, Axes] | None = None,
     mass: float = 0.9,
 ) -> Child:
     """Choose the child: the share ``density`` of the eligible entries with the highest scores, or what a budget allows.
@@ -71,8 +71,8 @@ def select_child(
         avoid: a child of which no entry is to be chosen, so that two tasks train disjoint children of one model. The
             density stays a share of all eligible entries.
         lowest: choose the lowest scores instead (the paper's ablation).
-        row_axes: for ``row`` and ``column``, the units' axis by parameter name where it is not 0 for rows or 1 for
-            columns: ``unit_axes(model, granularity)``.
+        row_axes: the units' axes by parameter name where they are not the usual ones, 0 for rows and 1 for columns:
+            ``unit_axes(model, granularity)``.
         mass: for ``density="auto"``, in (0, 1].
     Returns:
         the child; indices on the CPU.
@@ -215,19 +215,19 @@ def random_child(
     granularity: str | Granularity = "element",
     eligible: Iterable[str] | None = None,
     always: Iterable[str] = (),
-    row_axes: Mapping[str, int] | None = None,
+    row_axes: Mapping[str, Axes] | None = None,
 ) -> Child:
     """Choose a fixed random child, a pure function of (seed, names, shapes): the paper's ablation.
 
     Every unit has the same chance, whatever its size. Files of the child hold the seed instead of indices. The
     arguments are those of ``select_child``; ``eligible`` and ``always`` are patterns over the model's parameters, and
-    for columns ``row_axes`` are the model's ``unit_axes`` by default.
+    ``row_axes`` are the model's ``unit_axes`` by default.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ConfigError(f"seed must be a whole number, got {seed!r}. Pass seed=0.")
     seed = int(seed)
-    if row_axes is None and granularity == "column":
-        row_axes = unit_axes(model, "column")
+    if row_axes is None and isinstance(granularity, str):
+        row_axes = unit_axes(model, granularity)
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
     share = Share(density, scope, unit, row_axes or {})
     always = as_patterns(always)
@@ -248,7 +248,7 @@ def density_for_mass(
     granularity: str | Granularity = "element",
     eligible: Iterable[str] | None = None,
     always: Iterable[str] = (),
-    row_axes: Mapping[str, int] | None = None,
+    row_axes: Mapping[str, Axes] | None = None,
 ) -> float:
     """Return the density of the smallest child whose scores sum to a share of all: what ``density="auto"`` takes.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from childtuning.child.eligible import as_patterns
 from childtuning.child.pieces import Piece
-from childtuning.child.units import Granularity
+from childtuning.child.units import Axes, Granularity
 from childtuning.config import check_density
 from childtuning.errors import ConfigError
 from childtuning.fast import library
@@ -86,7 +86,7 @@ class TaskFree:
         seed: names the sequence of masks.
         granularity: ``element``, ``row``, ``column``, ``block`` or ``parameter``: what is drawn as one.
         always: patterns over parameter names whose gradient is never masked, such as a new head.
-        row_axes: for ``row`` and ``column``, the units' axis by parameter name where it is another: ``unit_axes``.
+        row_axes: the units' axes by parameter name where they are not the usual ones: ``unit_axes``.
     Raises:
         ConfigError: the density or granularity is outside its range.
     """
@@ -95,7 +95,7 @@ class TaskFree:
     seed: int = 0
     granularity: str = "element"
     always: tuple[str, ...] = ()
-    row_axes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    row_axes: Mapping[str, Axes] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", check_density(self.density))
@@ -115,7 +115,7 @@ class TaskFree:
             piece: of the parameter, whose mask alone is wanted; ``None``: all of it.
         """
         granularity = self.units(name)
-        if piece is None or piece.is_all or granularity.is_run(shape):
+        if piece is None or piece.is_all or granularity.is_uncut(shape):
             kept = self.kept_units(name, shape, step, piece)
             return granularity.spread(kept, shape if piece is None else piece.local_shape)
         return piece.slice(granularity.spread(self.kept_units(name, shape, step), shape))
@@ -130,7 +130,7 @@ class TaskFree:
 
         Args:
             name, shape, step: as in ``mask``.
-            piece: whose units alone are wanted, where each lies in one piece (``Granularity.is_run``).
+            piece: whose units alone are wanted, where each lies in one piece (``Granularity.is_uncut``).
         """
         start, num_units = (piece or Piece(tuple(shape))).runs(self.units(name))
         return keep_mask(self.density, *self._coordinates(name, step), numel=num_units, start=start)

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from itertools import groupby
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from childtuning.config import KINDS
 from childtuning.errors import ConfigError, ParameterError, did_you_mean
 from childtuning.fast.layers import Chosen, Group
 from childtuning.fast.runs import Runs
+
+# One axis of a parameter, or several: a unit then shares its coordinate along each of them.
+Axes: TypeAlias = int | tuple[int, ...]
+_BY_KIND = cast(int, None)
+
+
+def as_axes(found: Any) -> Axes:
+    """Return one axis, or several, as read from a file, where a tuple is a list."""
+    return tuple(map(int, found)) if isinstance(found, (list, tuple)) else int(found)
 
 
 @dataclass(frozen=True)
@@ -31,22 +41,32 @@ class Granularity:
     unit of a Linear or Conv; it is kept as rows of that axis. ``block``: tiles of ``block_shape`` of the matrix
     [shape[0], rest] (a vector is one row), cut short at the edges. ``parameter``: all of it.
 
+    A weight [experts, out, in] holds a matrix for each expert: a row is then along axes (0, 1), a column along (0, 2),
+    and blocks have axis (0,).
+
     Args:
         kind: one of ``KINDS``.
-        axis: for rows and columns; negative counts from the end. ``None``: 0 for rows, 1 for columns.
+        axis: for rows and columns, one or several; negative counts from the end. ``None``: 0 for rows, 1 for columns.
+            For blocks the tuple of the first axes, where these number matrices that are cut each by itself: (0,).
         block_shape: for blocks, (height, width) in entries.
     """
 
     kind: str = "element"
-    axis: int = cast(int, None)  # by kind, set below
+    axis: Axes = _BY_KIND
     block_shape: tuple[int, int] = (32, 32)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"granularity must be one of {', '.join(KINDS)}, got {self.kind!r}. "
                               + did_you_mean(str(self.kind), KINDS))  # fmt: skip
-        if cast(int | None, self.axis) is None:
+        if self.kind == "block" and not isinstance(self.axis, tuple):
+            object.__setattr__(self, "axis", ())
+        elif cast(Axes | None, self.axis) is None:
             object.__setattr__(self, "axis", int(self.kind == "column"))
+        if self.kind == "block" and self.axis != tuple(range(len(self._given))):
+            raise ConfigError(f"axis of blocks must be the first axes, in order, got {self.axis}. Pass (0,).")
+        if self.kind in ("row", "column") and self.axis == ():
+            raise ConfigError("rows and columns need an axis, got (). Pass axis=0.")
         if self.kind == "column":
             object.__setattr__(self, "kind", "row")
         sizes = self.block_shape if isinstance(self.block_shape, (tuple, list)) else ()
@@ -55,26 +75,33 @@ class Granularity:
                 f"block_shape must be two positive sizes, got {self.block_shape}. Pass block_shape=(32, 32)."
             )
 
-    def _axis(self, shape: Sequence[int]) -> int:
-        if len(shape) < 2:
-            return 0
-        if not -len(shape) <= self.axis < len(shape):
+    @property
+    def _given(self) -> tuple[int, ...]:
+        return self.axis if isinstance(self.axis, tuple) else (self.axis,)
+
+    def axes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the axes of a parameter along which units share a coordinate: of rows, or of blocks' matrices."""
+        if self.kind not in ("row", "block") or (self.kind == "row" and len(shape) < 2):
+            return ()
+        if not all(-len(shape) <= axis < len(shape) for axis in self._given):
             raise ConfigError(f"row axis {self.axis} is outside a parameter of shape {tuple(shape)}. Pass 0.")
-        return self.axis % len(shape)
+        return tuple(sorted({axis % len(shape) for axis in self._given}))
 
     def _tiling(self, shape: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """View a parameter as three axes cut into tiles: return the axes' lengths, a tile's, and the tiles per axis."""
-        numel = math.prod(shape)
-        sizes = tile = [1, numel, 1]
+        """View a parameter as a few axes cut into tiles: return the axes' lengths, a tile's, and the tiles per axis."""
+        numel, axes = math.prod(shape), self.axes(shape)
+        sizes = tile = [numel]
         if self.kind == "element" or (self.kind == "row" and len(shape) < 2):
-            tile = [1, 1, 1]
-        elif self.kind == "row":
-            axis = self._axis(shape)
-            sizes = [math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])]
-            tile = [sizes[0], 1, sizes[2]]
+            tile = [1]
+        elif self.kind == "row":  # neighbouring axes are one, where all or none of them are cut
+            alike = [list(group) for _, group in groupby(range(len(shape)), axes.__contains__)]
+            sizes = [math.prod(shape[axis] for axis in group) for group in alike]
+            tile = [1 if group[0] in axes else size for group, size in zip(alike, sizes, strict=True)]
         elif self.kind == "block":
-            height = shape[0] if len(shape) > 1 else 1
-            sizes, tile = [1, height, numel // max(height, 1)], [1, *self.block_shape]
+            matrix = shape[len(axes) :]
+            height = matrix[0] if len(matrix) > 1 else 1
+            sizes = [math.prod(shape[: len(axes)]), height, math.prod(matrix) // max(height, 1)]
+            tile = [1, *self.block_shape]
         tile = [max(length, 1) for length in tile]
         return sizes, tile, [-(-size // length) for size, length in zip(sizes, tile, strict=True)]
 
@@ -86,14 +113,14 @@ class Granularity:
         """Add up each unit's entries in float64: [num_units]."""
         sizes, tile, counts = self._tiling(entries.shape)
         entries = entries.double()
-        if not entries.numel() or tile == [1, 1, 1]:
+        if not entries.numel() or max(tile) == 1:
             return entries.reshape(-1)
         missing = [count * t - size for size, t, count in zip(sizes, tile, counts, strict=True)]
         padded = entries.reshape(sizes)
         if any(missing):
             padded = F.pad(padded, [n for axis in reversed(missing) for n in (0, axis)])
         split = [n for both in zip(counts, tile, strict=True) for n in both]
-        inside = [axis for axis in (1, 3, 5) if split[axis] > 1]
+        inside = [axis for axis in range(1, len(split), 2) if split[axis] > 1]
         return padded.view(split).sum(inside).reshape(-1)
 
     def sizes(self, shape: Sequence[int]) -> Tensor:
@@ -134,25 +161,37 @@ class Granularity:
 
         Args:
             units: int64 [n], increasing.
-            shape: of two axes or more.
+            shape: of two axes or more, of which the rows are along one (``is_of_matrix``).
         """
-        axis = self._axis(shape)
+        (axis,) = self.axes(shape)
         if axis == 0:
             return [(units, None)]
         return [(None, Granularity("row", axis - 1).entries(units, shape[1:]))]
 
+    def is_of_matrix(self, shape: Sequence[int]) -> bool:
+        """Return whether the units are rows, columns or blocks of the matrix [shape[0], rest]."""
+        return len(shape) > 1 and len(self.axes(shape)) == (self.kind == "row")
+
     def is_run(self, shape: Sequence[int]) -> bool:
         """Return whether each unit is contiguous, so that unit u starts at entry u · ``run_length``."""
-        return self.kind == "element" or (self.kind == "row" and self._axis(shape) == 0)
+        axes = self.axes(shape)
+        return self.kind == "element" or (self.kind == "row" and axes == tuple(range(len(axes))))
 
-    def num_repeats(self, shape: Sequence[int]) -> int:
-        """Return how often rows' runs come again: once for each coordinate before their axis."""
-        return self._tiling(shape)[0][0]
+    def is_uncut(self, shape: Sequence[int]) -> bool:
+        """Return whether each unit lies at one coordinate of the first axis, so that shards along it cut none."""
+        return self.is_run(shape) or 0 in self.axes(shape)
+
+    def num_repeats(self, shape: Sequence[int]) -> int | None:
+        """Return how often rows' runs come again: once for each coordinate before their axis. ``None``: irregularly."""
+        sizes, tile, _ = self._tiling(shape)
+        if self.kind != "row" or (tile[0] == 1 and len(tile) > 2):
+            return None
+        return sizes[0] if tile[0] == sizes[0] else 1
 
     def run_length(self, shape: Sequence[int]) -> int:
         """Return the length of the aligned contiguous runs that the trained entries consist of."""
         sizes, tile, _ = self._tiling(shape)
-        return max(1, math.gcd(sizes[2], tile[2]))
+        return max(1, math.gcd(sizes[-1], tile[-1]))
 
     def entries(self, units: Tensor, shape: Sequence[int]) -> Tensor:
         """List the flat indices of the units' entries: int64 [n], increasing."""
@@ -288,8 +327,7 @@ class Part:
         if self.units is None:
             return Runs(torch.arange(self.numel, dtype=self._index_dtype, device="cpu"), 1)
         starts, width = self.units, self.granularity.run_length(self.shape)
-        if self.granularity.kind == "row":
-            repeats = self.granularity.num_repeats(self.shape)
+        if (repeats := self.granularity.num_repeats(self.shape)) is not None:
             return Runs(starts, width, repeats, self.numel // max(repeats, 1))
         if not self.granularity.is_run(self.shape):
             starts = (self.indices()[::width] // width).to(self._index_dtype)
@@ -308,7 +346,8 @@ class Part:
             >>> Part((4, 3), torch.tensor([1]), Granularity("block", block_shape=(2, 2))).groups()
             [(slice(0, 2, None), slice(2, 3, None))]
         """
-        if len(self.shape) < 2 or self.units is None or self.granularity.kind not in ("row", "block"):
+        is_of_matrix = self.granularity.kind in ("row", "block") and self.granularity.is_of_matrix(self.shape)
+        if self.units is None or not is_of_matrix:
             return None
         if self.is_empty:
             return []

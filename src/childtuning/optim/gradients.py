@@ -174,7 +174,7 @@ class DrawnRows:
 
     def __init__(self, free: TaskFree, trained: Sequence[Trained], model: nn.Module) -> None:
         self._free, self._model = free, model
-        self._candidates = [t for t in trained if t.draws and t.units.kind == "row" and _has_several(t)]
+        self._candidates = [t for t in trained if t.draws and _has_several_rows(t)]
         self._drawn: list[Trained] = []
         self._installed: Installed | None = None
 
@@ -205,8 +205,7 @@ class DrawnRows:
         for t in self._drawn:
             shape, device = t.parameter.shape, t.parameter.device
             t.rows = self._free.kept_units(t.name, shape, step).nonzero().squeeze(1).to(device)
-            axis = t.units.axis % len(shape)
-            size = len(t.rows) * (t.parameter.numel() // max(shape[axis], 1))
+            size = len(t.rows) * (t.parameter.numel() // max(shape[t.row_axis], 1))
             assert t.leaf is not None
             t.leaf.groups = t.units.groups(t.rows, shape)
             t.leaf.tensor = Leaf.of([], size, t.parameter).tensor
@@ -221,9 +220,10 @@ class DrawnRows:
         self._drawn = []
 
 
-def _has_several(t: Trained) -> bool:
-    """Whether a parameter is a matrix or more, and has more than one unit."""
-    return t.parameter.dim() > 1 and t.units.num_units(t.parameter.shape) > 1
+def _has_several_rows(t: Trained) -> bool:
+    """Whether a parameter is cut into more than one row or column of a matrix."""
+    shape = t.parameter.shape
+    return t.units.kind == "row" and t.units.is_of_matrix(shape) and t.units.num_units(shape) > 1
 
 
 def _install(owner: object, model: nn.Module, leaves: Mapping[str, Leaf]) -> Installed:

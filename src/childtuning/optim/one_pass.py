@@ -172,8 +172,9 @@ def _fits(t: Trained, gradient: Tensor, free: TaskFree | None) -> bool:
     if free is None:
         is_served = t.runs is not None and t.runs.starts.dtype is torch.int32
     else:
-        is_run = t.is_direct and t.draws and t.units.is_run(t.parameter.shape)
-        is_served = is_run and (t.rows is not None or gradient.shape == t.parameter.shape)
+        shape = t.parameter.shape
+        is_run = t.is_direct and t.draws and t.units.is_run(shape) and len(t.units.axes(shape)) < 2
+        is_served = is_run and (t.rows is not None or gradient.shape == shape)
     return is_served and adamw.fits(t.parameter, gradient) and t.parameter.numel() > 0
 
 

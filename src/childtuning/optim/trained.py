@@ -162,8 +162,8 @@ class Trained:
         if self.rows is None or self.leaf is None:
             return dense
         if dense is not None:  # from a use of the weight elsewhere than in a structured layer
-            axis = self.units.axis % dense.dim()
-            rows = (dense.to_dense() if dense.is_sparse else dense).index_select(axis, self.rows).reshape(-1)
+            gradient = dense.to_dense() if dense.is_sparse else dense
+            rows = gradient.index_select(self.row_axis, self.rows).reshape(-1)
             formed = self.leaf.tensor.grad
             self.leaf.tensor.grad = rows if formed is None else formed + rows
             self.parameter.grad = None
@@ -174,19 +174,23 @@ class Trained:
         """The units that a task-free child draws."""
         return self.part.granularity
 
+    @property
+    def row_axis(self) -> int:
+        """The axis of the rows that are drawn one by one."""
+        return self.units.axes(self.parameter.shape)[0]
+
     def formed_rows(self, gradient: Tensor) -> Tensor:
         """Return the drawn rows' flat gradient in the parameter's shape, but for the number of rows."""
         shape = list(self.parameter.shape)
         assert self.rows is not None
-        shape[self.units.axis % len(shape)] = len(self.rows)
+        shape[self.row_axis] = len(self.rows)
         return gradient.view(shape)
 
     def dense(self, gradient: Tensor) -> Tensor:
         """Return a gradient that ``gradient()`` gave as ``value`` is laid out, in the parameter's dtype or its own."""
         if self.rows is not None and self.leaf is not None:
             full = torch.zeros_like(self.parameter)
-            axis = self.units.axis % full.dim()
-            return full.index_copy_(axis, self.rows, self.formed_rows(gradient).to(full.dtype))
+            return full.index_copy_(self.row_axis, self.rows, self.formed_rows(gradient).to(full.dtype))
         return gradient if self.released else self.of(gradient)
 
     def forget(self) -> None:
