@@ -210,6 +210,33 @@ def test_lora_of_chosen_layers_and_of_any_network(tiny_bert: Path, monkeypatch: 
         Lora().prepare(Prepared(a_bert(tiny_bert), ("classifier.bias",)))
 
 
+class ScaledLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
+class NamedLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+def test_lora_refuses_layers_into_which_it_cannot_merge() -> None:
+    """Merged, the update would count otherwise than in training, or not at all."""
+    computed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    for layer, name in ((ScaledLinear(8, 8), "ScaledLinear"), (computed, "ParametrizedLinear")):
+        with pytest.raises(ModelError, match=rf"'1' \({name}\) computes other than W x \+ b.* targets="):
+            Lora(2).prepare(Prepared(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2)), ()))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Sequential(nn.Linear(4, 8), NamedLinear(8, 8), nn.Linear(8, 2)).to(dtype)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        prepared = Lora(2).prepare(Prepared(model, ()))
+        assert torch.equal(model.get_submodule("1.base_layer").weight, before["1.weight"])  # type: ignore[arg-type]
+        x = torch.randn(3, 4, dtype=dtype)
+        trained = stirred(prepared.model)
+        wanted = trained(x)
+        torch.testing.assert_close(Lora(2).merge(trained)(x), wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("start", ["vocabulary", "random"])
 def test_prompts_are_as_wide_as_embeddings(start: str) -> None:
     model = a_model("electra")

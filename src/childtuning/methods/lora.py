@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from childtuning.child.eligible import is_conv1d
 from childtuning.errors import ConfigError
@@ -92,8 +94,49 @@ class Lora(PeftMethod):
         if not found:
             known = f" such as {next(iter(layers))!r}" if layers and not everything else ""
             raise not_for(self.name, model, f"targets {self.targets!r} matches none of its layers{known}")
+        by_class = {type(layers[path]): path for path in reversed(found)}
+        for path in by_class.values():
+            if not _is_product(layers[path]):
+                raise not_for(
+                    self.name,
+                    model,
+                    f"{path!r} ({type(layers[path]).__name__}) computes other than W x + b, so that no update can be "
+                    "merged into W. Name other layers: targets=",
+                )
         return _ALL if everything and isinstance(model, PreTrainedModel) else found
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Return the base model with the update added to its weights, and with the tuned head."""
         return model.merge_and_unload()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _is_product(layer: Any) -> bool:
+    """Tell whether a layer's output grows by D x where its stored weight grows by D: on it merging relies.
+
+    A parametrized weight is not stored. A subclass may scale or quantise the weight: it is tried out, but for weights
+    to which nothing can be added, which are PEFT's own concern. What are not linear layers are taken as torch's.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return False
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or not is_linear(layer):
+        return True
+    if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return True
+    draw = torch.Generator("cpu").manual_seed(0)
+    added = torch.randn(weight.shape, generator=draw, device="cpu").to(weight)
+    matrix = added if is_conv1d(layer) else added.T
+    x = torch.randn((3, len(matrix)), generator=draw, device="cpu").to(weight)
+    kept, was_training = weight.clone(), layer.training
+    layer.eval()
+    try:
+        before = layer(x)
+        weight.add_(added)
+        grown, wanted = layer(x) - before, x @ matrix
+    except (TypeError, ValueError, RuntimeError):  # it is called in another way
+        return False
+    finally:
+        weight.copy_(kept)
+        layer.train(was_training)
+    return bool((grown - wanted).norm() < 0.1 * wanted.norm())
