@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from childtuning.training import choose_child, load_classifier
 
 @pytest.mark.parametrize("granularity", ["element", "row"])
 @pytest.mark.parametrize("method", ["full", "child-f", "child-random", "last-k:1", "bitfit", "head"])
-def test_the_optimizer_holds_what_was_planned(tiny_bert: Path, method: str, granularity: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_optimizer_holds_what_was_planned(
+    tiny_bert: Path, method: str, granularity: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    if dtype is torch.bfloat16:
+        shutil.copytree(tiny_bert, tmp_path / "bf16")
+        tiny_bert = tmp_path / "bf16"
+        transformers.AutoModel.from_pretrained(tiny_bert, dtype=dtype).save_pretrained(tiny_bert)
     methods = Combination.parse(method)
     density = 0.25 if methods.takes_density else 1.0
     options: dict[str, Any] = {"density": density, "granularity": granularity}
@@ -35,6 +43,7 @@ def test_the_optimizer_holds_what_was_planned(tiny_bert: Path, method: str, gran
     assert plan.trained_parameters == pytest.approx(trained, rel=0.02)
     assert plan.optimizer == pytest.approx(optimizer.num_state_bytes, rel=0.1)
     assert plan.weights == sum(p.nbytes for p in prepared.model.parameters())
+    assert next(prepared.model.parameters()).dtype is dtype
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def run(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens per example.  \\[128, or the model's]", min=1, max=10_000_000)
     ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Weights in bf16, whatever the model's are.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Count the memory that methods need for a model, without loading its weights.

@@ -81,7 +81,8 @@ def plan_memory(
         num_labels: of the new head.
         batch_size: examples of a batch.
         max_length: tokens of an example; ``None``: 128, or as many as the model has positions.
-        bf16: whether the weights are in bf16, which get float32 master values for what is trained.
+        bf16: whether the weights are in bf16, which get float32 master values for what is trained; else they are as
+            the model's configuration says.
     Raises:
         ModelError: there is no such model, or a method does not apply to it.
     """
@@ -105,7 +106,7 @@ def _empty_model(name: str | None, task_kind: str, num_labels: int, *, bf16: boo
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0  # training gives it one
         with torch.device("meta"):
-            return auto.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
+            return auto.from_config(config, dtype=torch.bfloat16 if bf16 else config.dtype or torch.float32)
     except Exception as fault:  # any: a configuration may hold anything
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise ModelError(f"model {source!r} cannot be read ({reason}). Pass a folder or hub name.") from None
