@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -261,3 +262,61 @@ def test_training_mode_takes_the_loop_silently():
     other = fisher_information(model, batches, cross_entropy, training=True, seed=2)
     assert torch.equal(first["2.weight"], again["2.weight"])
     assert not torch.equal(first["2.weight"], other["2.weight"])
+
+
+class Shared(nn.Module):
+    """One module without a rule, at two paths."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first = {"prelu": nn.PReLU(6), "lstm": nn.LSTM(6, 6, batch_first=True)}[kind]
+        self.again = nn.ModuleList([self.first])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.first, nn.LSTM):
+            return self.head(self.again[0](x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+        return self.head(self.again[0](self.first(x) - 1))
+
+
+@pytest.mark.parametrize("kind", ["prelu", "lstm"])
+def test_a_module_at_two_paths_keeps_its_parameters(kind, agree):
+    torch.manual_seed(0)
+    model = Shared(kind)
+    before = dict(model.named_parameters())
+    batches = [(torch.randn(5, 6), torch.randint(3, (5,))) for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an LSTM goes through the loop
+        found = fisher_information(model, batches, rows)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    copy.deepcopy(model)  # nothing of the pass is held
+    rows(model, batches[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in before.values())
+    agree(found, per_example(model, batches, lambda model, batch: rows(model, batch).sum()), 1e-4)
+
+
+class HeldInATuple(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prelu, self.head = nn.PReLU(6), nn.Linear(6, 3)
+        self.held = (self.prelu.weight,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.prelu(x, self.held[0]))
+
+
+@pytest.mark.parametrize("where", ["tuple", "loss"])
+def test_a_weight_held_elsewhere_is_not_missed(where, agree):
+    torch.manual_seed(0)
+    model = HeldInATuple() if where == "tuple" else nn.Sequential(nn.PReLU(6), nn.Linear(6, 3))
+    weight = next(model.parameters())
+
+    def pulled(model, batch):
+        return rows(model, batch) + weight.square().sum()
+
+    batches = [(torch.randn(5, 6), torch.randint(3, (5,)))]
+    loss_fn = rows if where == "tuple" else pulled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this weight goes through the loop
+        found = fisher_information(model, batches, loss_fn)
+    agree(found, per_example(model, batches, lambda model, batch: loss_fn(model, batch).sum()), 1e-4)

@@ -17,7 +17,7 @@ from childtuning import fast
 from childtuning.errors import ChildTuningError, DataError, ParameterError
 from childtuning.fast.arrivals import EmissionError
 from childtuning.fast.per_example import Inputs, PerExampleEngine
-from childtuning.fast.vectorised import vectorised_squares
+from childtuning.fast.vectorised import HeldElsewhereError, vectorised_squares
 from childtuning.fisher.batches import (
     example,
     example_tensors,
@@ -54,7 +54,8 @@ class PerBatch:
     def _mean(self, model: nn.Module, batch: Any) -> Tensor:
         if isinstance(self.loss, HeadLoss):
             return self.loss.alone(model, batch)
-        return checked(self.loss.loss_fn(model, batch)).mean()
+        loss = checked(self.loss.loss_fn(model, batch)).mean()
+        return loss / num_examples(batch) if self.loss.reduction == "sum" else loss
 
 
 class PerExample:
@@ -179,18 +180,33 @@ class PerExample:
             return "its examples are not rows of tensors"
         chosen = {name: self.parameters[name] for name in names}
         alone = _Alone(self.model, self.loss)
-        paths = {id(parameter): path for path, parameter in alone.named_parameters()}
+        names_by_id = {id(parameter): name for name, parameter in chosen.items()}
+        # Each place once: of a module with two paths torch would keep what it put there for a call.
+        places = {
+            f"{path}.{own}": names_by_id[id(parameter)]
+            for path, module in alone.named_modules()
+            for own, parameter in module._parameters.items()
+            if id(parameter) in names_by_id
+        }
 
         def loss_fn(parameters: Mapping[str, Tensor], tensors: list[Tensor]) -> Tensor:
-            replaced = {paths[id(chosen[name])]: parameter for name, parameter in parameters.items()}
-            return functional_call(alone, replaced, (with_example_tensors(batch, size, tensors),))
+            replaced = {place: parameters[name] for place, name in places.items()}
+            one = with_example_tensors(batch, size, tensors)
+            return functional_call(alone, replaced, (one,), tie_weights=False)
 
         try:
-            squares = vectorised_squares(chosen, loss_fn, example_tensors(batch, size))
+            with differentiable(chosen.values()):
+                squares = vectorised_squares(chosen, loss_fn, example_tensors(batch, size))
+        except HeldElsewhereError as error:
+            return str(error)
         except ChildTuningError:
             raise
         except Exception as error:
             return f"a vectorised pass raised {type(error).__name__}"
+        finally:
+            for module in self.model.modules():
+                if isinstance(module, nn.RNNBase):  # it keeps a list of the weights of its last call
+                    module._init_flat_weights()
         self.is_reached = True
         for name, square in squares.items():
             self.sums.add(name, lambda total, square=square: total.add_(square))

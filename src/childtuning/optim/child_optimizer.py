@@ -267,6 +267,7 @@ class ChildOptimizer(Optimizer):
         self._share_options()
         old, old_inner, frozen = self._trained, self.inner, self._frozen
         if frozen is not None:
+            frozen.check()
             frozen.release()
         try:
             self._trained = self._lay_out(child)
