@@ -164,9 +164,12 @@ def test_another_base_is_refused_and_nothing_is_left(kind: str, tmp_path: Path) 
     delta = trained(model, "row")
     patch = make_patch(delta, skeleton(model), base)
     other = Checkpoint(base).tensors
-    name = next(n for n in other if n.endswith(("key.weight", "experts.1.w2.weight")))
+    held = {own for own, *_ in patch}
+    name = next(n for n in other if n in held and n.endswith(("key.weight", "experts.1.w2.weight")))
     changed = load_file(base / "model.safetensors")
-    changed[name][0, 0] += 1
+    written = next(where.tolist() for own, where, *_ in patch if own == name)
+    frozen = next(i for i in range(changed[name].numel()) if i not in written)
+    changed[name].view(-1)[frozen] += 1
     save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseMismatchError, match="another base model"):
         write_model(patch, skeleton(model), base, tmp_path / "model")

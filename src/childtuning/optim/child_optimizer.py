@@ -51,7 +51,7 @@ from childtuning.optim.state import (
     with_state_hooks,
 )
 from childtuning.optim.trained import Trained
-from childtuning.ranks import check_same_child
+from childtuning.ranks import Ranks, check_same_child
 
 
 @with_state_hooks
@@ -158,6 +158,7 @@ class ChildOptimizer(Optimizer):
         self.state = self.inner.state
         if self._released:
             self._changed = Release(list(chain.from_iterable(self._trained)), model)
+            self._step_supports_amp_scaling = Ranks.everyone().size > 1  # as below
         elif isinstance(child, TaskFree) and model is not None and preset is None:
             self._changed = DrawnRows(child, list(chain.from_iterable(self._trained)), model)
             self._step_supports_amp_scaling = True  # a GradScaler then says in step() that it is there

@@ -376,6 +376,6 @@ def check_sharded(parameters: Mapping[str, Tensor], preset: str | None, *, is_re
 def no_scaler() -> ConfigError:
     """Return the error for a GradScaler, which has looked at whole gradients of this process."""
     return ConfigError(
-        "a GradScaler sees neither the gradients of a task-free child's rows alone nor other processes' shards. "
+        "a GradScaler sees neither the gradients of a task-free child's rows alone nor those of other processes. "
         "Leave out the scaler: train in bf16 or fp32."
     )
