@@ -89,6 +89,16 @@ def test_granularity_against_the_naive_twin(shape, kind, some, block, data) -> N
     assert torch.equal(written, values.masked_fill(mask, 0))
 
 
+def test_units_along_axes_with_others_between() -> None:
+    shape = (2, 3, 2, 4)
+    for axes in ((0, 2), (1, 3), (0, 3), (0, 1, 3), (2, 3), (0, 2, 3)):
+        unit = Granularity("row", axes)
+        part = Part(shape, torch.tensor([0, 2, 3]), unit)
+        mask = torch.isin(naive_units("row", shape, axes, (1, 1)), torch.tensor([0, 2, 3]))
+        values = torch.rand(shape)
+        assert torch.equal(part.mask(), mask) and torch.equal(part.runs().gather(values), values[mask])
+
+
 def test_empty_parameters_have_nothing_to_train() -> None:
     for kind in KINDS:
         for shape in ((0,), (5, 0), (0, 5)):

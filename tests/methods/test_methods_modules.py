@@ -223,7 +223,13 @@ class NamedLinear(nn.Linear):
 def test_lora_refuses_layers_into_which_it_cannot_merge() -> None:
     """Merged, the update would count otherwise than in training, or not at all."""
     computed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    for layer, name in ((ScaledLinear(8, 8), "ScaledLinear"), (computed, "ParametrizedLinear")):
+    with pytest.warns(FutureWarning, match="deprecated"):
+        hooked = nn.utils.weight_norm(nn.Linear(8, 8))  # of the same class as its neighbours
+    for layer, name in (
+        (ScaledLinear(8, 8), "ScaledLinear"),
+        (computed, "ParametrizedLinear"),
+        (hooked, "Linear"),
+    ):
         with pytest.raises(ModelError, match=rf"'1' \({name}\) computes other than W x \+ b.* targets="):
             Lora(2).prepare(Prepared(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2)), ()))
     for dtype in (torch.float32, torch.bfloat16):

@@ -322,6 +322,13 @@ def _refusals(rank: int, folder: Path) -> None:
         alone = ChildOptimizer(apart.named_parameters(), own)
         loss(apart, 1.0 + rank).backward()
         refused("gradients differ at the first step", alone.step)
+    own = ChildOptimizer(net.named_parameters(), child, release_gradients=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss(net)).backward()
+    refused(
+        "GradScaler", lambda: scaler.step(own)
+    )  # each process would see the overflow of its own gradient alone
+    own.remove()
     before = ChildOptimizer(net.named_parameters(), child)
     sharded = fully_shard(net, mesh=mesh)
     assert isinstance(sharded, nn.Module)

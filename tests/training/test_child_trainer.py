@@ -292,6 +292,7 @@ def test_task_heads_and_unit_axes() -> None:
     assert inputs["transformer.h.0.attn.c_attn.weight"] == 0
     assert inputs["transformer.wte.weight"] == 0  # which the head shares
     assert unit_axes(torch.nn.ConvTranspose1d(2, 3, 4), "column") == {"weight": 0}
+    assert unit_axes(torch.nn.ConvTranspose1d(2, 3, 4), "row") == {"weight": 1}
     assert unit_axes(torch.nn.Conv1d(2, 3, 4), "column") == {}
 
 

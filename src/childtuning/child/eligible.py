@@ -188,10 +188,9 @@ def unit_axes(model: nn.Module, granularity: str) -> dict[str, Axes]:
 
 def _layout(module: nn.Module, name: str, num_axes: int) -> dict[str, Axes] | None:
     """Return the axes of a weight by granularity, if they are not the usual ones."""
-    if name == "weight" and is_conv1d(module):
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    if name == "weight" and (is_conv1d(module) or isinstance(module, transposed)):
         return _TRANSPOSED
-    if name == "weight" and isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return {**_TRANSPOSED, "row": 0}
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # transformers' experts of any model
         if num_axes == 2:  # biases
             return {"row": (0, 1), "column": (0, 1), "block": (0,)}

@@ -183,10 +183,10 @@ class Granularity:
 
     def num_repeats(self, shape: Sequence[int]) -> int | None:
         """Return how often rows' runs come again: once for each coordinate before their axis. ``None``: irregularly."""
-        sizes, tile, _ = self._tiling(shape)
-        if self.kind != "row" or (tile[0] == 1 and len(tile) > 2):
+        axes = self.axes(shape)
+        if self.kind != "row" or (axes and axes[-1] - axes[0] >= len(axes)):
             return None
-        return sizes[0] if tile[0] == sizes[0] else 1
+        return math.prod(shape[: axes[0]]) if axes else 1
 
     def run_length(self, shape: Sequence[int]) -> int:
         """Return the length of the aligned contiguous runs that the trained entries consist of."""

@@ -206,7 +206,7 @@ class PerExample:
         finally:
             for module in self.model.modules():
                 if isinstance(module, nn.RNNBase):  # it keeps a list of the weights of its last call
-                    module._init_flat_weights()
+                    module._update_flat_weights()
         self.is_reached = True
         for name, square in squares.items():
             self.sums.add(name, lambda total, square=square: total.add_(square))

@@ -201,12 +201,6 @@ def _get(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
-def model_dtype(outputs: Any, own: Tensor) -> torch.dtype:
-    """Return the dtype that a model's outputs were computed in."""
-    found = [_get(outputs, name) for name in ("logits", "start_logits")]
-    return next((t.dtype for t in found if isinstance(t, Tensor) and t.is_floating_point()), own.dtype)
-
-
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Call a Hugging Face model on a dict."""
     if not isinstance(batch, Mapping):

@@ -94,8 +94,7 @@ class Lora(PeftMethod):
         if not found:
             known = f" such as {next(iter(layers))!r}" if layers and not everything else ""
             raise not_for(self.name, model, f"targets {self.targets!r} matches none of its layers{known}")
-        by_class = {type(layers[path]): path for path in reversed(found)}
-        for path in by_class.values():
+        for path in found:
             if not _is_product(layers[path]):
                 raise not_for(
                     self.name,

@@ -95,10 +95,7 @@ def _draw(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     buffers = [buffer for module, _ in drawn for buffer in module.buffers(recurse=False)]
     tensors = [*parameters.values(), *buffers]
     flags = [(tensor, vars(tensor).pop("_is_hf_initialized", None)) for tensor in tensors]
-    for (
-        module,
-        _,
-    ) in drawn:  # as they are made: an architecture's own initialiser leaves out what is right then
+    for module, _ in drawn:  # an architecture's own initialiser leaves out what is right in a new module
         _reset(module)
     for module, initialise in drawn:
         initialise(module)
