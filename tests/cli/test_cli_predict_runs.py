@@ -72,6 +72,13 @@ def test_the_command(childtuning: Command, train_words: list[object], topics: Pa
     assert len(rows) == 24 and rows[0]["text"] == "text 0 of a"
     assert {"a_prediction", "b_prediction", "a_confidence"} <= set(rows[0])
 
+    lines, out = tmp_path / "lines.jsonl", tmp_path / "lines.csv"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one\rtwo", 'three "quoted"')))
+    assert childtuning("predict", a, "--input", lines, "--output", out).code == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == ["one\rtwo", 'three "quoted"'] and rows[0]["prediction"]
+
     twice = childtuning("predict", a, a, *texts)
     assert twice.code == 2 and "given twice" in twice.err
     none = childtuning("predict", *texts)

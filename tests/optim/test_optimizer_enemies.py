@@ -245,3 +245,32 @@ def test_hooks_of_state_dicts_run_as_torch_runs_them() -> None:
     copied = copy.deepcopy(opt)
     copied.load_state_dict(state)
     assert seen[3:] == [1, "loaded"]
+
+
+def test_two_parameters_in_one_memory_are_refused() -> None:
+    net = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
+    net[1].weight.data = net[0].weight.data  # type: ignore[union-attr]
+    with pytest.raises(
+        ParameterError, match=r"'0.weight' and '1.weight' are two parameters in the same memory"
+    ):
+        ChildOptimizer(net.named_parameters(), random_child(net, 0.3))
+    buffer = torch.zeros(6, 4)
+    parts = {"left": buffer[:, :2], "right": buffer[:, 2:], "more": buffer[:, 1:3]}
+    held = {name: nn.Parameter(part) for name, part in parts.items()}
+    apart = [(name, held[name]) for name in ("left", "right")]
+    ChildOptimizer(apart, Child.whole({name: p.shape for name, p in apart}))
+    with pytest.raises(ParameterError, match="same memory"):
+        ChildOptimizer(held.items(), Child.whole({name: p.shape for name, p in held.items()}))
+
+
+def test_a_reselection_sees_frozen_entries_that_have_changed() -> None:
+    net = a_net()
+    opt = ChildOptimizer(net.named_parameters(), random_child(net, 0.3), lr=0.1)
+    loss(net).backward()
+    opt.step()
+    with torch.no_grad():
+        next(net.parameters()).mul_(2)
+    with pytest.raises(ParameterError, match="outside the child have changed"):
+        opt.reselect(random_child(net, 0.3, seed=2))
+    opt.accept_weights()
+    opt.reselect(random_child(net, 0.3, seed=2))

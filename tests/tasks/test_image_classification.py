@@ -51,6 +51,15 @@ def test_folders_of_classes(tmp_path):
     assert load_task(tmp_path.name, data_dir=tmp_path.parent).kind == "image-classification"
 
 
+def test_linked_class_folders(tmp_path):
+    train, dev = write_image_folders(tmp_path)
+    (train / "red").rename(tmp_path / "elsewhere")
+    (train / "red").symlink_to(tmp_path / "elsewhere")
+    (train / ".cache").symlink_to(tmp_path / "elsewhere")
+    task = task_from_files(train, dev)
+    assert task.label_names == ("blue", "green", "red") and len(task.train) == 48
+
+
 def test_arrays_of_both_splits(tmp_path):
     pixels, labels = color_images(6)
     path = tmp_path / "a.npz"

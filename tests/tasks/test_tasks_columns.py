@@ -208,3 +208,25 @@ def test_equal_examples_stay_on_one_side(seed: int) -> None:
     assert not {*train.text} & {*dev.text} and len(train) + len(dev) == 90 and 18 <= len(dev) <= 20
     same = Examples(["a"] * 10, None, ["yes", "no"] * 5)
     assert [len(side) for side in same.hold_out(0.2, seed=seed)] == [8, 2]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_equal_examples_stays_in_training(seed: int, share: float) -> None:
+    for texts in (["win"] * 3, ["win"] * 8, ["win", "prize"] * 6):
+        rows = Examples(
+            [f"text {i}" for i in range(80)] + texts, None, ["a", "b"] * 40 + ["spam"] * len(texts)
+        )
+        train, dev = rows.hold_out(share, seed=seed)
+        assert train.classes() == {"a", "b", "spam"} and not {*train.text} & {*dev.text}
+        assert dev.classes() >= {"a", "b"} and len(train) + len(dev) == len(rows)
+
+
+def test_a_ranking_needs_two_classes_in_what_is_held_out(tmp_path: Path) -> None:
+    rows = [f"text {i},{'yes' if i < 1 else 'no'}" for i in range(60)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    (tmp_path / "b.csv").write_text("text,label\none,yes\ntwo,no\n")
+    task = task_from_files(tmp_path / "a.csv", tmp_path / "b.csv").measured_by("auroc")
+    with pytest.raises(DataError, match="auroc needs held-out examples of two classes, got only 'no'"):
+        task.hold_out(0.2, None)
+    assert task.measured_by("accuracy").hold_out(0.2, None)[1] is not None

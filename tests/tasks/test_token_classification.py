@@ -227,6 +227,14 @@ def test_spans_against_their_definition():
     assert spans_of(["I-A", "B-A", "I-A"]) == {("A", 0, 1), ("A", 1, 3)}  # IOB1's neighbours
 
 
+def test_span_metrics_of_other_tags_are_refused(tmp_path):
+    rows = [{"tokens": ["a", "b", "c"], "tags": tags} for tags in (["B-A", "E-A", "S-A"], ["O", "O", "S-A"])]
+    task = task_from_files(write(tmp_path / "a.jsonl", rows * 8), write(tmp_path / "b.jsonl", rows))
+    with pytest.raises(ConfigError, match=r"span_recall reads the tags O, B-… and I-…, got .*S-A"):
+        task.measured_by("span_recall")
+    assert task.measured_by("accuracy").metrics[0] == "accuracy"
+
+
 def test_span_ratios_count_over_all_sentences():
     truth = [["B-A", "I-A", "O"], ["B-B", "O", "B-A"]]
     guess = [["B-A", "O", "O"], ["B-B", "O", "B-A"]]

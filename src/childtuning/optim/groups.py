@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from childtuning.child import Child, TaskFree
 from childtuning.child.eligible import canonical_name
+from childtuning.child.pieces import is_sharded
 from childtuning.errors import ConfigError, ParameterError
 from childtuning.ranks import num_processes
 
@@ -32,7 +33,7 @@ def named_groups(params: Iterable[Any]) -> list[Group]:
     """Read ``model.named_parameters()``, or dicts whose ``params`` are (name, parameter) pairs.
 
     Raises:
-        ParameterError: parameters without names, no parameters, or one that stands twice.
+        ParameterError: parameters without names, no parameters, one that stands twice, or two in the same memory.
     """
     if isinstance(params, nn.Module):
         raise ParameterError("got a model in place of its parameters. Pass model.named_parameters().")
@@ -53,11 +54,46 @@ def named_groups(params: Iterable[Any]) -> list[Group]:
         if id(parameter) in seen:
             raise ParameterError(f"{name!r} and {seen[id(parameter)]!r} are one parameter. Pass it once.")
         seen[id(parameter)] = name
+    _refuse_shared_memory({n: p for group in groups for n, p in group.named.items()})
     names = [name for group in groups for name in group.named]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ParameterError(f"two parameters are named {twice!r}. Names must differ.")
     return groups
+
+
+def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise a ParameterError if two parameters share an entry: a step of one would move frozen entries of the other."""
+    spans: list[tuple[int, int, int, str]] = []
+    for name, p in parameters.items():
+        if p.numel() and not p.is_meta and not is_sharded(p) and p.layout is torch.strided:
+            reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            at = p.data_ptr()
+            spans.append((p.untyped_storage().data_ptr(), at, at + (reach + 1) * p.element_size(), name))
+    spans.sort()
+    for number, (storage, _, end, name) in enumerate(spans):
+        for other_storage, start, _, other in spans[number + 1 :]:
+            if other_storage != storage or start >= end:
+                break
+            if _overlap(parameters[name], parameters[other]):
+                raise ParameterError(
+                    f"{name!r} and {other!r} are two parameters in the same memory, so that a step of one would move "
+                    "the other. Make them one: module.weight = other_module.weight."
+                )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors of one storage share an entry; lines of one buffer may lie between each other."""
+    taken = torch.zeros(
+        one.untyped_storage().nbytes() // one.element_size() + 1, dtype=torch.bool, device="cpu"
+    )
+    places = [
+        taken.as_strided(t.shape, t.stride(), t.storage_offset())
+        for t in (one, other)
+        if t.element_size() == one.element_size()
+    ]
+    places[0].fill_(True)
+    return bool(places[-1].any())
 
 
 def _named(pairs: Any) -> dict[str, nn.Parameter]:

@@ -94,7 +94,10 @@ class PredictionsFile:
             return
         file = io.StringIO()
         columns = list(dict.fromkeys(name for row in joined for name in row))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        # A lone carriage return ends a line for readers, and is quoted only where everything is.
+        has_returns = any("\r" in str(value) for row in joined for value in row.values())
+        quoting = csv.QUOTE_ALL if has_returns else csv.QUOTE_MINIMAL
+        writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=quoting)
         writer.writeheader()
         for row in joined:
             writer.writerow(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from glob import iglob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +134,7 @@ def holds_images(source: Source) -> bool:
     """Return whether a file or folder contains images, judged by name and content."""
     path = source.path
     if path.is_dir():
-        return any(file.name.lower().endswith(_ENDINGS) for file in path.rglob("*"))
+        return any(_image_files(path))
     if source.is_named(".npz"):
         return array_names(path, "train") is not None
     if source.is_named(".parquet"):
@@ -207,13 +208,15 @@ def read_images(source: Source, *, part: Part, labelled: bool, label: str = "lab
     )
 
 
+def _image_files(folder: Path) -> Iterator[Path]:
+    """Find the images in a folder and those below it, linked ones too, but nothing hidden."""
+    for name in iglob("**/*", root_dir=folder, recursive=True):
+        if name.lower().endswith(_ENDINGS) and (folder / name).is_file():
+            yield folder / name
+
+
 def _from_folder(folder: Path, *, labelled: bool) -> Images:
-    files = sorted(
-        path for path in folder.rglob("*") if path.name.lower().endswith(_ENDINGS) and path.is_file()
-    )
-    files = [
-        path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    files = sorted(_image_files(folder))
     if labelled:
         loose = [path for path in files if path.parent == folder]
         if loose:

@@ -365,16 +365,26 @@ class Task:
             ConfigError, DataError: when too few examples are left.
         """
         train, aside = self.train.hold_out(share, seed=seed) if share else (self.train, None)
+        if aside is not None and self.metrics[0] in OF_RANKING and len(aside.classes()) < 2:
+            raise DataError(
+                f"{self.metrics[0]} needs held-out examples of two classes, got only {min(aside.classes())!r}. "
+                "Hold out a larger share, pass more examples of the rare class, or another --metric."
+            )
         return replace(self, train=train).draw(limit, seed=seed), aside
 
     def measured_by(self, metric: str) -> Task:
         """Return the task with another main metric; its others follow.
 
         Raises:
-            ConfigError: for a metric that does not fit the kind.
+            ConfigError: for a metric that does not fit the kind, or its tags.
             DataError: when it needs two classes, and the evaluation examples are of one.
         """
         check_metrics(self.rules, [metric])
+        if metric.startswith("span_") and "span_f1" not in self.rules.metrics(self.label_names):
+            raise ConfigError(
+                f"{metric} reads the tags O, B-… and I-…, got {some_names(self.label_names)}. Pass --metric accuracy, "
+                "or write the tags so."
+            )
         if metric in OF_RANKING and len(self.dev.classes()) < 2:
             raise DataError(
                 f"{metric} needs evaluation examples of two classes, got only {min(self.dev.classes())!r}. "

@@ -96,18 +96,28 @@ class Split(ABC):
             )
         size = min(max(1, round(share * len(self))), len(self) - 1)
         order = self._order(seed)
+        classes = self.strata() or [""] * len(self)
+        has_room = len(self) - size >= len({*classes})
+        aside = (has_room and self._whole_groups(order, size, classes)) or self._whole_groups(order, size)
+        aside = aside or {*order[-size:]}  # all are equal
+        return self.subset(sorted({*order} - aside)), self.subset(sorted(aside))
+
+    def _whole_groups(self, order: Sequence[int], size: int, classes: Sequence[str] = ()) -> set[int]:
+        """Take groups of equal examples from the end of an order, up to a size; of each class one group stays."""
         contents = self.contents() or range(len(self))
         equal: dict[Hashable, list[int]] = {}
         for row, content in enumerate(contents):
             equal.setdefault(content, []).append(row)
-        aside = set[int]()
+        left, taken = Counter(classes), set[int]()
         for row in reversed(order):
             rows = equal[contents[row]]
-            if row not in aside and len(aside) < size and len(aside) + len(rows) < len(self):
-                aside |= {*rows}
-        if not aside:  # all are equal
-            aside = {*order[-size:]}
-        return self.subset(sorted({*order} - aside)), self.subset(sorted(aside))
+            if row in taken or len(taken) >= size or len(taken) + len(rows) >= len(self):
+                continue
+            going = Counter(classes[one] for one in rows) if classes else Counter[str]()
+            if all(left[name] > num for name, num in going.items()):
+                taken |= {*rows}
+                left -= going
+        return taken
 
     def folds(self, num: int, *, seed: int = 0) -> list[list[int]]:
         """Return the numbers of the examples in ``num`` parts of about the same size.
