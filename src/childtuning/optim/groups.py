@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from childtuning.child import Child, TaskFree
 from childtuning.child.eligible import canonical_name
-from childtuning.child.pieces import is_sharded
 from childtuning.errors import ConfigError, ParameterError
 from childtuning.ranks import num_processes
 
@@ -66,7 +65,8 @@ def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise a ParameterError if two parameters share an entry: a step of one would move frozen entries of the other."""
     spans: list[tuple[int, int, int, str]] = []
     for name, p in parameters.items():
-        if p.numel() and not p.is_meta and not is_sharded(p) and p.layout is torch.strided:
+        # Shards, fake tensors and the like are of other classes, and may have no memory of their own.
+        if type(p) is nn.Parameter and p.numel() and not p.is_meta and p.layout is torch.strided:
             reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
             at = p.data_ptr()
             spans.append((p.untyped_storage().data_ptr(), at, at + (reach + 1) * p.element_size(), name))
