@@ -90,7 +90,7 @@ HANDED_BACK: dict[str, tuple[Callable[[Uses, Tensor, Tensor], Tensor], set[str]]
 
 
 def squares(
-    function: Callable[[Uses, Tensor, Tensor], Tensor],
+    function: Callable[[Uses, Tensor, Tensor], Tensor], has_losses: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
     """The engine's sums of squares, the loop's, and what the engine handed back."""
     model = Uses(function)
@@ -106,35 +106,42 @@ def squares(
         y = y.reshape(size, -1)
         return (y.sin() * weight[: y.shape[1]]).sum()
 
-    wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    wanted, own = {name: torch.zeros_like(p) for name, p in model.named_parameters()}, []
     for index in range(B):
         found = torch.autograd.grad(
             loss(slice(index, index + 1)), list(model.parameters()), allow_unused=True
         )
-        for (_, total), gradient in zip(wanted.items(), found, strict=True):
-            total += 0 if gradient is None else gradient.square()
+        own.append([0 if gradient is None else gradient.square() for gradient in found])
+        for total, square in zip(wanted.values(), own[-1], strict=True):
+            total += square
     model.requires_grad_(False)
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def inputs(rows: slice) -> Inputs:
         mine = x[rows], ids[rows]
 
-        def loss_fn() -> Tensor:
+        def loss_fn(left_out: int | None) -> Tensor:
             y = model(*mine).reshape(len(mine[0]), -1)
-            return (y.sin() * weight[: y.shape[1]]).sum()
+            losses = (y.sin() * weight[: y.shape[1]]).sum(1)
+            return losses.sum() if left_out is None else losses.sum() - losses[left_out]
 
-        return Inputs(list(mine), loss_fn)
+        return Inputs(list(mine), loss_fn, has_losses)
 
     outcome = PerExampleEngine(model, dict(model.named_parameters())).run(
         B, inputs(slice(None)), lambda i: inputs(slice(i, i + 1)), sums, lambda name, add: add(sums[name])
     )
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
+    assert (outcome.left_out is not None) == has_losses
+    if outcome.left_out is not None:
+        for (name, total), square in zip(sums.items(), own[outcome.left_out], strict=True):
+            total += 0 if name in outcome.failed else square
     return sums, wanted, set(outcome.failed)
 
 
+@pytest.mark.parametrize("has_losses", [False, True])
 @pytest.mark.parametrize("name", SERVED)
-def test_uses_that_are_served(name: str) -> None:
-    sums, wanted, failed = squares(SERVED[name])
+def test_uses_that_are_served(name: str, has_losses: bool) -> None:
+    sums, wanted, failed = squares(SERVED[name], has_losses)
     assert not failed
     for parameter, total in wanted.items():
         torch.testing.assert_close(sums[parameter], total)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from childtuning.errors import DataError
 from childtuning.fisher import fisher_information
 
 
@@ -183,6 +184,72 @@ def test_parameters_go_the_fastest_way_that_is_right(name, agree, fast):
     agree(found, {name: wanted[name] for name in found})
     if fast and paths is not None:
         assert {path: n for path, n in Counter(found.paths.values()).items() if path != "engine"} == paths
+
+
+class Faint(nn.Module):
+    """A layer whose outputs are nearly constant takes rows in an order that none of them shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.faint, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        nn.init.normal_(self.faint.weight, std=1e-6)
+
+    def forward(self, x):
+        y = torch.tanh(self.inside(x.flatten(0, 1))).view_as(x)
+        z = self.faint(y.transpose(0, 1).flatten(0, 1)).view(*x.shape[1::-1], 4)
+        return self.head((y + z.transpose(0, 1)).mean(1))
+
+
+@pytest.mark.parametrize(("loss_fn", "reduction"), [(rows, None), (cross_entropy, "mean")])
+def test_rows_are_not_taken_for_another_examples(loss_fn, reduction, agree):
+    torch.manual_seed(0)
+    model, batches = Faint().double(), batches_of(4, 3, shape=(5, 4))
+    found = fisher_information(model, batches, loss_fn, reduction)
+    agree(found, per_example(model, batches, cross_entropy))
+
+
+class Square(nn.Module):
+    """A checkpoint computes again a product of two tensors of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(checkpoint(lambda x: torch.tanh(self.inside(x.sin())), x, use_reentrant=False))
+
+
+@pytest.mark.filterwarnings("ignore:Fisher information of:UserWarning")
+def test_a_checkpoint_of_as_many_examples_as_inputs(agree):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Square()).double()
+    batches = batches_of(4, shape=(4,))
+    agree(fisher_information(model, batches, rows), per_example(model, batches, cross_entropy))
+
+
+def pull(model, batch):
+    """Bring outputs of one class together: examples without another of their class stand alone."""
+    x, labels = batch
+    outputs = model(x)
+    others = labels[:, None].eq(labels).fill_diagonal_(False)
+    distances = (outputs[:, None] - outputs).square().sum(2)
+    return F.cross_entropy(outputs, labels, reduction="none") + 0.01 * (distances * others).sum(1)
+
+
+def centred(model, batch):
+    """Add what is zero in sum, and less than bf16 tells apart."""
+    outputs = model(batch[0])
+    return F.cross_entropy(outputs, batch[1], reduction="none") + 1e-3 * (outputs - outputs.mean(0)).sum(1)
+
+
+@pytest.mark.filterwarnings("ignore:Fisher information of:UserWarning")
+@pytest.mark.parametrize("loss_fn", [pull, centred])
+def test_losses_that_mix_some_examples_or_a_little_are_refused(loss_fn):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).bfloat16()
+    batches = [(x.bfloat16(), torch.tensor([0, 1, 1, 2])) for x, _ in batches_of(*[4] * 8, shape=(4,))]
+    with pytest.raises(DataError, match="the loss mixes examples"):
+        fisher_information(model, batches, loss_fn)
 
 
 def test_the_loop_is_announced_with_its_modules(agree):

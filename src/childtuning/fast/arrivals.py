@@ -59,10 +59,14 @@ class Arrivals:
         parameters: those wanted, by name.
         size: B.
         sink: called as ``sink(name, add)`` once a parameter is done; ``add(score)`` adds Σ_b G_b².
+        left_out: the example whose loss is not in the sum, so that its gradients are zero.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], size: int, sink: Sink) -> None:
-        self.parameters, self.size, self.sink = parameters, size, sink
+    def __init__(
+        self, parameters: Mapping[str, Tensor], size: int, sink: Sink, left_out: int | None = None
+    ) -> None:
+        self.parameters, self.size, self.sink, self.left_out = parameters, size, sink, left_out
+        self._num_taken = self._num_mixed = 0
         self.shadows = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self.failed: dict[str, str] = {}
         self.emitted: set[str] = set()
@@ -70,6 +74,11 @@ class Arrivals:
         self._parts: dict[str, list[ExampleGradients]] = {name: [] for name in parameters}
         self._shared: dict[int, tuple[Target, list[ExampleGradients]]] = {}
         self._held: set[str] = set()  # parameters that shared tensors are made of: done at the end
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether every gradient that arrived at the left-out example came from the losses of others."""
+        return 0 < self._num_taken == self._num_mixed
 
     def fail(self, names: Iterable[str], reason: str) -> None:
         """Give up on parameters that have not been emitted yet."""
@@ -92,6 +101,14 @@ class Arrivals:
         if gradients_fn is None:
             return self.fail(use.names, "its call was differentiated twice")
         dY = use.layout.split(dY.detach().to(_sum_dtype(next(iter(use.targets.values())).tensor)))
+        self._num_taken += 1
+        if self.left_out is not None and bool(dY[self.left_out].any()):
+            self._num_mixed += bool(
+                dY[self.left_out].isfinite().all()
+            )  # zero times what is not finite is no zero
+            return self.fail(
+                use.names, "an example's gradient depends on the losses of the others in its batch"
+            )
         try:
             with torch.no_grad(), torch.autocast(dY.device.type, enabled=False):
                 found = gradients_fn(dY)

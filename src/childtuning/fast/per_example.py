@@ -7,6 +7,9 @@ each example, and the gradient of that is the parameter's by example. Tensors ma
 position biases, normed weights) are treated as parameters are, and their gradients are then taken through the small
 graph that made them, example by example. What fits none of these is handed back with the reason.
 
+Where the examples' losses are known one by one, the loss of one example is left out, another in each batch. Its rows of
+every gradient must then be zero, exactly: else the loss or a layer mixes examples, or the rows are another example's.
+
 Shapes: B examples, k rows an example.
 """
 
@@ -65,11 +68,13 @@ class Inputs:
 
     Args:
         tensors: those that count examples.
-        loss_fn: runs the model; returns the sum of the examples' own losses.
+        loss_fn: runs the model; returns the sum of the examples' own losses, without that of one if a number is given.
+        has_losses: whether one can be left out.
     """
 
     tensors: list[Tensor]
-    loss_fn: Callable[[], Tensor]
+    loss_fn: Callable[[int | None], Tensor]
+    has_losses: bool = False
 
 
 @dataclass
@@ -79,10 +84,14 @@ class Outcome:
     Args:
         failed: the parameters that could not be done, with the reason; the sink was not called for them.
         is_reached: whether the loss depends on any parameter.
+        left_out: the example whose squares the sink has not been given.
+        is_mixed: whether at every call the gradient of an example depended on the losses of others.
     """
 
     failed: dict[str, str]
     is_reached: bool
+    left_out: int | None = None
+    is_mixed: bool = False
 
 
 class PerExampleEngine:
@@ -109,13 +118,15 @@ class PerExampleEngine:
             batch: all examples.
             example_fn: gives one of them alone.
             names: the parameters wanted; none of them requires a gradient or has one.
-            sink: called as ``sink(name, add)`` at most once a parameter; ``add(score)`` adds Σ_b G_b².
+            sink: called as ``sink(name, add)`` at most once a parameter; ``add(score)`` adds Σ_b G_b² over all examples
+                but the one left out.
         Raises:
             EmissionError: the sink raised.
             Exception: what the forward pass raises; the sink has not been called then.
         """
         self._num_runs += 1
         first = (self._num_runs * 2654435761 >> 9) % size
+        left_out = first if batch.has_losses else None
         parameters = {name: self.parameters[name] for name in names}
         with _required_gradients(parameters.values()), self._without_marks():
             records = [(first, self._alone(example_fn(first), parameters))]
@@ -123,10 +134,10 @@ class PerExampleEngine:
                 if self._compares_all and len(records) < size:
                     missing = set(range(size)) - {index for index, _ in records}
                     records += [(index, self._alone(example_fn(index), parameters)) for index in missing]
-                run = _Run(parameters, batch.tensors, size, records, self.eps, sink)
+                run = _Run(parameters, batch.tensors, size, records, self.eps, sink, left_out)
                 try:
                     with run:
-                        loss = batch.loss_fn()
+                        loss = batch.loss_fn(left_out)
                     if not run.routes or self._compares_all:
                         return run.differentiate(loss)
                 finally:
@@ -136,7 +147,7 @@ class PerExampleEngine:
     def _alone(self, example: Inputs, parameters: Mapping[str, Tensor]) -> Record:
         watch = Alone(parameters, example.tensors)
         with watch:  # with gradients, as the batch's pass has them: models may ask
-            example.loss_fn()
+            example.loss_fn(None)
         self._compares_all = self._compares_all or watch.routes
         self.eps = max(self.eps, watch.eps)
         return watch.record
@@ -174,10 +185,11 @@ class _Run(Watch):
         records: list[tuple[int, Record]],
         eps: float,
         sink: Sink,
+        left_out: int | None,
     ) -> None:
         super().__init__(parameters, inputs)
         self.parameters, self.size, self.records, self.eps = parameters, size, records, eps
-        self.arrivals = Arrivals(parameters, size, sink)
+        self.arrivals = Arrivals(parameters, size, sink, left_out)
         self.uses: list[Use] = []
         self.checks: list[tuple[frozenset[str], Tensor]] = []
         self.tables: dict[int, tuple[Tensor, Tensor, Callable[[Tensor], ExampleGradients]]] = {}
@@ -188,6 +200,12 @@ class _Run(Watch):
 
     def handle(self, call: Call) -> Any:
         self.seen = [(index, record[call.key]) for index, record in self.records if call.key in record]
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # type: ignore[attr-defined]
+            # What a checkpoint saves must be what it computes again, where this mode is not active.
+            out = self._plain(call)
+            if any(one.requires_grad for one in outputs_of(out)):
+                self._fail(call, "is inside of a checkpoint")
+            return out
         if not torch.is_grad_enabled() or len(self.seen) < len(self.records):
             out = self._plain(call)
             if outputs_of(out):
@@ -347,7 +365,8 @@ class _Run(Watch):
         if len(found) == 1:
             self.orders.add((found[0].rows, found[0].interleaved))
         elif call.name != "repeat":  # it puts all rows of an example next to each other
-            found = [one for one in found if (one.rows, one.interleaved) in self.orders]
+            is_tested = self.arrivals.left_out is not None  # whether wrong rows would be found out
+            found = [one for one in found if is_tested and (one.rows, one.interleaved) in self.orders]
         layout = found[0] if found and (len(found) == 1 or call.name == "repeat") else None
         if layout is not None:
             self.checks += [(call.names, differs(layout.example(out, i), one, self.eps)) for i, one in alone]
@@ -429,7 +448,7 @@ class _Run(Watch):
                     )
                 parameter.grad = None
                 arrivals.fail((name,), "its gradient is taken inside of another function")
-        return Outcome(arrivals.failed, True)
+        return Outcome(arrivals.failed, True, arrivals.left_out, arrivals.is_mixed)
 
 
 def _expanded_leaf(tensor: Tensor, behind: int, length: int) -> Tensor:

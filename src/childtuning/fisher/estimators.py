@@ -137,6 +137,12 @@ class PerExample:
                 return f"A batch of {size} raised {type(error).__name__}: {error}."
             failed = outcome.failed
             self.is_reached = self.is_reached or outcome.is_reached
+            if outcome.is_mixed and isinstance(self.loss, UserLoss):
+                raise DataError(
+                    f"the gradient at one example depends on the losses of others: the loss mixes {_MIXES}"
+                )
+            if outcome.left_out is not None:
+                self._loop(example(batch, size, outcome.left_out), 1, [n for n in wanted if n not in failed])
         self._path |= dict.fromkeys(failed, "vectorised")
         rest = self._on("vectorised")
         if rest and (reason := self._vectorised(batch, size, rest)):
@@ -149,15 +155,20 @@ class PerExample:
         return None
 
     def _inputs(self, batch: Any, size: int, compare_fn: Any) -> Inputs:
-        def total() -> Tensor:
+        def total(left_out: int | None) -> Tensor:
             found = self.loss.of_batch(self.model, batch, size)
             with torch._C.DisableTorchFunction():
                 check_finite(found.total.detach() if found.losses is None else found.losses.detach())
                 if found.losses is not None:
                     compare_fn(found.losses.detach())
-            return found.total
+            if found.losses is None or left_out is None:
+                return found.total
+            with torch._C.DisableTorchFunction():
+                weights = torch.ones_like(found.losses)
+                weights[left_out] = 0.0
+            return (found.losses * weights).sum()
 
-        return Inputs(example_tensors(batch, size), total)
+        return Inputs(example_tensors(batch, size), total, has_losses=self.loss.reduction is None)
 
     def _compare(self, losses: Tensor, alone: list[tuple[int, Tensor]]) -> None:
         """Refuse losses of examples that depend on the rest of the batch."""
