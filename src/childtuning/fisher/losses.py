@@ -148,7 +148,6 @@ class Terms(NamedTuple):
 def head_terms(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> list[Terms] | None:
     """Return the means that a head's loss is the sum of, as transformers has them; ``None`` for an unknown head."""
     bare = getattr(model, "get_base_model", lambda: model)()
-    config = getattr(bare, "config", None)
     if {"start_positions", "end_positions"} <= batch.keys() and _get(outputs, "start_logits") is not None:
         ends = [(_get(outputs, f"{end}_logits"), batch[f"{end}_positions"]) for end in ("start", "end")]
         return [_span_terms(logits, positions) for logits, positions in ends]
@@ -157,30 +156,47 @@ def head_terms(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> list
         return None
     logits = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
     labels = labels.to(logits.device)
-    if type(bare).__name__.endswith("ForSemanticSegmentation"):
-        if labels.dim() != 3 or logits.dim() != 4 or logits.shape[1] == 1:
+    match _kind_of(bare, logits, labels):
+        case "pixels":
+            return [_class_terms(_of_pixels(logits, labels).flatten(1, 2), labels.flatten(1), _ignored(bare))]
+        case "positions":
+            if shifts_labels(model):
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            return [_class_terms(logits, labels, IGNORED_LABEL)]
+        case "class":
+            return [_class_terms(logits.unsqueeze(1), labels.reshape(-1, 1), IGNORED_LABEL)]
+        case "numbers":
+            terms = (logits - labels.to(logits.dtype).reshape(logits.shape)).square()
+        case "flags":
+            terms = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        case _:
             return None
-        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        ignored = getattr(config, "semantic_loss_ignore_index", 255)
-        return [_class_terms(logits.flatten(2).transpose(1, 2), labels.flatten(1), ignored)]
+    return [Terms(terms, terms.new_full((len(terms),), terms.shape[1]))]
+
+
+def _kind_of(model: nn.Module, logits: Tensor, labels: Tensor) -> str | None:
+    """Return what the labels of a head are, as transformers tells; ``None``: unknown."""
+    if type(model).__name__.endswith("ForSemanticSegmentation"):
+        return "pixels" if labels.dim() == 3 and logits.dim() == 4 and logits.shape[1] > 1 else None
     if is_token_level(labels) and logits.dim() == 3 and logits.shape[:2] == labels.shape:
-        if shifts_labels(model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return [_class_terms(logits, labels, IGNORED_LABEL)]
+        return "positions"
     if logits.dim() != 2 or len(labels) != len(logits):
         return None
-    problem = getattr(config, "problem_type", None)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem == "regression" or (problem is None and logits.shape[1] == 1):
-        if labels.numel() != logits.numel():
-            return None
-        terms = (logits - labels.to(logits.dtype).reshape(logits.shape)).square()
-    elif not labels.is_floating_point() and labels.numel() == len(logits):
-        return [_class_terms(logits.unsqueeze(1), labels.reshape(-1, 1), IGNORED_LABEL)]
-    elif labels.shape == logits.shape and labels.is_floating_point():
-        terms = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    else:
-        return None
-    return [Terms(terms, terms.new_full((len(terms),), terms.shape[1]))]
+        return "numbers" if labels.numel() == logits.numel() else None
+    if not labels.is_floating_point():
+        return "class" if labels.numel() == len(logits) else None
+    return "flags" if labels.shape == logits.shape else None
+
+
+def _of_pixels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Bring logits [B, K, h, w] to the pixels of the labels: [B, H, W, K]."""
+    return F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False).movedim(1, -1)
+
+
+def _ignored(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "semantic_loss_ignore_index", 255)
 
 
 def _class_terms(logits: Tensor, labels: Tensor, ignored: int) -> Terms:
@@ -239,6 +255,22 @@ def shifts_labels(model: nn.Module) -> bool:
     return loss_type == "ForCausalLM" or (loss_type not in _LOSS_TYPES and "LMHead" in name)
 
 
+def _with_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add what an encoder-decoder would make of the labels, so that it stays when they are replaced."""
+    is_given = {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys()
+    if is_given or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return batch
+    if not is_token_level(batch["labels"]):
+        return batch
+    shift_fn = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift_fn is None:
+        raise ConfigError(
+            f"labels='sampled' needs what the decoder of {type(model).__name__} reads, and the batch does not say. "
+            "Put decoder_input_ids into the batches."
+        )
+    return {**batch, "decoder_input_ids": shift_fn(labels=batch["labels"])}
+
+
 def losses_by_slices(outputs_loss_fn: Callable[[Any, Any], Tensor], label_key: str = "labels") -> LossFn:
     """Make a ``loss_fn`` that returns one loss an example of a function of (outputs, labels).
 
@@ -282,10 +314,11 @@ def _outputs_of(outputs: Any, size: int, index: int) -> Any:
 class SampledLabels:
     """Labels drawn from the model's own prediction: the mean square of their gradient is the true Fisher.
 
-    Classes are drawn from the softmax, sequence positions each on its own (shifted by one for causal language
-    models); positions labelled −100 stay ignored. Several independent yes/no labels are drawn from the sigmoid. Real
-    outputs are N(f(x), K/2) for K of them, whose −log density is the mean squared error such models train on. Draws
-    are made example after example from one stream, so that they do not depend on how the data are cut into batches.
+    Classes are drawn from the softmax, positions and pixels each on its own (shifted by one for causal language
+    models); ignored ones stay so. A decoder reads the data's labels, not those drawn. Several independent yes/no labels
+    are drawn from the sigmoid. Real outputs are N(f(x), K/2) for K of them, whose −log density is the mean squared
+    error such models train on. Draws are made example after example from one stream, so that they do not depend on how
+    the data are cut into batches.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -293,29 +326,40 @@ class SampledLabels:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, batch: Any) -> Any:
-        """Return the batch with its labels replaced."""
+        """Return the batch with its labels replaced.
+
+        Raises:
+            ConfigError: no labels, a head whose loss has no known formula, or a decoder whose inputs are not known.
+        """
         if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
             raise ConfigError(
                 "labels='sampled' needs dict batches with 'labels' and the model's own loss. Use labels='data'."
             )
+        bare = getattr(self.model, "get_base_model", lambda: self.model)()
         labels = batch["labels"]
+        batch = _with_decoder_inputs(bare, batch)
         with torch.no_grad():
             outputs = self.model(**{key: value for key, value in batch.items() if key != "labels"})
         logits = outputs.logits.detach()
-        if labels.is_floating_point():
-            draw = self._bernoulli if self._is_multi_label(logits) else self._normal
-            logits = logits.double().cpu().reshape(labels.shape)
-            drawn = torch.stack([draw(row) for row in logits])
-        elif is_token_level(labels):
-            drawn = self._positions(logits, labels)
-        else:
-            logits = logits.reshape(*labels.shape, -1)
-            drawn = torch.stack([self._classes(row) for row in logits])
-        return {**batch, "labels": drawn.to(labels)}
-
-    def _is_multi_label(self, logits: Tensor) -> bool:
-        problem = getattr(getattr(self.model, "config", None), "problem_type", None)
-        return problem == "multi_label_classification" or (problem is None and logits.shape[-1] > 1)
+        match _kind_of(bare, logits, labels):
+            case "pixels":
+                drawn = self._positions(_of_pixels(logits, labels), labels, _ignored(bare))
+            case "positions":
+                drawn = self._positions(logits, labels, IGNORED_LABEL, int(shifts_labels(self.model)))
+            case "class":
+                drawn = torch.stack([self._classes(row) for row in logits]).reshape(labels.shape)
+            case "numbers" | "flags" as kind:
+                draw = self._normal if kind == "numbers" else self._bernoulli
+                drawn = torch.stack([draw(row) for row in logits.double().cpu()]).reshape(labels.shape)
+            case _:
+                raise ConfigError(
+                    f"labels='sampled' has no formula for {type(bare).__name__} with logits {list(logits.shape)} and "
+                    f"labels {list(labels.shape)} of {labels.dtype}. Use labels='data'."
+                )
+        is_real = (
+            drawn.is_floating_point() and not labels.is_floating_point()
+        )  # whole numbers were given for real ones
+        return {**batch, "labels": drawn.to(labels.device, logits.dtype if is_real else labels.dtype)}
 
     def _normal(self, mean: Tensor) -> Tensor:
         return (
@@ -330,13 +374,12 @@ class SampledLabels:
             < logits.sigmoid()
         )
 
-    def _positions(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _positions(self, logits: Tensor, labels: Tensor, ignored: int, offset: int = 0) -> Tensor:
         """Draw a class for each labelled position; only these use the stream, however long the padding."""
-        offset = int(shifts_labels(self.model))
         drawn = labels.cpu().clone()
         for row, old, row_logits in zip(drawn, labels, logits, strict=True):
-            where = (old[offset:] != IGNORED_LABEL).nonzero().squeeze(1)
-            row[where.cpu() + offset] = self._classes(row_logits[where]).to(row)
+            where = old[offset:] != ignored
+            row[offset:][where.cpu()] = self._classes(row_logits[: len(where)][where]).to(row)
         return drawn
 
     def _classes(self, logits: Tensor) -> Tensor:
