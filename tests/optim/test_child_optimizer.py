@@ -370,6 +370,33 @@ def test_a_write_to_a_frozen_entry_is_refused(name: str, dtype: torch.dtype) -> 
         run(opt, named, random_gradients(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_changed_signs_do_not_cancel(dtype: torch.dtype) -> None:
+    named = parameters(dtype)
+    opt = ChildOptimizer(named.items(), a_child(0.3), torch.optim.SGD, lr=0.1)
+    frozen = (~opt.child.mask("a.weight")).nonzero()
+    for one in range(1, len(frozen)):
+        places = tuple(frozen[[0, one]].T)
+        with torch.no_grad():
+            named["a.weight"][places] = -named["a.weight"][places]
+        with pytest.raises(ParameterError, match="outside the child have changed"):
+            run(opt, named, random_gradients(1))
+        with torch.no_grad():
+            named["a.weight"][places] = -named["a.weight"][places]
+
+
+def test_observed_gradients_are_cleared_with_the_others() -> None:
+    named = parameters()
+    child = Child.from_masks({"a.weight": torch.eye(7, 5).bool(), "b.weight": torch.zeros(3, 7).bool()})
+    opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=0.1)
+    opt.observe()
+    for _ in range(2):
+        opt.zero_grad()
+        sum(p.square().sum() for p in named.values()).backward()  # type: ignore[union-attr]
+        assert torch.equal(named["b.weight"].grad, 2 * named["b.weight"])
+        opt.step()
+
+
 def test_a_change_on_purpose_is_accepted_once_it_is_told() -> None:
     named, child = parameters(), a_child(0.3)
     opt = ChildOptimizer(named.items(), child, torch.optim.SGD, lr=0.1)

@@ -125,6 +125,25 @@ def test_task_free_units_train_the_same(inner, dtype, always, granularity) -> No
     assert_alike(dense, other, **tolerance)
 
 
+@pytest.mark.parametrize("kind", ["task-free", "fixed"])
+def test_what_came_before_a_removal_is_kept(kind) -> None:
+    net, twin = a_net(), a_net()
+    child = (
+        TaskFree(0.4, seed=3, granularity="row")
+        if kind == "task-free"
+        else random_child(net, 0.4, granularity="row")
+    )
+    opts = [ChildOptimizer(n.named_parameters(), child, model=n, **ADAMW) for n in (net, twin)]
+    for model, opt in zip((net, twin), opts, strict=True):
+        for tokens, labels in batches(2):
+            F.cross_entropy(model(tokens), labels).backward()
+            if model is twin:
+                opt.remove()
+                opt.attach()
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+
+
 @needs_fast
 def test_clipping_of_drawn_rows_estimates_the_whole_norm() -> None:
     net = a_net()

@@ -182,7 +182,7 @@ def _ranks(model: nn.Module) -> Ranks:
 
 def _of_any_layout(about: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is of this layout."""
-    return {key: value for key, value in about.items() if key not in ("frozen", "pieces")}
+    return {key: value for key, value in about.items() if key not in ("frozen_bits", "pieces")}
 
 
 class _Saved:

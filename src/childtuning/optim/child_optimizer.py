@@ -301,7 +301,7 @@ class ChildOptimizer(Optimizer):
     def remove(self) -> None:
         """Restore the model's layers, gradients and ``requires_grad`` flags.
 
-        Call it before another optimizer takes over. Trained values stay; ``attach()`` resumes.
+        Call it before another optimizer takes over. Trained values and gradients stay; ``attach()`` resumes.
         """
         self._changed.remove()
         if self._frozen is not None:
@@ -409,8 +409,8 @@ class ChildOptimizer(Optimizer):
         super().zero_grad(set_to_none)
         for t in chain.from_iterable(self._trained):
             t.forget()
-            if t.released:  # a gradient older than this optimizer, which param_groups does not show
-                t.holder.grad = None
+        if self._frozen is not None:
+            self._frozen.forget()
         self._changed.forget()
 
     def trained(self) -> list[tuple[nn.Parameter, Runs | None]]:
@@ -475,7 +475,7 @@ class ChildOptimizer(Optimizer):
         self._share_options()
         about = {**self._settings, "num_steps": self._num_steps}
         if self._frozen is not None:
-            about["frozen"] = self._frozen.checksums()
+            about["frozen_bits"] = self._frozen.checksums()
         if (pieces := pieces_held(self._trained)) is not None:
             about["pieces"] = pieces
         return {**state_by_name(self._trained, self.inner), "child": about}
@@ -495,5 +495,5 @@ class ChildOptimizer(Optimizer):
             ours.update({key: value for key, value in inner.items() if key != "params"})
         self._num_steps = about["num_steps"]
         if self._frozen is not None:
-            self._frozen.expect_weights(about.get("frozen"))
+            self._frozen.expect_weights(about.get("frozen_bits"))
         self._changed.draw(self._num_steps)

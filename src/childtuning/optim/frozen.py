@@ -78,6 +78,11 @@ class Frozen:
             parameter.requires_grad_(flag)
         self._flags = []
 
+    def forget(self) -> None:
+        """Drop the gradients that ``observe`` let frozen parameters have."""
+        for parameter, is_trained in self._is_trained if self._observed else ():
+            parameter.grad = parameter.grad if is_trained else None
+
     def checksums(self) -> dict[str, int | None]:
         """Return the checksum of each parameter's frozen entries."""
         return {watched.name: watched.bits for watched in self._watched}
@@ -119,7 +124,7 @@ class Frozen:
 
 
 def _bits(parameter: Tensor, runs: Runs | None) -> int:
-    """Return a checksum of the entries outside the child: their bits as integers, weighted by position."""
+    """Return a checksum of the entries outside the child: their bits as integers, mixed and weighted by position."""
     if not parameter.numel():
         return 0
     if parameter.is_complex():
@@ -134,13 +139,19 @@ def _bits(parameter: Tensor, runs: Runs | None) -> int:
     total = 0
     step = max(1, _ENTRIES_AT_ONCE // max(width, 1))
     for start in range(0, height, step):
-        rows = (matrix[start : start + step].to(across.dtype) * across).sum(1, dtype=torch.int64)
+        rows = (_mixed(matrix[start : start + step].to(across.dtype)) * across).sum(1, dtype=torch.int64)
         total += int((rows * down[start : start + step]).sum())
     if runs is not None:
         places = runs.indices()
-        trained = runs.gather(matrix).to(across.dtype) * across[places % width]
+        trained = _mixed(runs.gather(matrix).to(across.dtype)) * across[places % width]
         total -= int((trained.long() * down[places // width]).sum())
     return (total + _HALF) % (2 * _HALF) - _HALF  # as int64 wraps
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """Spread each bit over others, one to one: the highest ones of several entries would cancel in a sum."""
+    bits = bits * 0x2545F491
+    return bits.bitwise_xor_(bits >> (4 * bits.element_size() - 1))
 
 
 def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -211,11 +211,16 @@ class DrawnRows:
             t.leaf.tensor = Leaf.of([], size, t.parameter).tensor
 
     def remove(self) -> None:
-        """Let the model's layers form dense gradients again; a second call does nothing."""
+        """Let the model's layers form dense gradients again; a second call does nothing.
+
+        What the drawn rows have received moves to the parameters.
+        """
         if self._installed is not None:
             self._installed.remove()
             self._installed = None
         for t in self._drawn:
+            formed = t.gradient()
+            t.parameter.grad = None if formed is None else t.dense(formed)
             t.leaf = t.rows = None
         self._drawn = []
 

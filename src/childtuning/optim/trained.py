@@ -194,8 +194,10 @@ class Trained:
         return gradient if self.released else self.of(gradient)
 
     def forget(self) -> None:
-        """Drop gradients stored outside the parameter."""
+        """Drop gradients stored outside the parameter, and one in it that is older than the optimizer."""
         self.formed = None
+        if self.released:
+            self.holder.grad = None
         if not self.is_direct or self.released:
             self.value.grad = None
         if self.leaf is not None:
