@@ -93,6 +93,41 @@ def test_long_rows_lose_the_left_of_the_prompt(with_start):
         KIND.encode(with_start, split, max_length=2)
 
 
+def test_long_prompts_alone_keep_the_token_that_begins_every_text(tmp_path, with_start):
+    from transformers import AutoModelForCausalLM
+
+    long = Instructions(["the very nice cat ?"])
+    with_start.pad_token = with_start.eos_token
+    encoded = KIND.encode(with_start, long, max_length=4)
+    assert words(with_start, encoded[0]) == ["<s>", "nice", "cat", "?"]
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_lm(tmp_path, "llama")).eval()
+    asked = []
+    model.generate = lambda input_ids, **rest: asked.append(input_ids) or input_ids
+    batch = KIND.collator(with_start, exact=True)([KIND.encode(with_start, long, max_length=16)[0]])
+    KIND.answers(model, batch, with_start, Answers(max_new_tokens=60))
+    assert words(with_start, {"input_ids": asked[0][0].tolist()}) == ["<s>", "nice", "cat", "?"]
+
+
+def test_a_response_ends_although_the_end_is_written_within(tokenizer):
+    split = Instructions(["cat ?", "cat ?"], ["sat </s> on", "sat </s>"])
+    encoded = KIND.encode(tokenizer, split, max_length=16)
+    assert words(tokenizer, encoded[0])[2:] == ["sat", "</s>", "on", "</s>"]
+    assert words(tokenizer, encoded[1])[2:] == ["sat", "</s>"]
+
+
+def test_a_template_that_refuses_a_role_is_one_line(tmp_path):
+    refusing = save_tokenizer(tmp_path, template="{{ raise_exception('only users') }}")
+    with pytest.raises(ModelError, match=r"refuses messages of user \(only users\)"):
+        KIND.encode(refusing, Instructions([CHAT[:1]], ["sat"]), max_length=32)
+
+
+def test_equal_prompts_stay_on_one_side():
+    talk = [[{"role": "user", "content": f"cat {i % 5}"}] for i in range(20)]
+    for prompts in (talk, [f"cat {i % 5}" for i in range(20)]):
+        rest, aside = Instructions(prompts, ["sat"] * 20).hold_out(0.2)
+        assert len(aside) == 4 and not {*rest.contents()} & {*aside.contents()}
+
+
 def test_prompts_alone_are_what_rows_begin_with(with_start):
     whole = KIND.encode(with_start, Instructions(["nice cat ?"], ["sat"]), max_length=16)[0]
     alone = KIND.encode(with_start, Instructions(["nice cat ?"]), max_length=16)[0]

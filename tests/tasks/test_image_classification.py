@@ -51,6 +51,22 @@ def test_folders_of_classes(tmp_path):
     assert load_task(tmp_path.name, data_dir=tmp_path.parent).kind == "image-classification"
 
 
+def test_equal_images_stay_on_one_side(tmp_path):
+    write_image_folders(tmp_path)
+    files = read_images(Source(tmp_path / "train"), part="train", labelled=True)
+    for name in ("blue", "green", "red"):
+        (tmp_path / "train" / name / "copy.png").write_bytes(
+            next((tmp_path / "train" / name).glob("*.png")).read_bytes()
+        )
+    arrays = Images([np.full((4, 4), i % 6, dtype=np.uint8) for i in range(24)], ["a", "b", "c"] * 8)
+    copied = read_images(Source(tmp_path / "train"), part="train", labelled=True)
+    assert len({*copied.contents()}) == len(files) == len(copied) - 3
+    for images in (copied, arrays):
+        for seed in range(5):
+            rest, aside = images.hold_out(0.2, seed=seed)
+            assert not {*rest.contents()} & {*aside.contents()}
+
+
 def test_linked_class_folders(tmp_path):
     train, dev = write_image_folders(tmp_path)
     (train / "red").rename(tmp_path / "elsewhere")

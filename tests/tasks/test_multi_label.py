@@ -55,9 +55,22 @@ def test_rows_without_a_list_are_bad(tmp_path, label, got):
 def test_rows_without_any_label_are_told(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"a {i}", "label": []} for i in range(8)])
     with pytest.raises(
-        DataError, match="at least two classes, got none in the train split.*Label the examples"
+        DataError, match="at least one label, got none in the train split.*Label the examples"
     ):
         task_from_files(path, path)
+
+
+def test_one_label_is_enough(tmp_path):
+    rows = [{"text": f"a {i}", "label": ["spam"] * (i % 2)} for i in range(8)]
+    task = task_from_files(path := write(tmp_path / "a.jsonl", rows), path)
+    assert (task.kind, task.label_names) == ("multi-label", ("spam",))
+    assert KIND.num_outputs(task.label_names) == 1
+
+
+def test_a_mean_over_labels_leaves_out_those_that_do_not_occur():
+    split = LabelSets(["a", "b"], None, [["7"], ["7"]])  # type: ignore[arg-type]
+    outputs = [np.array([2.0, -1.0, -1.0])] * 2
+    assert measured(KIND, ["macro-f1"], outputs, None, split, NAMES) == {"macro-f1": 1.0}
 
 
 def test_metrics_and_predictions():

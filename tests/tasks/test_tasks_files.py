@@ -37,6 +37,8 @@ def write_labels(path: Path, labels: list[Any]) -> Path:
         (["1", "2.5", "x"], "class"),
         ([True, False], "class"),
         (["1_0", "0.5"], "class"),
+        ([f"{i:03}" for i in range(30)], "class"),
+        (["0", "0.5", "0e1"], "number"),
         ([], "class"),
     ],
 )

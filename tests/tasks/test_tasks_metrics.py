@@ -150,7 +150,8 @@ def twin(name: str, logits: np.ndarray, truth: np.ndarray, weights: np.ndarray) 
 def test_weighted_metrics_are_those_of_scikit_learn(name: str, num_classes: int) -> None:
     rng = np.random.default_rng(1)
     truth = rng.integers(num_classes, size=60)
-    logits = np.round(rng.normal(size=(60, num_classes)) + np.eye(num_classes)[truth], 1)  # some are equal
+    logits = rng.normal(size=(60, num_classes)) + np.eye(num_classes)[truth]
+    logits = np.round(8 * logits) / 8  # some are equal
     said = logits[:, 0] if METRICS[name].kind == "regression" else logits.argmax(1)
     weights = np.stack([np.ones(60, dtype=int), rng.integers(4, size=60)])
     expected = [twin(name, logits, truth, row) for row in weights]
@@ -164,6 +165,17 @@ def test_a_metric_of_scores_needs_both_classes():
     assert math.isnan(compute_metrics(["auroc"], [0] * 4, [1] * 4, logits=logits)["auroc"])
     with pytest.raises(ConfigError, match="auroc needs the logits"):
         compute_metrics(["auroc"], [0], [1])
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_ranks_do_not_depend_on_how_sure_a_model_is(num_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(2, size=50)
+    logits = np.full((50, num_classes), -1e6)
+    logits[:, 0], logits[:, 1] = 0, truth + rng.normal(size=50)
+    names = ["auroc", "average-precision"] if num_classes == 2 else ["auroc"]
+    found = [compute_metrics(names, logits.argmax(1), truth, logits=scale * logits) for scale in (1, 1000)]
+    assert found[0] == found[1] and 0.6 < found[0]["auroc"] < 0.95
 
 
 def test_the_interval_is_a_bootstrap_over_examples():

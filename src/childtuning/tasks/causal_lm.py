@@ -138,7 +138,7 @@ class CausalLM(Kind):
             for prompt, tokens in zip(split.prompts, _tokens(processor, shown), strict=True)
         ]
         if split.responses is None:
-            kept = [tokens[-max_length:] for tokens in prompts]
+            kept = [_cut(tokens, start, max_length) for tokens in prompts]
             num_cut = sum(len(tokens) > max_length for tokens in prompts)
             # An empty prompt still needs one token for the model to continue from.
             return EncodedExamples(
@@ -151,14 +151,12 @@ class CausalLM(Kind):
         end = _end(processor)
         inputs, labels, num_cut = [], [], 0
         for tokens, answer in zip(prompts, _tokens(processor, responses), strict=True):
-            answer = answer if end in answer else [*answer, end]
-            lead = tokens[: len(start)] if tokens[: len(start)] == start else []
-            room = max_length - len(lead)
-            num_cut += len(tokens) - len(lead) + len(answer) > room
-            answer = answer[:room]
-            kept = tokens[len(lead) :][max(0, len(tokens) - len(lead) - (room - len(answer))) :]
-            inputs.append([*lead, *kept, *answer])
-            labels.append([*[IGNORED] * (len(lead) + len(kept)), *answer])
+            answer = answer if _has_ended(processor, answer, end) else [*answer, end]
+            num_cut += len(tokens) + len(answer) > max_length
+            answer = answer[: max_length - (len(start) if tokens[: len(start)] == start else 0)]
+            kept = _cut(tokens, start, max_length - len(answer))
+            inputs.append([*kept, *answer])
+            labels.append([*[IGNORED] * len(kept), *answer])
         return EncodedExamples({"input_ids": inputs}, labels, num_cut=num_cut)
 
     def _shown(self, processor: Any, prompt: str | Messages) -> str:
@@ -170,14 +168,14 @@ class CausalLM(Kind):
                 "the model's tokenizer has no chat template, which rows of messages need. "
                 "Pass a model that has one, or rows with a prompt and a response."
             )
-        return processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return _with_template(processor, prompt, add_generation_prompt=True)
 
     def _written(self, processor: Any, prompt: str | Messages, shown: str, response: str) -> str:
         """The response as the text that follows the prompt's text."""
         if isinstance(prompt, str):
             return response
         messages = [*prompt, {"role": "assistant", "content": response}]
-        whole = processor.apply_chat_template(messages, tokenize=False)
+        whole = _with_template(processor, messages)
         if not whole.startswith(shown):
             raise ModelError(
                 "the tokenizer's chat template does not continue a prompt with its response. "
@@ -225,14 +223,14 @@ class CausalLM(Kind):
         self, model: Any, batch: Mapping[str, Tensor], processor: Any, options: Answers
     ) -> list[dict[str, Any]]:
         """Generate greedily after each prompt, until the end-of-text token or `max_new_tokens`."""
-        room = _num_positions(model) - options.max_new_tokens
-        if room < 1:
+        room, start = _num_positions(model) - options.max_new_tokens, _start(processor)
+        if room <= len(start):
             raise ConfigError(
                 f"max_new_tokens must leave room for a prompt among the model's {_num_positions(model)} positions, "
                 f"got {options.max_new_tokens}. Pass fewer."
             )
         prompts = [
-            tokens[mask.bool()][-room:]
+            tokens.new_tensor(_cut(tokens[mask.bool()].tolist(), start, room))
             for tokens, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
         longest, end = max(map(len, prompts)), _end(processor)
@@ -294,6 +292,32 @@ def _end(processor: Any) -> int:
             "the model's tokenizer has no end-of-text token. Set tokenizer.eos_token and save it again."
         )
     return processor.eos_token_id
+
+
+def _cut(tokens: list[int], start: list[int], room: int) -> list[int]:
+    """Cut a prompt at its left, but for the token that begins every text."""
+    lead = start if tokens[: len(start)] == start else []
+    return [*lead, *tokens[len(lead) + max(0, len(tokens) - room) :]]
+
+
+def _has_ended(processor: Any, answer: list[int], end: int) -> bool:
+    """Tell whether nothing but white space follows the last end-of-text token."""
+    if end not in answer:
+        return False
+    rest = answer[len(answer) - answer[::-1].index(end) :]
+    return not processor.decode(rest).strip()
+
+
+def _with_template(processor: Any, messages: Messages, **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as fault:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ModelError(
+            f"the tokenizer's chat template refuses messages of {roles} ({fault}). Change the rows, or the model."
+        ) from None
 
 
 def _num_positions(model: Any) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from glob import iglob
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +70,14 @@ class Images(Split):
         """Whether there are labels."""
         return self.labels is not None
 
+    def contents(self) -> list[bytes]:
+        """Return a digest of each image: of its file, or of its array."""
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
+        return [_digest(image) for image in self.pixels]
+
     def classes(self) -> set[str]:
         """Return the labels that occur."""
         return set(self.labels or ())
@@ -90,6 +100,12 @@ class Images(Split):
         """Return the pixels of one image: [height, width] or [height, width, 3]."""
         image = self.pixels[index]
         return image if isinstance(image, np.ndarray) else open_image(image, self.shown(index))
+
+
+def _digest(image: Path | bytes | NDArray[np.uint8]) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = repr(image.shape).encode() + image.tobytes()
+    return hashlib.sha256(image if isinstance(image, bytes) else content_of(image)).digest()
 
 
 def open_image(image: Path | bytes, where: str = "") -> NDArray[np.uint8]:

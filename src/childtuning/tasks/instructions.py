@@ -52,6 +52,13 @@ class Instructions(Split):
         """The number of prompts that are empty or whitespace."""
         return sum(isinstance(prompt, str) and not prompt.strip() for prompt in self.prompts)
 
+    def contents(self) -> list[str | tuple[tuple[str, str], ...]]:
+        """Return the prompts; of a conversation, the role and content of each message."""
+        return [
+            prompt if isinstance(prompt, str) else tuple((one["role"], one["content"]) for one in prompt)
+            for prompt in self.prompts
+        ]
+
     def subset(self, indices: Iterable[int]) -> Instructions:
         """Return the rows at `indices`, in that order."""
         rows = [int(index) for index in indices]

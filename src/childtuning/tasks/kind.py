@@ -324,7 +324,10 @@ class Task:
         if len(set(self.label_names)) != len(self.label_names):
             raise DataError(f"label_names must be distinct, got {self.label_names}. Drop the duplicates.")
         seen = check_labels(self.train, self.label_names, where=f"the train split of {self.name!r}")
-        if len(seen) < 2:
+        # A single label that a text has or has not can be learnt.
+        is_single = find_kind(self.kind).problem_type == "multi_label_classification"
+        if len(seen) < (1 if is_single else 2):
+            needed = "one label" if is_single else "two classes"
             remedy = (
                 "Pass a larger --train-limit, or more examples"
                 if len(self.label_names) > 1
@@ -333,7 +336,7 @@ class Task:
                 else "Label the examples"
             )
             raise DataError(
-                f"Training needs at least two classes, got {f'only {min(seen)!r}' if seen else 'none'} "
+                f"Training needs at least {needed}, got {f'only {min(seen)!r}' if seen else 'none'} "
                 f"in the train split of {self.name!r}. {remedy}."
             )
         check_labels(self.dev, self.label_names, where=f"the dev split of {self.name!r}")

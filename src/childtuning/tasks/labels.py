@@ -19,6 +19,7 @@ _WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
 _NO_NUMBER = ("na", "n/a", "none", "null")  # beside numbers, what programs write for a missing one
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _INTEGER = re.compile(r"[+-]?\d+")
+_CODE = re.compile(r"0\d+")
 
 
 def infer_label_kind(values: Sequence[Any]) -> LabelKind:
@@ -26,14 +27,16 @@ def infer_label_kind(values: Sequence[Any]) -> LabelKind:
 
     It holds numbers if nearly all values are numbers (or text that parses as one), the others being no more
     than the bad rows that a file may have, and some value is fractional or there are more than 20 distinct
-    values; otherwise classes. Booleans are classes. Missing labels do not count, nor do words for them (NA,
-    None), which are bad beside numbers and may be classes beside classes.
+    values; otherwise classes. Booleans are classes, and so are codes such as "007". Missing labels do not count, nor
+    do words for them (NA, None), which are bad beside numbers and may be classes beside classes.
 
     Example:
         >>> infer_label_kind(["0", "1", "1"]), infer_label_kind(["0.5", 1]), infer_label_kind(range(21))
         ('class', 'number', 'number')
     """
     there = [value for value in values if not is_missing(value)]
+    if any(isinstance(value, str) and _CODE.fullmatch(value.strip()) for value in there):
+        return "class"
     numbers = [_meant_number(value) for value in there if str(value).strip().lower() not in _NO_NUMBER]
     known = [number for number in numbers if number is not None]
     if not known or len(numbers) - len(known) > BAD_SHARE * len(numbers):

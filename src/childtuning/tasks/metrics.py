@@ -37,8 +37,8 @@ class Metric:
     Attributes:
         kind: classification or regression.
         make_fn: (predictions [N], truth [N], K) -> function of weights; if `from_scores`, it takes the
-            classes' probabilities [N, K] in place of predictions.
-        from_scores: whether it needs probabilities.
+            classes' logits [N, K] in place of predictions.
+        from_scores: whether it needs logits.
     """
 
     kind: Literal["classification", "regression"]
@@ -107,7 +107,8 @@ def metric_fn(name: str, predictions: Any, labels: Any, *, logits: Any = None) -
     num_classes = 1 + max(1, int(predicted.max()), int(truth.max()))
     if logits is not None:
         num_classes = np.shape(logits)[1]
-    return metric.make_fn(probabilities(logits) if metric.from_scores else predicted, truth, num_classes)
+    scores = np.asarray(logits, dtype=np.float64) if metric.from_scores else predicted
+    return metric.make_fn(scores, truth, num_classes)
 
 
 def score(fn: WeightedFn, num_examples: int) -> float:
@@ -172,6 +173,19 @@ def probabilities(logits: Any) -> np.ndarray:
     rows = np.asarray(logits, dtype=np.float64)
     powers = np.exp(rows - rows.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
+
+
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """Return log p/(1 − p) of the softmax of logits [N, K]; it orders what rounds to probability 1."""
+    from scipy.special import log_softmax, logsumexp
+
+    logs = np.asarray(log_softmax(logits, axis=1))
+    odds = logs - np.log1p(-np.minimum(np.exp(logs), 0.5))
+    rows, most = np.arange(len(logits)), logits.argmax(1)
+    others = logits.copy()
+    others[rows, most] = -math.inf
+    odds[rows, most] = logits[rows, most] - logsumexp(others, axis=1)
+    return odds
 
 
 def default_metrics(kind: Literal["classification", "regression"]) -> tuple[str, ...]:
@@ -256,7 +270,7 @@ def _matthews(right: np.ndarray, said: np.ndarray, there: np.ndarray) -> np.ndar
     return ratio(right.sum(1) * total - (said * there).sum(1), np.sqrt(spread))
 
 
-# Metrics of probabilities: one class against the rest, by falling probability
+# Metrics of ranks: one class against the rest, by falling probability
 
 
 def _of_scores(value_fn: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Metric:
@@ -270,7 +284,8 @@ def _of_scores(value_fn: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Metr
             np.cumsum(ordered * positive[order], axis=1)[:, last], np.cumsum(ordered, axis=1)[:, last]
         )
 
-    def make(scores: np.ndarray, truth: np.ndarray, num_classes: int) -> WeightedFn:
+    def make(logits: np.ndarray, truth: np.ndarray, num_classes: int) -> WeightedFn:
+        scores = log_odds(logits)
         classes = [1] if num_classes == 2 else range(num_classes)
 
         def weighted(weights: np.ndarray) -> np.ndarray:
@@ -304,7 +319,8 @@ def _average_precision(hits: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 def _of_probabilities(make_fn: Callable[[np.ndarray, np.ndarray], WeightedFn]) -> Metric:
     """A metric of the probabilities of all classes [N, K] and the truth [N]."""
-    return Metric("classification", lambda scores, truth, _: make_fn(scores, truth), from_scores=True)
+    make = lambda logits, truth, _: make_fn(probabilities(logits), truth)  # noqa: E731
+    return Metric("classification", make, from_scores=True)
 
 
 def _log_loss(scores: np.ndarray, truth: np.ndarray) -> WeightedFn:

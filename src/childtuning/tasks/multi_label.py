@@ -116,7 +116,10 @@ class MultiLabel(TextKind):
         both, either = 2 * truth * said, truth + said
         if metric == "micro-f1":
             return lambda weights: ratio(weights @ both.sum(1), weights @ either.sum(1))
-        return lambda weights: ratio(weights @ both, weights @ either).mean(1)
+        # As of classes, a mean leaves out labels that do not occur.
+        return lambda weights: ratio(
+            ratio(weights @ both, weights @ either).sum(1), (weights @ either > 0).sum(1)
+        )
 
     def constant_output(self, train: LabelSets, label_names: Sequence[str]) -> np.ndarray:
         """Return logits of the labels that at least half of the texts have."""
