@@ -65,6 +65,11 @@ def test_what_is_understood(tiny_bert: Path, tmp_path: Path) -> None:
             OTHERS,
             "3 of the 16 training examples are there more than once, with different labels",
         ),
+        (
+            rows([f"a good day {i}" for i in range(15)], ["Good", "goo d", "good "] * 5),
+            rows(["a day"], ["good"]),
+            "the labels 'Good' and 'goo d' and 'good' look alike",
+        ),
         (GOOD + rows(["rare"], ["?"]), OTHERS, "fewer than 5 training examples have the label ?"),
         (
             rows(["a", "b", "c"], [1.5, 1.5, 1.5]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +38,7 @@ class Understood:
         values: least, mean and largest target in training; ``None`` unless targets are numbers.
         tokens: median and most tokens of the training examples; ``None`` for images.
         cut_by_length: training words or rows (by kind of task) that ``max_length`` truncates.
-        duplicates: evaluation examples that are also training examples, whatever their labels; texts only.
+        duplicates: evaluation examples that are also training examples, whatever their labels.
         contradictions: training examples whose text is also there with another class.
         examples: the first training example of each of two classes: its text, or both, and its label.
         child: density or budget, and granularity; empty for methods that take none.
@@ -225,6 +226,15 @@ def data_warnings(task: Task) -> Iterator[str]:
         yield f"every training target is {values[0]:g}, so there is nothing to learn. Name another column."
     if classes is None:
         return
+    looks: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        looks["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    for names in looks.values():
+        if len(names) > 1:
+            yield (
+                f"the labels {' and '.join(map(repr, names))} look alike and are learnt as different classes. "
+                "Write them the same way, if they are one."
+            )
     if len(classes) > max(20, num_train / 2):
         yield (
             f"the label has {len(classes):,} classes in {num_train:,} examples: perhaps it is an id, or a number "
