@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,24 @@ def test_density_one_is_the_inner_optimizer_bitwise(inner, options) -> None:
     assert {id(p) for group in opt.inner.param_groups for p in group["params"]} == {
         id(p) for p in ours.values()
     }
+
+
+class Anchored(torch.optim.SGD):
+    """Decay towards the values that the optimizer was built with."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.anchors = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, anchor in zip(self.param_groups[0]["params"], self.anchors, strict=True):
+            p.grad.add_(p.detach() - anchor)
+        super().step(closure)
+
+
+def test_an_optimizer_that_reads_values_when_it_is_built_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Anchored reads the parameters when it is built"):
+        ChildOptimizer(parameters(torch.float32).items(), a_child(), Anchored, lr=0.1)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,8 @@ def check_elementwise(
         options: what it is to be given.
         of_group: what a parameter group sets for itself; what the optimizer does not know is for others to read.
     Raises:
-        ConfigError: it mixes coordinates (Muon, Shampoo, LBFGS, Adafactor), or cannot run on vectors at all.
+        ConfigError: it mixes coordinates (Muon, Shampoo, LBFGS, Adafactor), reads values when it is built, or cannot
+            run on vectors at all.
     """
     known = inspect.signature(inner).parameters
     options = {**options, **{name: value for name, value in of_group.items() if name in known}}
@@ -189,7 +190,7 @@ def check_elementwise(
     try:
         with torch.random.fork_rng(devices=[]):
             _run(inner, options, matrix)
-            _run(inner, options, vector)
+            _run(inner, options, vector, is_late=True)
     except Exception as fault:
         unknown = [name for name in options if name not in known]
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -198,14 +199,25 @@ def check_elementwise(
             ) from None
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise ConfigError(f"{inner.__name__} cannot update single entries ({reason}). {_REMEDY}") from None
+    if bool(vector.isnan().any()) and not bool(matrix.isnan().any()):
+        raise ConfigError(
+            f"{inner.__name__} reads the parameters when it is built, before the child's values are gathered. {_REMEDY}"
+        )
     if not torch.allclose(matrix.detach().flatten()[entries], vector.detach(), rtol=1e-5, atol=1e-7):
         raise ConfigError(
             f"{inner.__name__} mixes coordinates, so it cannot update a child's entries alone. {_REMEDY}"
         )
 
 
-def _run(inner: type[Optimizer], options: Mapping[str, Any], parameter: nn.Parameter) -> None:
+def _run(
+    inner: type[Optimizer], options: Mapping[str, Any], parameter: nn.Parameter, *, is_late: bool = False
+) -> None:
+    """Run a few steps; where values are late, the optimizer is built on NaN, as it is on a child's entries."""
+    values = parameter.data
+    if is_late:
+        parameter.data = torch.full_like(values, float("nan"))
     optimizer = inner([parameter], **options)
+    parameter.data = values
     for step in range(_STEPS):
         parameter.grad = torch.sin(parameter.detach() * (step + 2)) + 0.1 * step
         optimizer.step()
