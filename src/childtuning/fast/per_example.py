@@ -7,8 +7,9 @@ each example, and the gradient of that is the parameter's by example. Tensors ma
 position biases, normed weights) are treated as parameters are, and their gradients are then taken through the small
 graph that made them, example by example. What fits none of these is handed back with the reason.
 
-Where the examples' losses are known one by one, the loss of one example is left out, another in each batch. Its rows of
-every gradient must then be zero, exactly: else the loss or a layer mixes examples, or the rows are another example's.
+Where the examples' losses are known one by one, that of one example is left out of the first batch, the second, the
+fourth, and so on. Its rows of every gradient must then be zero, exactly: else the loss or a layer mixes examples, or
+the rows are another example's.
 
 Shapes: B examples, k rows an example.
 """
@@ -126,7 +127,8 @@ class PerExampleEngine:
         """
         self._num_runs += 1
         first = (self._num_runs * 2654435761 >> 9) % size
-        left_out = first if batch.has_losses else None
+        is_checked = batch.has_losses and not self._num_runs & (self._num_runs - 1)
+        left_out = first if is_checked else None
         parameters = {name: self.parameters[name] for name in names}
         with _required_gradients(parameters.values()), self._without_marks():
             records = [(first, self._alone(example_fn(first), parameters))]
