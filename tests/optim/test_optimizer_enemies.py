@@ -103,6 +103,21 @@ def test_entries_that_join_start_as_the_inner_optimizers_own_do(inner: Any, opti
     torch.testing.assert_close(weight.detach()[[4, 5]], fresh.detach()[[4, 5]], rtol=rtol, atol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [torch.optim.AdamW, torch.optim.NAdam])
+def test_entries_that_join_with_a_second_moment_move_as_those_that_were_there(inner: Any) -> None:
+    weight = nn.Parameter(torch.zeros(8))
+    early, late = Part((8,), torch.tensor([0, 1])), Part((8,), torch.tensor([0, 1, 4, 5]))
+    opt = ChildOptimizer([("w", weight)], Child({"w": early}), inner, rescale=False, lr=1e-3)
+    for step in range(80):
+        if step == 20:
+            opt.reselect(Child({"w": late}), {"w": torch.full((8,), 4.0)})
+        before = weight.detach().clone()
+        weight.grad = torch.full((8,), 2.0)
+        opt.step()
+    moved = (weight.detach() - before)[[0, 4]]
+    torch.testing.assert_close(moved[1], moved[0], rtol=0.01, atol=0)  # the first moment has caught up
+
+
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("granularity", ["element", "row"])
 def test_a_step_leaves_gradients_as_they_were(inner: Any, granularity: str) -> None:

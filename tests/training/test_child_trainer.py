@@ -13,8 +13,10 @@ from transformers import BertForSequenceClassification, TrainerCallback, Trainin
 
 from childtuning import Child, ChildConfig, TaskFree
 from childtuning.child.eligible import unit_axes
+from childtuning.child.units import Granularity, Part
 from childtuning.errors import ConfigError, CorruptFileError, DeltaError, ParameterError
 from childtuning.training import ChildTrainer, task_head
+from childtuning.training.child_choice import saves_computation
 
 Example = dict[str, torch.Tensor]
 
@@ -249,6 +251,81 @@ def test_best_model_is_loaded_from_its_delta(tiny_bert: Path, tmp_path: Path) ->
     trainer.train()
     best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best)
+
+
+def test_the_best_model_is_found_after_the_folder_has_moved(tiny_bert: Path, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_score", "greater_is_better": True}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 7,
+        "eval_dataset": examples(8),
+        "save_total_limit": 2,
+        **best,
+    }
+    child = ChildConfig(density=0.3, scores="random")
+
+    def trained(folder: Path, last: int | None = None, resume: str | None = None) -> ChildTrainer:
+        trainer = a_trainer(tiny_bert, folder, child, **options)
+        trainer.compute_metrics = lambda _: {"score": -trainer.state.global_step}  # the first is the best
+        if last is not None:
+            trainer.add_callback(StopAt(last))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = weights(trained(tmp_path / "straight"))
+    trained(tmp_path / "old", last=14)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = trained(tmp_path / "new", resume=str(tmp_path / "new" / "checkpoint-14"))
+    assert moved.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-7")
+    assert all(torch.equal(value, straight[name]) for name, value in weights(moved).items())
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_new_head_is_in_the_delta_although_it_was_not_trained(tiny_bert: Path, tmp_path: Path) -> None:
+    body = {"eligible": ("bert.encoder.*",), "always": (), "scores": "random", "density": 0.3}
+    for child in (ChildConfig(**body), "frozen"):
+        trainer = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3) if child == "frozen" else child)
+        if child == "frozen":
+            trainer.model.classifier.requires_grad_(False)
+        head = trainer.model.classifier.weight.detach().clone()
+        trainer.train()
+        assert torch.equal(trainer.model.classifier.weight, head)  # as the user has left it
+        set_seed(1)  # draws another head
+        base = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+        trainer.delta().apply_(base)
+        assert all(torch.equal(p, weights(trainer)[name]) for name, p in base.named_parameters())
+
+
+def test_what_a_task_free_child_has_trained_does_not_depend_on_later_flags(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    trainer = a_trainer(tiny_bert, tmp_path, "child-f")
+    trainer.train()
+    before = trainer.delta().num_trained
+    trainer.model.requires_grad_(False)
+    assert trainer.delta().num_trained == before > 0
+
+
+def test_an_optimizer_class_is_used(tiny_bert: Path, tmp_path: Path) -> None:
+    trainer = a_trainer(tiny_bert, tmp_path, "child-d")
+    trainer.optimizer_cls_and_kwargs = torch.optim.SGD, {"lr": 0.5}
+    assert isinstance(trainer.create_optimizer().inner, torch.optim.SGD)  # type: ignore[attr-defined]
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_whole_matrices_save_no_computation() -> None:
+    rows = Granularity("row")
+    assert not saves_computation(
+        Child({"a": Part((4, 3), None, rows), "b": Part((4, 3), torch.tensor([]), rows)})
+    )
+    assert saves_computation(Child({"a": Part((4, 3), torch.tensor([1]), rows)}))
 
 
 def test_resume_from_another_base_is_refused(tiny_bert: Path, tmp_path: Path) -> None:

@@ -48,7 +48,13 @@ class Delta:
 
     @classmethod
     def capture(
-        cls, model: nn.Module, child: Child | TaskFree, *, base: Mapping[str, Any] | str | None = None
+        cls,
+        model: nn.Module,
+        child: Child | TaskFree,
+        *,
+        base: Mapping[str, Any] | str | None = None,
+        also: Collection[str] = (),
+        trained: Collection[str] | None = None,
     ) -> Self:
         """Copy the child's values out of a trained model.
 
@@ -57,6 +63,10 @@ class Delta:
                 values; weights are gathered one at a time.
             child: which entries to take; a task-free child trains all that require a gradient.
             base: the base model's name, or JSON-ready facts about it.
+            also: names of parameters to take whole besides, such as a new head that was not trained: the base's files
+                have none.
+            trained: names of the parameters that a task-free child has trained; ``None``: those that require a
+                gradient now.
         Raises:
             ParameterError: the child does not fit the model.
         """
@@ -67,15 +77,19 @@ class Delta:
         from_recipe: frozenset[str] = frozenset()
         if isinstance(child, TaskFree):
             parts = {
-                name: Part(shape) if p.requires_grad and p.is_floating_point() else Part.none(shape)
+                name: Part(shape)
+                if p.is_floating_point() and (p.requires_grad if trained is None else name in trained)
+                else Part.none(shape)
                 for (name, p), shape in zip(parameters.items(), shapes.values(), strict=True)
             }
             recipe = {"source": "task-free", **child.to_dict()}
         else:
             parts = child.resolve(shapes)
             refuse_rewritten(model, [n for n, part in parts.items() if not part.is_whole])
-            if child.recipe is not None and child.recipe.get("source") in RECIPES:
+            is_drawn = child.recipe is not None and child.recipe.get("source") in RECIPES
+            if is_drawn and child.parts.keys().isdisjoint(also):  # the draw is one for all parts
                 recipe, from_recipe = child.recipe, frozenset(child.parts)
+        parts |= {name: Part(shapes[name]) for name in also}
         values: dict[str, Tensor] = {}
         hashes: dict[str, str] = {}
         for name, part in parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import wraps
@@ -239,7 +240,8 @@ def carry_over(
 
     Entries that join start as the inner optimizer's own do: at zero, as the parameter (a start, an average), at the
     learning rate (Rprop's step), or with what it sets up itself (Adagrad). Adam's second moment starts from an estimate
-    where one is at hand: beside a step count that goes on, zero would make the first steps three times too long.
+    where one is at hand: beside a step count t that goes on, zero would make the first steps three times too long. It
+    is stored times 1 − β₂ᵗ, by which Adam divides.
 
     Args:
         old, old_inner: what trained so far.
@@ -266,7 +268,8 @@ def carry_over(
             for key in entry_keys:
                 dense = torch.zeros_like(t.parameter, dtype=t.dtype, memory_format=torch.contiguous_format)
                 if key == _SECOND_MOMENT and t.name in second_moments:
-                    dense.copy_(second_moments[t.name].view_as(dense))
+                    decay = float(options.get("betas", (0, 0))[1]) ** float(counters.get("step", math.inf))
+                    dense.copy_(second_moments[t.name].view_as(dense) * (1 - decay))
                 elif key in _VALUES:
                     dense.copy_(t.parameter)
                 elif key == "step_size":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.files import read_json
@@ -16,6 +17,7 @@ from childtuning.delta import Delta
 from childtuning.errors import ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
 from childtuning.optim.checkpoint import load, save
+from childtuning.training.child_choice import new_parameters
 from childtuning.training.method import MethodCallback
 from childtuning.training.state_files import load_state, random_state, save_state, set_random_state
 
@@ -31,6 +33,7 @@ class CheckpointFiles:
     child_config: ChildConfig | None
     touched: Child | None  # all entries trained so far, if more than the child
     _base_name: str | None
+    _resumed_from: Path | None
     _method_callbacks: Sequence[MethodCallback]
 
     if TYPE_CHECKING:  # of ChildTrainer and Trainer
@@ -53,11 +56,13 @@ class CheckpointFiles:
     # What is saved
 
     def delta(self) -> Delta:
-        """Return the current values of the trained entries."""
+        """Return the current values of the trained entries, and of new parameters, which no file of the base holds."""
         child = self.touched or self.select()
         if self.child_config is not None and self.child_config.preset == "official":
             child = TaskFree(1.0)  # its weight decay changes every parameter
-        return Delta.capture(self.bare_model, child, base=self._base_name or self._loaded_from())
+        trained = None if self.optimizer is None else {*self.child_optimizer.local_shapes()}
+        new, base = new_parameters(self.bare_model), self._base_name or self._loaded_from()
+        return Delta.capture(self.bare_model, child, base=base, also=new, trained=trained)
 
     def _loaded_from(self) -> str | None:
         """The hub name, or the full path of the folder, that the model was loaded from; ``None`` if it was not."""
@@ -111,7 +116,7 @@ class CheckpointFiles:
     # What is loaded
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
+        folder = self._resumed_from = Path(resume_from_checkpoint)
         if not (folder / "delta.json").is_file():
             raise DeltaError(
                 f"{folder} is not a checkpoint of ChildTrainer: it has no delta. Resume from another folder."
@@ -128,6 +133,16 @@ class CheckpointFiles:
             states = load_state(folder / METHODS_FILE)
             for position, callback in enumerate(self._method_callbacks):
                 callback.load_state_dict(states[str(position)])
+
+    def find_best_checkpoint(self) -> None:
+        """After a resume, look for the best checkpoint beside the one that was loaded: its folder may have moved."""
+        if self._resumed_from is None or self.state.best_global_step is None:
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        for folder in (Path(self.args.output_dir), self._resumed_from.parent):
+            if (folder / name).is_dir():
+                self.state.best_model_checkpoint = str(folder / name)
+                return
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

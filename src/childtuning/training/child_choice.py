@@ -230,7 +230,8 @@ def saves_computation(child: Child | TaskFree) -> bool:
     if isinstance(child, TaskFree):
         return child.granularity in ("row", "column") and child.density < 1
     return any(
-        part.granularity.kind in ("row", "block") and not part.is_empty for part in child.parts.values()
+        part.granularity.kind in ("row", "block") and not (part.is_empty or part.is_whole)
+        for part in child.parts.values()
     )
 
 

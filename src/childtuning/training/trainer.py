@@ -70,9 +70,16 @@ class _TellGradients(TrainerCallback):
             self.trainer._tell_gradients()
 
 
-class _ForgetGradients(TrainerCallback):
-    """Clear gradients that are stored outside the model: they survive a step that a GradScaler skipped."""
+class _Upkeep(TrainerCallback):
+    """Find the best checkpoint after a resume, and clear gradients that are stored outside the model."""
 
+    def __init__(self, trainer: ChildTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.find_best_checkpoint()
+
+    # They survive a step that a GradScaler skipped.
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["optimizer"].zero_grad()
 
@@ -155,7 +162,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         self._share = 1.0  # of this process's loss in the batch's
         self._averages_copies = False
         self._alike: Callable[[], nn.Module | None] = lambda: None  # the model that all processes have
-        self.add_callback(_ForgetGradients())
+        self.add_callback(_Upkeep(self))
+        self._resumed_from = None
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
@@ -203,7 +211,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             return self.child_config.always
         if self._always is None:
             new = {*task_head(self.bare_model), *new_parameters(self.bare_model)}
-            self._always = tuple(name for name in named(self.bare_model, sharded=True) if name in new)
+            parameters = named(self.bare_model, sharded=True)
+            self._always = tuple(n for n, p in parameters.items() if n in new and p.requires_grad)
         return self._always
 
     def select(self) -> Child | TaskFree:
@@ -291,7 +300,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             self._make_alike()  # a child that was given has not asked for it
             child = self.select()
             reshard(module)
-            inner, options = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
+            given = self.optimizer_cls_and_kwargs
+            inner, options = given or self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]
             groups = self._groups(module, options)
             for method in self.methods:
                 inner, options = method.inner(inner, options)
