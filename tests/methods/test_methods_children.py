@@ -131,7 +131,9 @@ class TestDynamic:
             assert bool((changed[leave] != alone[leave]).all())
         joined = masks[1] & ~masks[0]
         weight, moment = start.double()[joined].clone(), torch.zeros(int(joined.sum()), dtype=torch.float64)
-        second_moment = torch.ones_like(moment)
+        second_moment = (1 - 0.999**3) * torch.ones_like(
+            moment
+        )  # by which the first step's correction divides
         for step in range(3, 6):
             g = gradients[step].double()[joined]
             weight -= 0.1 * 0.1 * weight

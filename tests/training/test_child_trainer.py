@@ -311,6 +311,32 @@ def test_what_a_task_free_child_has_trained_does_not_depend_on_later_flags(
     before = trainer.delta().num_trained
     trainer.model.requires_grad_(False)
     assert trainer.delta().num_trained == before > 0
+    partly = a_trainer(tiny_bert, tmp_path, "child-f")
+    partly.model.bert.embeddings.requires_grad_(False)
+    partly.train()
+    part = partly.delta().parts["bert.embeddings.word_embeddings.weight"]
+    assert part.is_empty  # so that another base is noticed
+
+
+class Interrupt(TrainerCallback):
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_gradients_of_a_training_that_failed_do_not_enter_the_next(tiny_bert: Path, tmp_path: Path) -> None:
+    child = ChildConfig(density=0.3, scores="random")
+    found = []
+    for fails in (False, True):
+        trainer = a_trainer(tiny_bert, tmp_path, child, gradient_accumulation_steps=2)
+        if fails:
+            trainer.add_callback(Interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.remove_callback(Interrupt)
+        set_seed(3)
+        trainer.train()
+        found.append(trainer.state.log_history[0]["grad_norm"])
+    assert found[0] == found[1]
 
 
 def test_an_optimizer_class_is_used(tiny_bert: Path, tmp_path: Path) -> None:
@@ -350,6 +376,10 @@ def test_eligible_patterns(tiny_bert: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_use(tiny_bert: Path, tmp_path: Path) -> None:
+    without = a_trainer(tiny_bert, tmp_path, "child-d")
+    without.train_dataset = None
+    with pytest.raises(ConfigError, match="Pass train_dataset"):
+        without.select()
     trainer = a_trainer(tiny_bert, tmp_path, ChildConfig(density=0.3))
     optimizer = torch.optim.SGD(trainer.bare_model.parameters())
     with pytest.raises(ConfigError, match="builds the optimizer"):

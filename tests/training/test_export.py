@@ -227,3 +227,10 @@ def test_patches_meet_vllms_contract(tmp_path: Path) -> None:
     for name, indices, values, shape in patch:
         VllmStyle.check(name, indices, values, shape)
         assert stored[name].shape == shape and stored[name].dtype == values.dtype
+
+
+def test_weights_that_a_configuration_names_are_not_passed_over(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "other.safetensors"}))
+    with pytest.raises(ModelError, match=r"names 'other.safetensors' as its weights"):
+        Checkpoint(tmp_path)

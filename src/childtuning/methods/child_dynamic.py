@@ -23,9 +23,9 @@ class ChildDynamic(Method):
 
     It starts with the child of highest Fisher information. Every ``interval`` steps the child is chosen again by the
     squared gradients, summed over the steps since the last choice. Entries that stay keep their optimizer state; new
-    entries start with the mean of these squares as Adam's second moment; entries that leave keep their current value.
-    The saved delta contains every entry that was ever in the child. Full gradients are computed, so that it needs
-    memory for them and for one statistic of the same size.
+    entries start with the mean of these squares as Adam's second moment after its bias correction; entries that leave
+    keep their current value. The saved delta contains every entry that was ever in the child. Full gradients are
+    computed, so that it needs memory for them and for one statistic of the same size.
 
     Args:
         interval: the number of optimizer steps between choices.
@@ -85,7 +85,9 @@ class _Reselection(MethodCallback):
         self.ever: Child | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Request the gradients of all eligible parameters."""
+        """Request the gradients of all eligible parameters; begin anew, unless the run is resumed."""
+        if state.global_step == 0:
+            self.squares, self.num_steps, self.ever = {}, 0, self.trainer.touched
         self._watch()
 
     @torch.no_grad()

@@ -27,6 +27,8 @@ from childtuning.training.sharing import shard
 class _RunTrainer(ChildTrainer):
     """A ``ChildTrainer`` that evaluates with the run's metrics on its held-out examples."""
 
+    draws_new_parameters = True
+
     def __init__(self, *args: Any, tests: RunTests | None, **options: Any) -> None:
         super().__init__(*args, **options)
         self._tests = tests

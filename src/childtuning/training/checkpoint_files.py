@@ -34,6 +34,10 @@ class CheckpointFiles:
     touched: Child | None  # all entries trained so far, if more than the child
     _base_name: str | None
     _resumed_from: Path | None
+    _trained: set[str] | None  # the parameters that required a gradient when the optimizer was built
+    draws_new_parameters = (
+        False  # whether whoever loads a delta draws the base's new parameters again, from a seed
+    )
     _method_callbacks: Sequence[MethodCallback]
 
     if TYPE_CHECKING:  # of ChildTrainer and Trainer
@@ -60,9 +64,11 @@ class CheckpointFiles:
         child = self.touched or self.select()
         if self.child_config is not None and self.child_config.preset == "official":
             child = TaskFree(1.0)  # its weight decay changes every parameter
-        trained = None if self.optimizer is None else {*self.child_optimizer.local_shapes()}
-        new, base = new_parameters(self.bare_model), self._base_name or self._loaded_from()
-        return Delta.capture(self.bare_model, child, base=base, also=new, trained=trained)
+        base = self._base_name or self._loaded_from()
+        # PEFT keeps a second copy of a head, which is not used.
+        new = [name for name in new_parameters(self.bare_model) if ".original_module." not in name]
+        also = () if self.draws_new_parameters else new
+        return Delta.capture(self.bare_model, child, base=base, also=also, trained=self._trained)
 
     def _loaded_from(self) -> str | None:
         """The hub name, or the full path of the folder, that the model was loaded from; ``None`` if it was not."""

@@ -32,6 +32,7 @@ from childtuning.errors import CorruptFileError, ModelError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_OTHER_FILE = "transformers_weights"  # of a configuration: the weights to load in place of it
 _LINE = 64  # bytes of a cache line
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -72,12 +73,19 @@ class Checkpoint:
     Args:
         folder: one that ``save_pretrained`` wrote.
     Raises:
-        ModelError: it has no safetensors files.
+        ModelError: it has no safetensors files, or its configuration names others.
         CorruptFileError: one of them is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        config = self.folder / "config.json"
+        other = read_json(config, "Get it anew.").get(_OTHER_FILE) if config.is_file() else None
+        if other is not None:
+            raise ModelError(
+                f"{config} names {other!r} as its weights, which transformers loads in place of {_SINGLE}. Save the "
+                "model again with save_pretrained."
+            )
         # transformers takes the single file where there are both.
         self.is_sharded = not (self.folder / _SINGLE).is_file()
         if self.is_sharded and not (self.folder / INDEX).is_file():

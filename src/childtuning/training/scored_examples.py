@@ -111,6 +111,10 @@ class ScoredExamples:
     def _model_inputs(self, description: str) -> tuple[Any, Any]:
         """The training set and a collator, without columns that the model does not accept."""
         dataset: Any = self.train_dataset
+        if dataset is None:
+            raise ConfigError(
+                "a child is chosen and trained on the training set, got none. Pass train_dataset=."
+            )
         if hasattr(dataset, "column_names"):
             return self._remove_unused_columns(dataset, description), self.data_collator
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description)

@@ -71,15 +71,15 @@ class _TellGradients(TrainerCallback):
 
 
 class _Upkeep(TrainerCallback):
-    """Find the best checkpoint after a resume, and clear gradients that are stored outside the model."""
+    """Find the best checkpoint after a resume; clear gradients stored outside the model, which survive a failure."""
 
     def __init__(self, trainer: ChildTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.find_best_checkpoint()
+        self.trainer.child_optimizer.zero_grad()  # Accelerate's does nothing after half an update
 
-    # They survive a step that a GradScaler skipped.
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["optimizer"].zero_grad()
 
@@ -163,7 +163,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         self._averages_copies = False
         self._alike: Callable[[], nn.Module | None] = lambda: None  # the model that all processes have
         self.add_callback(_Upkeep(self))
-        self._resumed_from = None
+        self._resumed_from = self._trained = None
         self.child_config = child if isinstance(child, ChildConfig) else None
         self.child: Child | TaskFree | None = None if isinstance(child, ChildConfig) else child
         self.methods = tuple(methods)
@@ -331,6 +331,8 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
                 model=module if structured else None,
                 **options,
             )
+            parameters = named(module, sharded=True)
+            self._trained = {name for name, p in parameters.items() if p.requires_grad}
         return self.optimizer
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
@@ -386,7 +388,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
             self._end()
             self.model, self._always = model, self._given_always
             self.child = None if self.child_config is not None else self.child
-            self.costs = None
+            self.costs = self.touched = None
             self._begin()
         return model
 
