@@ -16,7 +16,7 @@ from tests.cli.conftest import Command
 
 import childtuning as ct
 from childtuning.child import Part
-from childtuning.errors import ConfigError
+from childtuning.errors import BaseMismatchError, ConfigError
 from childtuning.runs.certify import certify
 
 FRESH = """
@@ -237,3 +237,20 @@ def test_what_is_there_is_not_overwritten(tiny_bert: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="not an empty folder"):
         write_model(make_patch(delta, model, base), model, base, base)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_changed_base_is_told_where_everything_was_trained(
+    childtuning: Command, train_words: list[object], tiny_bert: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    words = [base if word == tiny_bert else word for word in train_words]
+    assert childtuning(*words, "--method", "full", "--output", tmp_path / "run").code == 0
+    weights = load_file(base / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][3] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    for form in ("model", "patch"):
+        refused = childtuning("export", tmp_path / "run", "--to", form, "--output", tmp_path / "out")
+        assert refused.code == 2 and not (tmp_path / "out").exists()
+    with pytest.raises(BaseMismatchError):
+        certify(ct.load(tmp_path / "run"))

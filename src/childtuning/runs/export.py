@@ -87,6 +87,8 @@ def _streamed(run: Any) -> tuple[Patch, Any, Checkpoint]:
         raise ModelError(
             f"method {run.method!r} adds modules ({min(added)!r}), which are merged into the weights."
         )
+    if all(part.is_whole for part in run.delta.parts.values()):
+        run.base()  # no frozen entry is left to compare: the base is told by its hash as it is loaded
     checkpoint = Checkpoint(run.base_folder())
     return make_patch(run.changes(), bare, checkpoint), bare, checkpoint
 
