@@ -200,12 +200,17 @@ def test_a_certificate_binds_what_was_added_and_where(
     assert "says that it was added" in found.json["reason"]
 
 
+def with_own_base(train_words: list[object], tiny_bert: Path, tmp_path: Path) -> tuple[Path, list[object]]:
+    """Copy the base model, so that it can be changed; return the copy, and the words that train it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    return base, [base if word == tiny_bert else word for word in train_words]
+
+
 def test_a_run_that_started_from_another_checks_the_whole_base(
     childtuning: Command, train_words: list[object], tiny_bert: Path, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_bert, base)
-    words = [base if word == tiny_bert else word for word in train_words]
+    base, words = with_own_base(train_words, tiny_bert, tmp_path)
     common = [*words, "--method", "child-d", "--density", "0.1"]
     assert childtuning(*common, "--output", tmp_path / "a").code == 0
     assert (
@@ -242,9 +247,7 @@ def test_what_is_there_is_not_overwritten(tiny_bert: Path, tmp_path: Path) -> No
 def test_a_changed_base_is_told_where_everything_was_trained(
     childtuning: Command, train_words: list[object], tiny_bert: Path, tmp_path: Path
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_bert, base)
-    words = [base if word == tiny_bert else word for word in train_words]
+    base, words = with_own_base(train_words, tiny_bert, tmp_path)
     assert childtuning(*words, "--method", "full", "--output", tmp_path / "run").code == 0
     weights = load_file(base / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][3] += 1
