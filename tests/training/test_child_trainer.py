@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +276,11 @@ def test_the_best_model_is_found_after_the_folder_has_moved(tiny_bert: Path, tmp
     straight = weights(trained(tmp_path / "straight"))
     trained(tmp_path / "old", last=14)
     (tmp_path / "old").rename(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "copy")
     moved = trained(tmp_path / "new", resume=str(tmp_path / "new" / "checkpoint-14"))
     assert moved.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-7")
+    elsewhere = trained(tmp_path / "another", resume=str(tmp_path / "copy" / "checkpoint-14"))
+    assert elsewhere.state.best_model_checkpoint == str(tmp_path / "copy" / "checkpoint-7")
     assert all(torch.equal(value, straight[name]) for name, value in weights(moved).items())
 
 

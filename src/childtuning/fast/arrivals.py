@@ -103,12 +103,9 @@ class Arrivals:
         dY = use.layout.split(dY.detach().to(_sum_dtype(next(iter(use.targets.values())).tensor)))
         self._num_taken += 1
         if self.left_out is not None and bool(dY[self.left_out].any()):
-            self._num_mixed += bool(
-                dY[self.left_out].isfinite().all()
-            )  # zero times what is not finite is no zero
-            return self.fail(
-                use.names, "an example's gradient depends on the losses of the others in its batch"
-            )
+            # Zero times what is not finite is no zero, and mixes nothing.
+            self._num_mixed += bool(dY[self.left_out].isfinite().all())
+            return self.fail(use.names, "an example's gradient depends on the losses of others in its batch")
         try:
             with torch.no_grad(), torch.autocast(dY.device.type, enabled=False):
                 found = gradients_fn(dY)

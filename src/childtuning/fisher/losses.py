@@ -356,9 +356,8 @@ class SampledLabels:
                     f"labels='sampled' has no formula for {type(bare).__name__} with logits {list(logits.shape)} and "
                     f"labels {list(labels.shape)} of {labels.dtype}. Use labels='data'."
                 )
-        is_real = (
-            drawn.is_floating_point() and not labels.is_floating_point()
-        )  # whole numbers were given for real ones
+        # Whole numbers may have been given as the labels of a regression.
+        is_real = drawn.is_floating_point() and not labels.is_floating_point()
         return {**batch, "labels": drawn.to(labels.device, logits.dtype if is_real else labels.dtype)}
 
     def _normal(self, mean: Tensor) -> Tensor:

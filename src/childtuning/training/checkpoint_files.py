@@ -35,9 +35,7 @@ class CheckpointFiles:
     _base_name: str | None
     _resumed_from: Path | None
     _trained: set[str] | None  # the parameters that required a gradient when the optimizer was built
-    draws_new_parameters = (
-        False  # whether whoever loads a delta draws the base's new parameters again, from a seed
-    )
+    draws_new_parameters = False  # whether whoever loads a delta draws them again, from a seed
     _method_callbacks: Sequence[MethodCallback]
 
     if TYPE_CHECKING:  # of ChildTrainer and Trainer
@@ -144,11 +142,12 @@ class CheckpointFiles:
         """After a resume, look for the best checkpoint beside the one that was loaded: its folder may have moved."""
         if self._resumed_from is None or self.state.best_global_step is None:
             return
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        for folder in (Path(self.args.output_dir), self._resumed_from.parent):
-            if (folder / name).is_dir():
-                self.state.best_model_checkpoint = str(folder / name)
-                return
+        home, output = self._resumed_from.parent, Path(self.args.output_dir)
+        if output.is_dir() and output.samefile(home):
+            home = output  # as transformers spells it where it removes old checkpoints
+        best = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
