@@ -7,10 +7,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.cli.killed import killed_at_batch
 from tests.tiny_kinds import (
+    color_images,
     save_tiny_lm,
     save_tiny_vision,
     write_image_folders,
@@ -149,6 +151,25 @@ def test_image_classification(childtuning, tmp_path, family) -> None:
     assert one.code == 0 and one.out.split("\t")[0] in said["label_names"]
     refused = childtuning("predict", tmp_path / "run", "--text", "red")
     assert refused.code == 2 and "--input FILE" in refused.err
+
+
+def test_one_bright_image_is_read_as_the_training_images_were(childtuning, tmp_path) -> None:
+    pytest.importorskip("PIL.Image", reason="images need Pillow")
+    pixels, labels = color_images(24)
+    pixels[0, 0, :2] = ((0, 0, 0), (255, 255, 255))
+    bright = np.maximum(pixels[1:2], 128)
+    np.savez(tmp_path / "train.npz", images=pixels / 127.5 - 1, labels=labels)
+    np.savez(tmp_path / "floats.npz", images=bright / 127.5 - 1)
+    np.savez(tmp_path / "bytes.npz", images=bright)
+    model, files = save_tiny_vision(tmp_path / "model"), (tmp_path / "train.npz", tmp_path / "train.npz")
+    assert train(childtuning, files, model, tmp_path / "run").code == 0
+    floats, whole = (
+        childtuning("predict", tmp_path / "run", "--input", tmp_path / f"{name}.npz", "--json").json[
+            "predictions"
+        ]
+        for name in ("floats", "bytes")
+    )
+    assert floats == whole
 
 
 @pytest.mark.parametrize(("family", "code"), [("vit", 0), ("resnet", 2)])

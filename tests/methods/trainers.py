@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import BertForSequenceClassification, TrainingArguments, set_seed
 
 from childtuning import ChildConfig
+from childtuning.errors import ConfigError
 from childtuning.methods import Combination
 from childtuning.training import ChildTrainer, task_head
 
@@ -82,12 +84,21 @@ def weights(trainer: ChildTrainer) -> dict[str, torch.Tensor]:
 
 
 def check_resume(model: Path, output: Path, method: str, **options: Any) -> None:
-    """Train straight, and again from a checkpoint in mid-epoch: the weights must be bitwise equal."""
+    """Train straight, and again from a checkpoint, in a new trainer and in the same: the weights must be equal."""
     straight = method_trainer(model, output, method, gradient_accumulation_steps=2, **options)
     straight.train()
     resumed = method_trainer(model, output, method, gradient_accumulation_steps=2, **options)
     resumed.train(resume_from_checkpoint=str(output / "checkpoint-7"))
     ours, theirs = weights(straight), weights(resumed)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if any(method.reselects for method in straight.methods):  # the base's values are lost
+        with pytest.raises(
+            ConfigError, match="has trained entries that .* does not hold. Resume with a new trainer"
+        ):
+            straight.train(resume_from_checkpoint=str(output / "checkpoint-7"))
+    else:
+        straight.train(resume_from_checkpoint=str(output / "checkpoint-7"))
+    again = weights(straight)
+    assert all(torch.equal(ours[name], again[name]) for name in ours), "resumed in the same trainer"
     files = {path.suffix for path in output.rglob("*") if path.is_file()}
     assert files <= {".json", ".safetensors"}

@@ -12,7 +12,7 @@ import torch
 from tests.tiny_kinds import color_images, save_tiny_vision, write_image_folders
 
 from childtuning.errors import DataError, ModelError
-from childtuning.tasks import Source, load_task, task_from_files
+from childtuning.tasks import Columns, Source, load_task, task_from_files
 from childtuning.tasks.image_classification import ImageClassification
 from childtuning.tasks.images import Images, open_image, read_images
 
@@ -100,9 +100,29 @@ def test_every_way_to_store_pixels(tmp_path, scale):
         "one channel": grey[..., None],
     }[scale]
     np.savez(tmp_path / "a.npz", images=stored, labels=labels)
-    split = read_images(Source(tmp_path / "a.npz"), part="train", labelled=True)
+    source = Source(tmp_path / "a.npz")
+    columns = KIND.settle(source, Columns())
+    split = KIND.read(source, columns, part="train")
     expected = grey if scale == "one channel" else pixels
     np.testing.assert_array_equal(np.stack([split.array(i) for i in range(4)]), expected)
+
+
+def test_the_training_images_decide_what_floats_mean(tmp_path):
+    """A bright image alone lies in [0, 1], and so does a dark one from 0 to 255."""
+    pixels, labels = color_images(4)
+    pixels[0, 0, 0], pixels[0, 0, 1] = 0, 255
+    bright = np.maximum(pixels[1:2], 128)
+    np.savez(tmp_path / "train.npz", images=pixels / 127.5 - 1, labels=labels)
+    np.savez(tmp_path / "one.npz", images=bright / 127.5 - 1, labels=labels[:1])
+    task = task_from_files(tmp_path / "train.npz", tmp_path / "one.npz")
+    np.testing.assert_array_equal(task.dev.array(0), bright[0])  # type: ignore[attr-defined]
+    np.savez(tmp_path / "train.npz", images=pixels * 1.0, labels=labels)
+    np.savez(tmp_path / "one.npz", images=(pixels[1:2] > 99) * 1.0, labels=labels[:1])
+    task = task_from_files(tmp_path / "train.npz", tmp_path / "one.npz")
+    assert task.dev.array(0).max() == 1  # type: ignore[attr-defined]
+    np.savez(tmp_path / "one.npz", images=pixels / 127.5 - 1, labels=labels)
+    with pytest.raises(DataError, match=r"must lie in \[0, 255\] as the training images do, got \[-1, 1\]"):
+        task_from_files(tmp_path / "train.npz", tmp_path / "one.npz")
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -194,7 +214,8 @@ def test_bad_arrays(tmp_path):
         ({"images": pixels, "labels": labels[:2]}, "one entry per image, got 2 for 3"),
         ({"images": pixels[0], "labels": labels}, "one entry per image"),
         ({"images": pixels[:, 0, 0], "labels": labels}, "must have shape"),
-        ({"images": pixels * 2.5, "labels": labels}, r"must lie in \[0, 255\]"),
+        ({"images": pixels * 2.5, "labels": labels}, r"must lie in \[0, 255\] as the training images do"),
+        ({"images": pixels.astype(np.int64) * 2, "labels": labels}, r"must lie in \[0, 255\], got"),
         ({"images": np.full((3, 2, 2), np.nan), "labels": labels}, "finite numbers"),
         ({"images": pixels, "labels": labels * 0}, "at least two classes"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from childtuning.tasks.classification import (
     class_shares,
     likeliest,
 )
-from childtuning.tasks.images import Images, holds_both_splits, holds_images, read_images
+from childtuning.tasks.images import Images, holds_both_splits, holds_images, pixel_range_of, read_images
 from childtuning.tasks.kind import Collate, Columns, Kind, Part, register
 from childtuning.tasks.metrics import WeightedFn, default_metrics, metric_fn, metrics_of, probabilities
 from childtuning.tasks.rows import Source
@@ -77,9 +78,14 @@ class ImageClassification(Kind):
         """Accept folders, arrays and idx files of images."""
         return holds_images(source)
 
+    def settle(self, source: Source, columns: Columns) -> Columns:
+        """Find the range of pixels that are floats: every later file is read as the training file was."""
+        return replace(columns, pixel_range=pixel_range_of(source))
+
     def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Images:
         """Read images."""
-        return read_images(source, part=part, labelled=labelled, label=columns.label or "label")
+        label, (low, high) = columns.label or "label", columns.pixel_range
+        return read_images(source, part=part, labelled=labelled, label=label, pixel_range=(low, high))
 
     def holds_both(self, source: Source) -> bool:
         """Return whether an npz file has arrays of two splits."""

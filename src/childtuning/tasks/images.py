@@ -190,7 +190,14 @@ def _from_table(source: Source, label: str, *, labelled: bool) -> Images:
     return Images([image for image, _ in found], names if labelled else None)
 
 
-def read_images(source: Source, *, part: Part, labelled: bool, label: str = "label") -> Images:
+def read_images(
+    source: Source,
+    *,
+    part: Part,
+    labelled: bool,
+    label: str = "label",
+    pixel_range: tuple[int, int] = (0, 1),
+) -> Images:
     """Read one split of images.
 
     Args:
@@ -202,6 +209,7 @@ def read_images(source: Source, *, part: Part, labelled: bool, label: str = "lab
         part: which split to read from a file that holds both.
         labelled: whether to read labels.
         label: the label column of a parquet file.
+        pixel_range: what floats in an npz file can be; whole numbers are from 0 to 255.
     Raises:
         DataError: when a file or folder cannot be read.
     """
@@ -210,7 +218,7 @@ def read_images(source: Source, *, part: Part, labelled: bool, label: str = "lab
     if path.is_dir():
         return _from_folder(path, labelled=labelled)
     if source.is_named(".npz"):
-        return _from_npz(path, part, labelled=labelled)
+        return _from_npz(path, part, pixel_range, labelled=labelled)
     if source.is_named(".parquet"):
         return _from_table(source, label, labelled=labelled)
     if _IDX.search(path.name):
@@ -261,30 +269,43 @@ def holds_both_splits(path: Path) -> bool:
     return train is not None and dev is not None and train != dev
 
 
-def _from_npz(path: Path, part: Part, *, labelled: bool) -> Images:
-    content = content_of(path)
+def pixel_range_of(source: Source) -> tuple[int, int]:
+    """Return the range of an npz file's training images that are floats: (0, 1), (−1, 1) or (0, 255)."""
+    pair = array_names(source.path, "train") if source.is_named(".npz") else None
+    if pair is None:
+        return 0, 1
+    pixels = _arrays(source.path, pair[:1])[0]
+    if pixels.dtype.kind != "f" or not pixels.size:
+        return 0, 1
+    return (-1, 1) if pixels.min() < 0 else (0, 1) if pixels.max() <= 1 else (0, 255)
+
+
+def _from_npz(path: Path, part: Part, pixel_range: tuple[int, int], *, labelled: bool) -> Images:
     pair = array_names(path, part)
     if pair is None:
         known = ", ".join("/".join(names) for names in _ARRAYS[part])
         raise DataError(
             f"{path} is damaged, or has none of the arrays {known}. Save images and labels under these names."
         )
+    pixels, *labels = _arrays(path, pair if labelled else pair[:1])
+    images = _pixels(pixels, f"{path} array {pair[0]!r}", pixel_range)
+    return Images(images, _labels(labels[0], f"{path} array {pair[1]!r}") if labels else None)
+
+
+def _arrays(path: Path, names: tuple[str, ...]) -> list[NDArray[Any]]:
+    content = content_of(path)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            pixels = arrays[pair[0]]
-            labels = arrays[pair[1]] if labelled else None
+            return [arrays[name] for name in names]
     except KeyError:
         raise DataError(
-            f"{path} has {pair[0]!r} but no {pair[1]!r}. Save the labels in the same file."
+            f"{path} has {names[0]!r} but no {names[1]!r}. Save the labels in the same file."
         ) from None
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as fault:
         raise DataError(f"{path} is damaged ({str(fault)[:120]}). Save it again.") from None
-    return Images(_pixels(pixels, f"{path} array {pair[0]!r}"), _labels(labels, f"{path} array {pair[1]!r}"))
 
 
-def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
-    if values is None:
-        return None
+def _labels(values: NDArray[Any], where: str) -> list[str]:
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
@@ -300,7 +321,9 @@ def _labels(values: NDArray[Any] | None, where: str) -> list[str] | None:
     return [class_name(value) for value in plain]
 
 
-def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.uint8]]:
+def _pixels(
+    values: NDArray[Any], where: str, pixel_range: tuple[int, int] = (0, 1)
+) -> list[Path | bytes | NDArray[np.uint8]]:
     """Convert an array of images to a list of uint8 arrays [height, width(, 3)]."""
     if not values.size:
         raise DataError(f"{where} has no pixels, shape {list(values.shape)}. Save images.")
@@ -318,17 +341,14 @@ def _pixels(values: NDArray[Any], where: str) -> list[Path | bytes | NDArray[np.
     if values.dtype != np.uint8:
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
             raise DataError(f"{where} must hold finite numbers, got {values.dtype}. Save pixels as uint8.")
-        low, high = float(values.min()), float(values.max())
-        if low < -1 or high > 255:
+        low, high = pixel_range if values.dtype.kind == "f" else (0, 255)
+        if values.min() < low or values.max() > high:
+            of_training = " as the training images do" if values.dtype.kind == "f" else ""
             raise DataError(
-                f"{where} must lie in [0, 255], [0, 1] or [-1, 1], got [{low:g}, {high:g}]. Rescale it."
+                f"{where} must lie in [{low}, {high}]{of_training}, got [{values.min():g}, {values.max():g}]. Rescale "
+                "it."
             )
-        values = values.astype(np.float64)
-        if low < 0:
-            values = (values + 1) * 127.5
-        elif high <= 1:
-            values = values * 255
-        values = values.round().astype(np.uint8)
+        values = ((values.astype(np.float64) - low) * (255 / (high - low))).round().astype(np.uint8)
     return list(values)
 
 

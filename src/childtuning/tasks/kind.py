@@ -30,6 +30,7 @@ class Columns:
         label: the label, the tags, or the response.
         label_type: whether labels are classes or numbers; "auto" infers it.
         decimal_commas: whether numbers are written as "3,5".
+        pixel_range: the lowest and highest value that pixels stored as floats can have.
     """
 
     text: str | None = None
@@ -37,6 +38,7 @@ class Columns:
     label: str | None = None
     label_type: Literal["auto", "class", "number"] = "auto"
     decimal_commas: bool = False
+    pixel_range: tuple[int, int] = (0, 1)
 
 
 class Encoded(Protocol):

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from childtuning.child import Child, ChildConfig, TaskFree
 from childtuning.child.files import read_json
 from childtuning.delta import Delta
-from childtuning.errors import ConfigError, DeltaError
+from childtuning.errors import BaseMismatchError, ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
 from childtuning.optim.checkpoint import load, save
 from childtuning.training.child_choice import new_parameters
@@ -130,7 +130,16 @@ class CheckpointFiles:
             raise ConfigError(
                 f"{folder} was trained with a child other than this trainer's. Resume with the same one."
             )
-        Delta.load(folder).apply_(self.bare_model if model is None else model)
+        delta = Delta.load(folder)
+        try:
+            delta.apply_(self.bare_model if model is None else model)
+        except BaseMismatchError:
+            if self.touched is None:
+                raise
+            raise ConfigError(
+                f"this trainer has trained entries that {folder} does not hold. Resume with a new trainer, built on "
+                "the base model."
+            ) from None
         if (folder / CHILD_FILE).is_file():
             self.child = Child.load(folder / CHILD_FILE)
         if self._method_callbacks:

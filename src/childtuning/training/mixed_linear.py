@@ -6,12 +6,12 @@ Shapes: … batch and tokens, I in, O out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
@@ -65,15 +65,15 @@ class MixedLayers:
     """The changes made by ``mix``.
 
     Args:
-        names: the names of the modules whose weight is mixed.
+        start: the initial weight W0 by the name of the module; it stays after ``remove``.
     """
 
-    names: tuple[str, ...]
+    start: dict[str, Tensor]
     _layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
     _dropouts: list[tuple[nn.Module, str, float]] = field(default_factory=list, repr=False)
 
     def remove(self) -> None:
-        """Restore every layer's class and dropout, and drop the initial weights; safe to call twice."""
+        """Restore every layer's class and dropout; safe to call twice."""
         for module, cls in self._layers:
             del module.start_weight, module.mixed_share
             module.__class__ = cls
@@ -98,8 +98,13 @@ def mixable(model: nn.Module, without: Container[str] = ()) -> dict[str, nn.Modu
     }
 
 
-def mix(model: nn.Module, p: float, without: Container[str] = ()) -> MixedLayers:
-    """Mix the weights of a model's linear layers with their current values, and set its dropout to zero.
+def mix(
+    model: nn.Module,
+    p: float,
+    without: Container[str] = (),
+    start: Mapping[str, Tensor] = MappingProxyType({}),
+) -> MixedLayers:
+    """Mix the weights of a model's linear layers with their initial values, and set its dropout to zero.
 
     Only the class of the layers changes, so that names, state dict and hooks stay the same; the initial weight is a
     non-persistent buffer. Dropout means ``Dropout`` modules, and float attributes of modules with "dropout" in
@@ -108,11 +113,12 @@ def mix(model: nn.Module, p: float, without: Container[str] = ()) -> MixedLayers
     Args:
         p: the share of entries that have the initial value in each call, in (0, 1).
         without: names of parameters that are not mixed.
+        start: the initial weight by the name of the module; where there is none, the current one.
     """
     layers = mixable(model, without)
-    mixed = MixedLayers(tuple(layers), [(module, type(module)) for module in layers.values()])
-    for module in layers.values():
-        _start(module, p)
+    mixed = MixedLayers({}, [(module, type(module)) for module in layers.values()])
+    for name, module in layers.items():
+        mixed.start[name] = _start(module, p, start.get(name))
     for module in model.modules():
         for attribute, share in _dropouts(module):
             mixed._dropouts.append((module, attribute, share))
@@ -120,11 +126,13 @@ def mix(model: nn.Module, p: float, without: Container[str] = ()) -> MixedLayers
     return mixed
 
 
-def _start(module: Any, p: float) -> None:
-    with torch.no_grad():
-        module.register_buffer("start_weight", module.weight.clone(), persistent=False)
+def _start(module: Any, p: float, start: Tensor | None) -> Tensor:
+    weight = module.weight.detach()
+    initial = weight.clone() if start is None else start.to(weight)
+    module.register_buffer("start_weight", initial, persistent=False)
     module.mixed_share = p
     module.__class__ = _mixed_class(type(module))
+    return initial
 
 
 def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
