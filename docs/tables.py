@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from childtuning.cli.methods import LISTED
+from childtuning.cli.options import LISTED
 from childtuning.methods import all_methods, described
 from childtuning.methods.combination import refusal
 from childtuning.options import options_of, own_first

@@ -60,6 +60,11 @@ def no_file(path: object) -> DataError:
     return DataError(f"There is no file {path}. Check the path.")
 
 
+def no_method(name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error of a method that does not exist."""
+    return ConfigError(f"there is no method {name!r}. {did_you_mean(name, sorted(known))}")
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return the remedy half of an "unknown …" message: the nearest known name, then all of them.
 

@@ -136,6 +136,17 @@ def test_unknown_method_suggests_the_nearest(childtuning, train_words) -> None:
     refused(childtuning(*train_words, "--method", "child_d"), "'child_d'", "Did you mean 'child-d'?")
 
 
+def test_an_unknown_method_takes_no_time() -> None:
+    program = (
+        "import sys\nfrom childtuning.cli.options import run_config\n"
+        "try:\n    run_config(None, {'method': 'child-d+r3g', 'task': 'rte'})\n"
+        "except Exception as fault:\n    print(fault)\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("there is no method 'r3g'. Did you mean 'r3f'?")
+    assert done.stdout.endswith("\nFalse\n")
+
+
 def test_full_takes_no_density(childtuning, train_words) -> None:
     refused(
         childtuning(*train_words, "--method", "full", "--density", 0.5),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from childtuning.cli import options as o
 from childtuning.cli.printing import print_json, print_table
 
 NAME = "methods"
-LISTED = Path(__file__).with_name("methods.json")  # the registry's content, so that listing needs no torch
 
 
 def run(as_json: o.AsJson = False) -> None:
@@ -21,10 +19,8 @@ def run(as_json: o.AsJson = False) -> None:
 
         childtuning methods --json
     """
-    listed = json.loads(LISTED.read_text(encoding="utf-8"))
-    if entry_points(
-        group="childtuning.methods"
-    ):  # methods of other packages are described only in their code
+    listed = json.loads(o.LISTED.read_text(encoding="utf-8"))
+    if entry_points(group=o.GROUP):  # methods of other packages are described only in their code
         from childtuning.methods import described
 
         listed = described()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
+import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from childtuning.errors import no_file
+from childtuning.errors import no_file, no_method
 from childtuning.options import Option, options_of, own_first
 from childtuning.runs.config import SECTIONS, RunConfig, by_field, read_toml
 
+LISTED = Path(__file__).with_name("methods.json")  # the registry's content, so that reading it needs no torch
+GROUP = "childtuning.methods"  # the entry points of other packages' methods
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list[str]}
 
 
@@ -71,6 +76,19 @@ def check_files(*paths: Any) -> None:
             raise no_file(path)
 
 
+def check_method(text: Any) -> None:
+    """Raise a ConfigError for a method that does not exist; torch is not imported for that.
+
+    Where other packages or a program register methods, the registry alone knows.
+    """
+    if not isinstance(text, str) or GROUP in sys.modules or entry_points(group=GROUP):
+        return
+    known = [entry["name"] for entry in json.loads(LISTED.read_text(encoding="utf-8"))]
+    for name in (word.partition(":")[0].strip() for word in text.split("+")):
+        if name and name not in known:
+            raise no_method(name, known)
+
+
 def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
     """Combine the options of the command line with those of the file, which they override.
 
@@ -88,5 +106,6 @@ def run_config(config_file: Path | None, given: dict[str, Any]) -> RunConfig:
     if "train" in said or "eval" in said:
         options.pop("task", None)
     options |= said
+    check_method(options.get("method"))
     check_files(options.get("train"), options.get("eval"))
     return RunConfig.from_options(options)

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from childtuning.errors import ConfigError, did_you_mean
+from childtuning.errors import ConfigError, no_method
 from childtuning.training import PARTS, Method
 
 ENTRY_POINTS = "childtuning.methods"
@@ -57,7 +57,7 @@ def find_method(name: str) -> type[Method]:
     """
     _load_declared()
     if name not in _methods:
-        raise ConfigError(f"there is no method {name!r}. {did_you_mean(name, sorted(_methods))}")
+        raise no_method(name, _methods)
     return _methods[name]
 
 
