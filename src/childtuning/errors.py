@@ -15,6 +15,8 @@ The command line turns each of these into exit code 2.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -58,6 +60,14 @@ class LostProcessError(RuntimeError):
 def no_file(path: object) -> DataError:
     """Return the error of a path where nothing is."""
     return DataError(f"There is no file {path}. Check the path.")
+
+
+def as_os_error(fault: BaseException) -> OSError | None:
+    """Return a failure to read or write as Python's; safetensors, which is written in Rust, has errors of its own."""
+    number = re.search(r"\(os error (\d+)\)", str(fault))
+    if isinstance(fault, OSError):
+        return fault
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def no_method(name: str, known: Iterable[str]) -> ConfigError:

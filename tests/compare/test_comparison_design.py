@@ -293,6 +293,22 @@ def test_what_chooses_is_what_was_asked_for() -> None:
         assert choice.point == {"learning_rate": rate}
 
 
+@pytest.mark.parametrize(
+    ("grid", "options", "words"),
+    [
+        (["eval_limit=5,20"], {}, "cannot hold 'eval_limit'. Pass it as an option of all runs"),
+        (["folds=2,3"], {}, "cannot hold 'folds'"),
+        (["full:density=0.1,0.3"], {}, "'full' chooses no child, got density in its grid"),
+        (["lr=1e-3,1e-4"], {"learning_rate": 1e-5}, "the grid and an option both say 'learning_rate'"),
+    ],
+)
+def test_grids_that_mean_nothing_or_compare_other_examples_are_refused(
+    grid: list[str], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        asked(methods=["full,child-d"], grid=grid, options=options)
+
+
 def test_the_steps_at_which_a_checkpoint_is_chosen_make_another_run() -> None:
     def ids(**options: Any) -> list[str]:
         return [run.id for run in asked(methods=["full"], options=options).first_runs]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tests.compare.tiny_comparisons import a_comparison, outcomes, read, write_tasks
 from tests.tiny import save_tiny_bert
 
@@ -323,6 +324,78 @@ def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_pa
         assert run.config["method"] == "head" and run.config["train_limit"] == 24
         assert all("classifier" in name for name in run.parts)
     assert outcomes(compare(path, asked)) == outcomes(recorded)
+
+
+def test_what_was_not_kept_is_trained_again_where_it_is_needed(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "runs.db"
+    words: dict[str, Any] = {"tasks": ["alpha,beta"], "methods": ["full,child-d"], "grid": []}
+    rate = {"learning_rate": 2e-5}  # the protocol's
+    first = a_comparison(tiny_bert, data, **words, options={**rate}, settings={"num_seeds": 1})
+    assert set_up(path, first) == []
+    before = outcomes(compare(path, first))
+    heads = a_comparison(
+        tiny_bert, data, **words, options={**rate}, settings={"num_seeds": 1, "transfer_to": ("beta",)}
+    )
+    assert set_up(path, heads) == ["2 finished runs will be repeated: folders that were not kept are needed"]
+    recorded = compare(path, heads)
+    assert len(recorded.records) == 6 and all(run.state == "done" for run in recorded.records)
+    after = outcomes(recorded)
+    assert before == {run_id: after[run_id] for run_id in before}
+    assert set_up(path, heads) == []
+    words["protocol"] = "overlap"
+    overlap = a_comparison(tiny_bert, data, **words, options={**rate}, settings={"num_seeds": 1})
+    again, aside = set_up(path, overlap)
+    assert again.startswith("2 finished runs will be repeated") and aside.startswith(
+        "2 finished runs of other options"
+    )
+    found = compare(path, overlap).artifacts["overlap"]
+    assert found["method"] == "child-d" and found["density"] == pytest.approx(0.3, abs=1e-3)
+
+
+def test_a_full_disk_ends_the_work_and_no_run_fails(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    asked = a_comparison(tiny_bert, data, methods=["full"], grid=[], settings={"num_seeds": 1})
+    set_up(tmp_path / "runs.db", asked)
+    with monkeypatch.context() as changed:
+        changed.setattr(working, "train_run", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            compare(tmp_path / "runs.db", asked)
+    (run,) = compare(tmp_path / "runs.db", asked).records
+    assert run.state == "done"
+
+
+def test_every_method_has_the_time_of_the_pass_that_it_needs(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    asked = a_comparison(
+        tiny_bert,
+        data,
+        methods=["child-d@a,child-d@b"],
+        grid=["child-d@a:density=0.1", "child-d@b:density=0.3"],
+        settings={"num_seeds": 1},
+    )
+    set_up(tmp_path / "runs.db", asked)
+    one, other = (
+        run.result["fisher_seconds"] for run in compare(tmp_path / "runs.db", asked).records if run.result
+    )
+    assert 0.5 * one < other < 2 * one
+
+
+def test_another_comparisons_examples_are_not_given_away(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    path, words = tmp_path / "runs.db", {"methods": ["full"], "grid": [], "settings": {"num_seeds": 1}}
+    for task in ("alpha", "beta"):
+        asked = a_comparison(tiny_bert, data, tasks=[task], **{**words, "settings": {"num_seeds": 1}})
+        told = set_up(path, asked)
+        (artifact,) = compare(path, asked).artifacts
+    assert told == ["1 finished run of other options set aside, for when they are needed again"]
+    (run,) = read(path).records
+    assert run.result is not None and artifact == artifact_of(run.result["examples"])
 
 
 def test_children_of_tasks_are_compared(tiny_bert: Path, data: Path, tmp_path: Path) -> None:

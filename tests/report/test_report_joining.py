@@ -95,6 +95,24 @@ def test_base_models_of_a_task_are_the_same() -> None:
         joined({"a": on("one", "full"), "b": on("two", "child-d")})
 
 
+def test_a_task_is_measured_in_one_way() -> None:
+    def measured(method: str, metric: str, examples: str) -> Recorded:
+        whole = synthetic.glue(3)
+        mine = [run for run in whole.records if run.group.method == method and run.group.task == "rte"]
+        result = {"metric": {"name": metric, "value": 0.5}, "examples": examples}
+        changed = [replace(run, result={**(run.result or {}), **result}) for run in mine]
+        return replace(whole, records=changed, artifacts={})
+
+    one = measured("full", "accuracy", "1")
+    joined({"a": one, "b": measured("child-d", "accuracy", "1")})
+    with pytest.raises(
+        ConfigError, match="differ on rte in its metrics, accuracy and rmse. Report them apart"
+    ):
+        joined({"a": one, "b": measured("child-d", "rmse", "1")})
+    with pytest.raises(ConfigError, match="differ on rte in the examples that it is measured on"):
+        joined({"a": one, "b": measured("child-d", "accuracy", "2")})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -18,8 +19,9 @@ from tests.report.parsed_page import Element, parse
 
 from childtuning.cli import app
 from childtuning.cli.options import run_config
-from childtuning.compare.records import Recorded
+from childtuning.compare.records import Record, Recorded
 from childtuning.report import html_page
+from childtuning.report.evidence import Evidence
 from childtuning.report.train_command import train_words
 from childtuning.runs.config import RunConfig
 
@@ -104,9 +106,11 @@ def test_the_headline_says_what_was_compared(page) -> None:
 
 
 def test_the_headline_claims_no_more_than_the_runs_show() -> None:
-    def findings(levels: dict[str, float], num_seeds: int) -> list[str]:
+    def findings(levels: dict[str, Any], num_seeds: int) -> list[str]:
         runs = [
-            synthetic.record(method=method, seed=seed, score=level + 0.001 * seed)
+            synthetic.record(
+                method=method, seed=seed, score=(level(seed) if callable(level) else level) + 0.001 * seed
+            )
             for (method, level), seed in product(levels.items(), range(num_seeds))
         ]
         root = parse(html_page(Recorded(synthetic.comparison(["rte"], list(levels), num_seeds), runs)))
@@ -126,11 +130,45 @@ def test_the_headline_claims_no_more_than_the_runs_show() -> None:
     assert findings({"full": 0.7, "child-d": 0.7}, 8) == ["rte full and child-d tie at accuracy 0.704."]
     (third,) = findings({"full": 0.6, "child-d": 0.7, "lora": 0.7002}, 8)
     assert third == "rte lora and child-d tie at accuracy 0.704, 0.100 above full: significant, p = 0.016."
+    (part,) = findings({"full": 0.6, "child-d": 0.7, "lora": lambda seed: 0.7005 + 0.15 * (-1) ** seed}, 8)
+    assert (
+        part
+        == "rte lora and child-d tie at accuracy 0.704; of these child-d is significantly better than full."
+    )
     (collapsed,) = findings({"full": 0.5, "child-d": 0.4}, 3)
     assert (
         collapsed
         == "rte every run collapsed: none is better than always predicting the most frequent answer."
     )
+
+
+@pytest.mark.parametrize(("score", "num_seeds"), [(131 / 277, 5), (131 / 277, 10), (0.7, 3), (41 / 60, 3)])
+def test_equal_scores_whose_mean_is_rounded_are_drawn(score: float, num_seeds: int) -> None:
+    runs = [
+        synthetic.record(method=method, seed=seed, score=score, curve=4)
+        for method, seed in product(("full", "child-d"), range(num_seeds))
+    ]
+    page = html_page(Recorded(synthetic.comparison(["rte"], ["full", "child-d"], num_seeds), runs))
+    assert f"{score:.3f}" in page and "<svg" in page
+
+
+def test_a_lost_run_leaves_no_claim_about_its_method_across_tasks() -> None:
+    def runs(lost: bool) -> list[Record]:
+        return [
+            synthetic.record(
+                task, method, seed, score=math.nan if lost and (task, method, seed) == last else score
+            )
+            for (task, base), (method, gain), seed in product(
+                (("rte", 0.6), ("mnli", 0.7)), (("full", 0.1), ("child-d", 0.0), ("lora", 0.2)), range(8)
+            )
+            for score in [base + gain + 0.001 * seed]
+        ]
+
+    last = ("mnli", "lora", 7)
+    asked = synthetic.comparison(["rte", "mnli"], ["full", "child-d", "lora"], 8)
+    whole, part = (Evidence(Recorded(asked, runs(lost))).across[0] for lost in (False, True))
+    assert whole.standing.clear == {"lora"}
+    assert [average.method for average in part.averages] == ["full", "child-d"] and not part.standing.clear
 
 
 def test_a_choice_at_the_end_of_what_was_tried_is_marked() -> None:

@@ -210,6 +210,25 @@ def test_equal_examples_stay_on_one_side(seed: int) -> None:
     assert [len(side) for side in same.hold_out(0.2, seed=seed)] == [8, 2]
 
 
+@pytest.mark.parametrize("number", [30, 60, 120])
+def test_one_text_does_not_take_over_what_is_held_out(number: int) -> None:
+    """A share of a fifth; what one text may make of it is a quarter."""
+    for seed in range(10):
+        labels = ["yes" if i % 2 else "no" for i in range(300)]
+        rows = Examples([*["n/a"] * number, *(f"text {i}" for i in range(300 - number))], None, labels)
+        train, dev = rows.hold_out(0.2, seed=seed)
+        assert len(dev) == 60 and "n/a" not in dev.text and len(train) == 240
+        sizes = [len(part) for part in rows.folds(3, seed=seed)]
+        assert sum(sizes) == 300 and max(sizes) <= max(100, number) + 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_repeated_texts_are_held_out_as_often_as_others(seed: int) -> None:
+    texts = [f"twice {i // 2}" for i in range(400)] + [f"once {i}" for i in range(1600)]
+    _, dev = Examples(texts, None, ["yes", "no"] * 1000).hold_out(0.2, seed=seed)
+    assert len(dev) == 400 and 50 <= sum(text.startswith("twice") for text in dev.text) <= 110
+
+
 @pytest.mark.parametrize("share", [0.1, 0.2])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_class_of_equal_examples_stays_in_training(seed: int, share: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
-import re
 import signal
 import sys
 from importlib import metadata
@@ -30,7 +30,7 @@ from childtuning.cli import (
     verify,
 )
 from childtuning.cli.printing import is_first
-from childtuning.errors import ChildTuningError, LostProcessError
+from childtuning.errors import ChildTuningError, LostProcessError, as_os_error
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy")
 
@@ -107,6 +107,9 @@ def main() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch is imported
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console of few characters must not cost a result
+            stream.reconfigure(errors="backslashreplace")
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if "RANK" in os.environ:  # torchrun ends the others by SIGTERM when one has died
@@ -122,13 +125,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        where = f" {str(error.filename)!r}" if error.filename else ""
-        _fail(f"cannot read or write{where}: {error.strerror or error}. Check the path and the disk.", 2)
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors, which is written in Rust
-        if number is not None:
-            _fail(f"cannot read or write: {os.strerror(int(number[1]))}. Check the path and the disk.", 2)
+        if (of_disk := as_os_error(error)) is not None:
+            where = f" {str(of_disk.filename)!r}" if of_disk.filename else ""
+            _fail(
+                f"cannot read or write{where}: {of_disk.strerror or of_disk}. Check the path and the disk.", 2
+            )
         if hasattr(error, "format_message"):  # the parser's own errors: an unknown option, a missing argument
             message = error.format_message().rstrip()  # type: ignore[attr-defined]
             if not message:  # no arguments: the help has been shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -117,6 +118,7 @@ def run(
     from childtuning.compare import (
         EXECUTORS,
         check_installed,
+        check_size,
         compare,
         foreseen,
         read_comparison,
@@ -124,7 +126,7 @@ def run(
         stored,
     )
     from childtuning.runs.config import RunConfig
-    from childtuning.runs.inputs import read_run_task
+    from childtuning.runs.inputs import Inputs
     from childtuning.runs.understood import data_warnings
 
     if executor not in EXECUTORS:
@@ -154,11 +156,16 @@ def run(
     if (
         runs and "train" in comparison.options
     ):  # what is wrong with the files is refused once, and before the first run
-        read, _ = read_run_task(RunConfig(**runs[0].config))
+        largest = max(
+            runs, key=lambda run: math.inf if run.group.train_size is None else run.group.train_size
+        )
+        read, _ = Inputs().task(RunConfig(**largest.config))
+        check_size(read, largest)
         for line in (*read.notes, *(f"warning: {warning}" for warning in data_warnings(read))):
             tell(line)
     if not dry_run:
-        set_up(store, comparison, retry_failed=retry_failed)
+        for line in set_up(store, comparison, retry_failed=retry_failed):
+            tell(line)
     runs = foreseen(store, comparison)
     tell_plan(runs, comparison, jobs=jobs, again=retry_failed, tell=tell)
     if dry_run:

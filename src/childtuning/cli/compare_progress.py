@@ -50,9 +50,10 @@ def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, agai
     limit = _power_limit(comparison)
     if limit is not None:
         tell(limit)
-    ended = ("done",) if again else ("done", "failed")
-    done = sum(run.state in ended for run in runs)
-    tell(f"{done} done, {total - done} to do; {_left(runs, total, jobs)}")
+    done = sum(run.state == "done" for run in runs)
+    failed = 0 if again else sum(run.state == "failed" for run in runs)
+    ended = f"{done} done, {failed} failed" if failed else f"{done} done"
+    tell(f"{ended}, {total - done - failed} to do; {_left(runs, total, jobs)}")
 
 
 def plan_content(runs: Sequence[Record], comparison: Comparison) -> dict[str, Any]:

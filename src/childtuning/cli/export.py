@@ -9,6 +9,7 @@ import typer
 
 from childtuning.cli import options as o
 from childtuning.cli.printing import human_bytes, is_terminal, print_json, tell
+from childtuning.errors import ConfigError
 
 NAME = "export"
 
@@ -36,6 +37,8 @@ def run(
 
         childtuning export runs/rte --to patch --output patches/rte
     """
+    if base is not None and to != "hub":
+        raise ConfigError(f"--base names the base model on the hub, got --to {to}. Leave it out.")
     from childtuning.runs import load
 
     opened = load(run_dir, tell=tell)

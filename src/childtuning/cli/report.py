@@ -81,7 +81,7 @@ def run(
     if kind is Format.html and output is None:
         if len(stores) > 1:
             raise ConfigError(f"a page of {len(stores)} stores has no default path. Pass -o FILE.")
-        output = stores[0].with_suffix(".html")
+        output = stores[0].with_suffix(".html") if stores[0].name else None
     if output is None and as_json and kind is not Format.json:
         raise ConfigError(
             f"--json prints one JSON object, but --format {kind} without --output prints text. Pass -o FILE."
@@ -89,6 +89,7 @@ def run(
     if output is not None and output.resolve() in {store.resolve() for store in stores}:
         raise ConfigError(f"output {str(output)!r} is the store itself. Pass another file.")
     from childtuning import report
+    from childtuning.runs.folder import write_text
 
     recorded = report.joined({str(store): report.read_recorded(store) for store in stores})
     if no_examples:
@@ -105,7 +106,7 @@ def run(
     if output is None:
         print(text, end="")
         return
-    output.write_text(text, encoding="utf-8")
+    write_text(output, text)
     if as_json:
         print_json(
             {

@@ -7,6 +7,7 @@ from childtuning.compare.protocols import PROTOCOLS, read_comparison
 from childtuning.compare.records import Group, Record, Recorded
 from childtuning.compare.store import Store
 from childtuning.compare.summary import Average, Row, Standing, across_tasks, standing, summarize
+from childtuning.compare.work import check_size
 
 __all__ = [
     "Average",
@@ -23,6 +24,7 @@ __all__ = [
     "Tried",
     "across_tasks",
     "check_installed",
+    "check_size",
     "choose",
     "compare",
     "foreseen",

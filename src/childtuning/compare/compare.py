@@ -20,7 +20,8 @@ from childtuning.compare.plan import choose, needed
 from childtuning.compare.records import Record, Recorded
 from childtuning.compare.store import Store
 from childtuning.compare.work import base_of, end_with_parent, environment, execute, plan, work
-from childtuning.errors import ChildTuningError, ConfigError
+from childtuning.errors import ChildTuningError, ConfigError, counted
+from childtuning.runs.folder import METRICS
 from childtuning.runs.inputs import Inputs
 
 EXECUTORS = ("local", "ray")
@@ -65,13 +66,15 @@ def check_installed(comparison: Comparison) -> None:
             one.check_installed()
 
 
-def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> None:
+def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = False) -> list[str]:
     """Create or open a store and plan the runs that a comparison needs.
 
     Args:
         path: the store.
         comparison: the comparison; finished runs that it does not need are set aside, not deleted.
         retry_failed: repeat failed runs.
+    Returns:
+        lines for the user: what is repeated, and what was set aside.
     Raises:
         ConfigError: when the store cannot be used.
     """
@@ -80,6 +83,43 @@ def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = Fal
         if retry_failed:
             store.retry_failed()
         plan(store, comparison)
+        lost = _without_folders(store, comparison)
+        notes = []
+        if lost:
+            store.repeat(lost)
+            plan(store, comparison)
+            notes.append(
+                f"{counted(len(lost), 'finished run')} will be repeated: folders that were not kept are needed"
+            )
+        if aside := store.num_set_aside():
+            notes.append(
+                f"{counted(aside, 'finished run')} of other options set aside, for when they are needed again"
+            )
+        return notes
+
+
+def _without_folders(store: Store, comparison: Comparison) -> list[str]:
+    """The finished runs whose network or child is still needed, and whose folder was not kept."""
+    of_all = bool(comparison.transfer_to)
+    if not of_all and (not comparison.overlaps or store.artifact("overlap") is not None):
+        return []
+    known = store.known()
+    runs = [run for run in store.records_in_brief() if run.group.start is None]
+    ongoing = {run.group for run in runs if run.state in ("planned", "running")}
+    wanted = [run for run in runs if run.group in ongoing and run.state == "done"]
+    for choice in choose(runs, comparison.seeds_to_tune, comparison.selection):
+        if choice.group not in ongoing:
+            wanted += choice.records if of_all else choice.records[:1]
+
+    def is_used(run: Record) -> bool:
+        heads = [
+            comparison.transfer_run(run, target, store.folder_of(run.id)).id
+            for target in comparison.transfer_to
+            if target != run.group.task
+        ]
+        return not of_all or any(head not in known or known[head].state != "done" for head in heads)
+
+    return [run.id for run in wanted if is_used(run) and not (store.folder_of(run.id) / METRICS).is_file()]
 
 
 def compare(

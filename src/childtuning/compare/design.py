@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 from childtuning.compare.records import Group, Record
 from childtuning.errors import ConfigError
 from childtuning.methods import Combination
-from childtuning.runs.config import HELD_OUT, RunConfig, option_of_text
+from childtuning.options import options_of
+from childtuning.runs.config import HELD_OUT, Data, RunConfig, option_of_text
 
 Grid = Mapping[str, Sequence[Any]]
 _SHORT = {"lr": "learning_rate"}
@@ -30,7 +31,7 @@ _OF_CHILDREN = (
     "fisher_examples",
     "rescale",
 )
-_FIXED = {  # options that a grid cannot contain -> the remedy
+_FIXED: dict[str, str] = {  # options that a grid cannot contain -> the remedy
     "seed": "Pass --seeds.",
     "method": "Pass --methods.",
     "task": "Pass --task.",
@@ -38,11 +39,9 @@ _FIXED = {  # options that a grid cannot contain -> the remedy
     "train": "Compare one data set at a time.",
     "eval": "Compare one data set at a time.",
     "data_dir": "Compare one data set at a time.",
-    "held_out": "Pass it as an option of all runs.",
-    "data_seed": "Pass it as an option of all runs.",
-    "metric": "Pass it as an option of all runs.",
-    "report_to": "Pass it as an option of all runs.",
 }
+for _name in (*options_of(Data), "report_to"):
+    _FIXED.setdefault(_name, "Pass it as an option of all runs.")
 SELECTIONS = ("held-out", "reported")
 _NOT_IDENTITY = ("data_dir", "save_steps", "report_to")
 PAPER = {"learning_rate": 2e-5, "epochs": 3.0}
@@ -123,6 +122,11 @@ class Comparison:
         for method in self.grid_of:
             if method not in self.methods:
                 raise ConfigError(f"the grid names {method!r}, which is not compared. Add it to --methods.")
+            unused = [name for name in self.grid_of[method] if name in _OF_CHILDREN]
+            if unused and not combination_of(method).takes_density:
+                raise ConfigError(
+                    f"method {method!r} chooses no child, got {unused[0]} in its grid. Leave it out."
+                )
         for grid in (self.grid, *self.grid_of.values()):
             for name, values in grid.items():
                 if name in _FIXED:

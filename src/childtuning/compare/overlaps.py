@@ -27,11 +27,13 @@ def overlap(choices: Sequence[Choice], folder_of: Callable[[str], Path]) -> dict
     Raises:
         ConfigError: when the children are not over the same parameters.
     """
-    found: dict[str, tuple[Choice, Child]] = {}
+    by_method: dict[str, dict[str, tuple[Choice, Child]]] = {}
     for choice in choices:
         path = folder_of(choice.records[0].id) / CHILD
-        if choice.group.task not in found and path.is_file():
-            found[choice.group.task] = (choice, Child.load(path))
+        child = Child.load(path) if path.is_file() else None
+        if child is not None and child.density < 1:
+            by_method.setdefault(choice.group.method, {}).setdefault(choice.group.task, (choice, child))
+    found = max(by_method.values(), key=len, default={})  # the first method of which most tasks have a child
     if len(found) < 2:
         return None
     children = {task: child for task, (_, child) in found.items()}

@@ -185,6 +185,9 @@ def read_comparison(
     if grid:
         own = given.get("methods") or (before.methods if before else ())
         given["grid"], given["grid_of"] = read_grid(grid, own)
+        for name in given["grid"]:
+            if name in (options or {}):
+                raise ConfigError(f"the grid and an option both say {name!r}. Leave one of them out.")
     if anew:
         return Comparison(**given, protocol=protocol, options=runs, command=command)
     assert before is not None

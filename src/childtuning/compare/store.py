@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from childtuning.compare.files import Owner, check_place, is_alive
-from childtuning.compare.records import SCHEMA, Record, Recorded
+from childtuning.compare.records import SCHEMA, Record, Recorded, artifact_of
 from childtuning.errors import ConfigError
 from childtuning.runs.folder import check_data
 
@@ -214,7 +214,22 @@ class Store:
                 self._db.execute("UPDATE runs SET position = NULL")
             return number
 
+    def repeat(self, ids: Iterable[str]) -> None:
+        """Plan finished runs again."""
+        with self._writing():
+            self._db.executemany(
+                "UPDATE runs SET state = 'planned', result = NULL, details = NULL WHERE id = ? AND state = 'done'",
+                [(run_id,) for run_id in ids],
+            )
+
     # What is recorded
+
+    def num_set_aside(self) -> int:
+        """Return the number of finished runs that the comparison does not need."""
+        with told(self.path):
+            return self._db.execute(
+                "SELECT count(*) FROM runs WHERE state = 'done' AND position IS NULL"
+            ).fetchone()[0]
 
     def records(self) -> list[Record]:
         """Return the runs of the comparison, in the order of the plan."""
@@ -248,11 +263,18 @@ class Store:
         """Return the whole content."""
         with told(self.path), self._reading():
             artifacts = self._db.execute("SELECT name, content FROM artifacts ORDER BY name").fetchall()
+            records = self.records()
+            shown = {artifact_of((record.result or {}).get("examples") or "") for record in records}
             return Recorded(
                 comparison=self._fact("comparison") or {},
                 environment=self._fact("environment") or {},
-                records=self.records(),
-                artifacts={name: json.loads(content) for name, content in artifacts},
+                records=records,
+                artifacts={
+                    name: json.loads(content)
+                    for name, content in artifacts
+                    if name in shown
+                    or not name.startswith(artifact_of(""))  # not of runs that were set aside
+                },
             )
 
     def artifact(self, name: str) -> Any:

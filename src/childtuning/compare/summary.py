@@ -164,7 +164,7 @@ class Standing:
 
     Attributes:
         best: the method with the best mean, and those that tie with it: their means are equal as shown, or their
-            scores are equal for every common seed. Empty if no method has a mean.
+            scores are equal for every seed. Empty if no method has a mean.
         clear: the methods that are significantly better than all that they are compared with: the baseline; or, for
             the baseline, every other method. Only these may be said to lead, and are bold in tables.
     """
@@ -202,8 +202,7 @@ def standing(rows: Sequence[Ranked], baseline: str | None) -> Standing:
 
 
 def _tie(one: Ranked, other: Ranked) -> bool:
-    common = one.scores.keys() & other.scores.keys()
-    same = bool(common) and all(one.scores[seed] == other.scores[seed] for seed in common)
+    same = bool(one.scores) and one.scores == other.scores
     return same or _shown(one.mean) == _shown(other.mean)
 
 

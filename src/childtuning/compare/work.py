@@ -24,11 +24,12 @@ from childtuning.compare.plan import needed
 from childtuning.compare.records import Record, artifact_of
 from childtuning.compare.store import Store
 from childtuning.delta import Delta
-from childtuning.errors import DataError
+from childtuning.errors import DataError, as_os_error
 from childtuning.runs.config import RunConfig, json_ready
 from childtuning.runs.folder import CONFIG, TENSORBOARD, RunResult
 from childtuning.runs.inputs import Inputs
 from childtuning.runs.run import train_run
+from childtuning.tasks import Task
 
 _POLL_SECONDS = 0.5
 _MOST_CLASSES = 20  # a record holds each class of a task with no more
@@ -142,6 +143,15 @@ def _place(run: Record) -> tuple[str, str | None]:
     return run.group.task, run.config.get("model")
 
 
+def check_size(task: Task, run: Record) -> None:
+    """Raise a DataError if there are fewer training examples than asked for; a new head takes what its task has."""
+    there, asked = len(task.train), run.group.train_size
+    if asked is not None and there < asked and run.group.start is None:
+        raise DataError(
+            f"there are {there:,} training examples, got a size of {asked:,}. Pass a smaller one."
+        )
+
+
 def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash: str | None) -> Record:
     """Train and evaluate, and return the run with its result; an error becomes part of the record.
 
@@ -161,13 +171,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash:
     start = time.perf_counter()
     try:
         config = RunConfig.from_options(run.config)
-        there, asked = len(inputs.task(config)[0].train), run.group.train_size
-        if (
-            asked is not None and there < asked and run.group.start is None
-        ):  # a new head takes what its task has
-            raise DataError(
-                f"there are {there:,} training examples, got a size of {asked:,}. Pass a smaller one."
-            )
+        check_size(inputs.task(config)[0], run)
         result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs, base_hash=base_hash)
         done = replace(
             run,
@@ -177,11 +181,10 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash:
             curve=_curve(folder / "log.jsonl"),
             parts=_parts(folder),
         )
-    except OSError as fault:
-        if fault.errno in _OUR_SURROUNDINGS:
-            raise
-        done = replace(run, state="failed", error=_one_line(fault))
     except Exception as fault:
+        of_disk = as_os_error(fault)
+        if of_disk is not None and of_disk.errno in _OUR_SURROUNDINGS:
+            raise of_disk from fault
         done = replace(run, state="failed", error=_one_line(fault))
         if isinstance(fault, torch.OutOfMemoryError):
             torch.cuda.empty_cache()

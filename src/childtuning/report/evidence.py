@@ -177,16 +177,19 @@ class Evidence:
         """The methods across tasks, for every size and start with at least two methods to compare."""
         found: dict[tuple[int | None, str | None], list[Average]] = {}
         for average in across_tasks(self.rows, self.baseline):
-            if len(average.tasks) > 1 and average.mean is not None:
+            if len(average.tasks) > 1:
                 found.setdefault((average.train_size, average.start), []).append(average)
         tables = []
-        for (size, start), averages in found.items():
+        for (size, start), every in found.items():
+            averages = [average for average in every if average.mean is not None]
+            if not averages:
+                continue
             settings = [s for s in self.settings if (s.train_size, s.start) == (size, start)]
             settings = [setting for setting in settings if setting.task in averages[0].tasks]
             if max(len(setting.results) for setting in settings) > 1:
                 averages.sort(key=best_first)
                 label = _label("Across tasks", size, start, self._several_sizes)
-                tables.append(Across(averages, settings, label, standing(averages, self.baseline)))
+                tables.append(Across(averages, settings, label, standing(every, self.baseline)))
         return sorted(tables, key=lambda table: -_size(table.settings[0].train_size))
 
     @cached_property

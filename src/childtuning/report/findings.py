@@ -56,12 +56,18 @@ def finding(rows: Sequence[Row] | Sequence[Average], standing: Standing, baselin
         return Finding(standing.best, f"has {mean}")
     if standing.is_tie:
         claim = f"tie at {mean}"
-        is_beside = baseline not in standing.best
-        return (
-            _beside_baseline(standing.best, claim, best, baseline)
-            if is_beside
-            else Finding(standing.best, claim)
-        )
+        if baseline in standing.best:
+            return Finding(standing.best, claim)
+        tied = [row for row in ranked if row.method in standing.best]
+        clear = [row.method for row in tied if significance(row) > 0]
+        if clear and len(clear) < len(tied):
+            return Finding(
+                standing.best,
+                claim,
+                f"; of these {numbers.listed(clear)} is significantly better than {baseline}",
+            )
+        weakest = max(tied, key=lambda row: -1.0 if row.p_corrected is None else row.p_corrected)
+        return _beside_baseline(standing.best, claim, weakest, baseline)
     is_clear = best.method in standing.clear
     claim = f"leads with {mean}" if is_clear else f"has the best {metric or 'mean'}, {value}"
     if best.method != baseline:

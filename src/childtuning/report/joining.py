@@ -59,6 +59,16 @@ def _check(first: str, one: Recorded, second: str, other: Recorded) -> None:
                 f"{first!r} and {second!r} have different base models on {task}: their weights differ. "
                 "Report them apart."
             )
+    measured = _measured(other)
+    for task, (metric, examples) in _measured(one).items():
+        there, others = measured.get(task, (metric, examples))
+        if metric != there or (examples and others and examples.isdisjoint(others)):
+            what = (
+                f"its metrics, {metric} and {there}"
+                if metric != there
+                else "the examples that it is measured on"
+            )
+            raise ConfigError(f"{first!r} and {second!r} differ on {task} in {what}. Report them apart.")
     held = {record.group for record in other.records}
     shared = next((record.group for record in one.records if record.group in held), None)
     if shared is not None:
@@ -87,6 +97,16 @@ def _bases(recorded: Recorded) -> dict[str, str]:
     """Task -> hash of the base model that its runs were trained on, where it is recorded."""
     results = ((record.group.task, record.result or {}) for record in recorded.records)
     return {task: result["base_hash"] for task, result in results if result.get("base_hash")}
+
+
+def _measured(recorded: Recorded) -> dict[str, tuple[str | None, set[str]]]:
+    """Task -> its metric, and hashes of the examples on which its finished runs were measured, as far as recorded."""
+    found: dict[str, tuple[str | None, set[str]]] = {}
+    for record in recorded.records:
+        if record.result is not None:
+            _, examples = found.setdefault(record.group.task, (record.metric, set()))
+            examples |= {record.result["examples"]} if record.result.get("examples") else set()
+    return found
 
 
 def _named(group: Group) -> str:

@@ -74,13 +74,14 @@ def fit(
     """
     known = [value for value in values if math.isfinite(value)] or [1.0]
     low, high = min(known), max(known)
+    are_equal = math.isclose(low, high)  # but for the rounding of a mean
     if log:
-        low, high = (low / 2, high * 2) if low == high else (low, high)
+        low, high = (low / 2, high * 2) if are_equal else (low, high)
         gap = (high / low) ** margin
         low, high = low / gap, high * gap
         ticks = _decades(low, high, most_ticks)
     else:
-        room = (high - low) * margin if low < high else abs(high) * 0.1 or 1.0
+        room = abs(high) * 0.1 or 1.0 if are_equal else (high - low) * margin
         low, high = low - room, high + room
         ticks = _round_steps(low, high, most_ticks)
     return Scale(low, high, log, ticks, format_fn or _plain(ticks), title)

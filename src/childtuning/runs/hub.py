@@ -203,7 +203,8 @@ def _card(run: Any, name: str, base: str, root: str | None) -> str:
     data = run.config.task or Path(run.config.train or "").name if is_run else "data of one's own"
     measured = data
     if is_run and run.config.task is None:
-        measured = Path(run.config.eval).name if run.config.eval else f"{data}, held out"
+        how = "held out" if run.config.folds is None else "in cross-validation"
+        measured = Path(run.config.eval).name if run.config.eval else f"{data}, {how}"
     pipeline = _PIPELINES.get(run.kind.auto_model)
     title = name.removeprefix("hf://")
     results = [
@@ -256,7 +257,7 @@ def _card(run: Any, name: str, base: str, root: str | None) -> str:
             "method": f"{run.method}, density {run.metrics['density']:.4g}",
             "training": f"learning rate {found.learning_rate}, {found.epochs} epochs, batches of {found.batch_size}, "
             f"seed {found.seed}",
-            "longest input": f"{found.max_length} tokens",
+            "longest input": f"{run.max_length} tokens",
         }
         lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
     if root is not None:

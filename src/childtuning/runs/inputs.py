@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -140,6 +141,7 @@ class Inputs:
     def __init__(self, *, keep: bool = False) -> None:
         self._keep = keep
         self._kept: dict[str, OrderedDict[Any, Any]] = {sort: OrderedDict() for sort in _KEPT}
+        self.spared_seconds = 0.0
 
     def task(self, config: RunConfig) -> tuple[Task, Split | None]:
         """Return a run's examples, and its held-out training examples."""
@@ -170,13 +172,28 @@ class Inputs:
         return replace(loaded, model=copy.deepcopy(loaded.model)) if self._keep else loaded
 
     def scores(self, config: RunConfig) -> Callable[[Callable[[], Scores]], Scores]:
-        """Return a function that takes the Fisher pass and returns its scores, or cached ones."""
+        """Return a function that takes the Fisher pass and returns its scores, or cached ones.
+
+        ``spared_seconds`` is then the time of the pass that made cached ones.
+        """
         changed = tuple(m for m in config.methods().methods if type(m).prepare is not Method.prepare)
         child = asdict(config.child())
         if child["fisher_examples"] != "auto":
             child = {k: v for k, v in child.items() if k not in _NOT_SCORES}
         key = (_options(config, (*_DATA, *_MODEL, *_PASS)), changed, tuple(child.items()))
-        return lambda make_fn: self._once("scores", key, make_fn)
+        self.spared_seconds = 0.0
+
+        def take(make_fn: Callable[[], Scores]) -> Scores:
+            def timed() -> tuple[Scores, float]:
+                start = time.perf_counter()
+                return make_fn(), time.perf_counter() - start
+
+            start = time.perf_counter()
+            scores, seconds = self._once("scores", key, timed)
+            self.spared_seconds = max(0.0, seconds - (time.perf_counter() - start))
+            return scores
+
+        return take
 
     def _once(self, sort: str, key: Any, make_fn: Callable[[], _T]) -> _T:
         if not self._keep:

@@ -313,7 +313,7 @@ class FinishedRun(RunFolder):
 
     def _num_trained_on(self, examples: Split) -> int:
         """Count the examples that are also training examples, whatever their labels; 0 if the training file is gone."""
-        if self.config.train is None:
+        if self.config.train is None and self.config.data_dir is None:
             return 0
         try:
             task, _ = read_run_task(self.config)
@@ -408,10 +408,11 @@ class FinishedRun(RunFolder):
 
     @cached_property
     def _predictor(self) -> Predictor:
-        names, processor, most = self.label_names, self.processor(), self._max_length()
+        names, processor, most = self.label_names, self.processor(), self.max_length
         return Predictor(self.kind, processor, names, most, progress=self.progress, tell=self.tell)
 
-    def _max_length(self) -> int:
+    @property
+    def max_length(self) -> int:
         return cut_at(self.config, self.kind, self.model())
 
     def verify(self) -> dict[str, int]:

@@ -163,7 +163,7 @@ def _train_run(
         if checkpoint is None:
             tell(_describe(trainer.select(), trainer.num_scored, len(train)))
         budget = _budget(config, trainer, tell) if checkpoint is None else None
-        chosen = {"fisher_seconds": time.perf_counter() - start, "budget": budget}
+        chosen = {"fisher_seconds": time.perf_counter() - start + inputs.spared_seconds, "budget": budget}
         chosen |= {key: before[key] for key in chosen if checkpoint is not None and key in before}
         chosen["base_hash"] = loaded.base_hash
     except BaseException:

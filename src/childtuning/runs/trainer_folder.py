@@ -123,7 +123,8 @@ class TrainerFolder(FinishedRun):
     def _check_form(self, examples: Split) -> None:
         """Accept any form: the folder does not say what the model was trained on."""
 
-    def _max_length(self) -> int:
+    @property
+    def max_length(self) -> int:
         return num_positions(self.model()) or 512
 
     def base(self) -> LoadedModel:

@@ -158,7 +158,8 @@ def understood(
     assert isinstance(config.epochs, float) and isinstance(config.learning_rate, float)
     classes, values = _labels_of(task)
     is_text = "input_ids" in train[0]
-    warnings = list(data_warnings(task))
+    in_folds = config.folds is not None and config.fold is None
+    warnings = list(data_warnings(task, in_folds=in_folds))
     if is_text and len(train) > 1 and all(row["input_ids"] == train[0]["input_ids"] for row in train):
         warnings.append(
             "the model sees the same tokens in every training example. Raise --max-length, or check the text."
@@ -183,7 +184,7 @@ def understood(
         values=values,
         tokens=[int(median(train.lengths)), max(train.lengths)] if is_text else None,
         cut_by_length=train.num_cut,
-        duplicates=_duplicates(task),
+        duplicates=0 if in_folds else _duplicates(task),
         contradictions=_contradictions(task),
         examples=_examples(task.train),
         child=_child(config),
@@ -197,10 +198,15 @@ def understood(
     )
 
 
-def data_warnings(task: Task) -> Iterator[str]:
-    """Yield what looks wrong about a task's examples, one line each."""
+def data_warnings(task: Task, *, in_folds: bool = False) -> Iterator[str]:
+    """Yield what looks wrong about a task's examples, one line each.
+
+    Args:
+        task: the examples.
+        in_folds: whether each example is answered by a model that has not seen it.
+    """
     num_train, num_dev = len(task.train), len(task.dev)
-    if duplicates := _duplicates(task):
+    if not in_folds and (duplicates := _duplicates(task)):
         all_of = "all" if duplicates == num_dev else f"{duplicates:,}"
         verb = "is" if duplicates == 1 < num_dev else "are"
         yield (
@@ -257,10 +263,6 @@ def _labels_of(task: Task) -> tuple[dict[str, list[int]] | None, list[float] | N
 
 
 def _duplicates(task: Task) -> int:
-    if (
-        task.dev is task.train
-    ):  # in cross-validation, each example is answered by a model that has not seen it
-        return 0
     known = set(task.train.contents() or ())
     return sum(content in known for content in task.dev.contents() or ())
 

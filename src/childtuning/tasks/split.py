@@ -81,7 +81,7 @@ class Split(ABC):
         """Split off a random share of the examples; return the rest and the share, both in their original order.
 
         Classes keep their shares on both sides; the rest has every class, if it has room. Equal examples stay on one
-        side, so that either may be a little larger than asked for.
+        side: that of the rest if they would be more than a quarter of the share, unless too few others are there.
 
         Args:
             share: in (0, 1); each side gets at least one example.
@@ -103,20 +103,29 @@ class Split(ABC):
         return self.subset(sorted({*order} - aside)), self.subset(sorted(aside))
 
     def _whole_groups(self, order: Sequence[int], size: int, classes: Sequence[str] = ()) -> set[int]:
-        """Take groups of equal examples from the end of an order, up to a size; of each class one group stays."""
+        """Take groups of equal examples from the end of an order, up to a size; of each class one group stays.
+
+        A group stands where its first example does, so that large ones are not drawn more often than others.
+        """
         contents = self.contents() or range(len(self))
         equal: dict[Hashable, list[int]] = {}
         for row, content in enumerate(contents):
             equal.setdefault(content, []).append(row)
         left, taken = Counter(classes), set[int]()
-        for row in reversed(order):
-            rows = equal[contents[row]]
-            if row in taken or len(taken) >= size or len(taken) + len(rows) >= len(self):
-                continue
-            going = Counter(classes[one] for one in rows) if classes else Counter[str]()
-            if all(left[name] > num for name, num in going.items()):
-                taken |= {*rows}
-                left -= going
+        for largest in (max(1, size // 4), size, len(self) - 1):
+            for row in reversed(order):
+                rows = equal[contents[row]]
+                room = max(size, largest) - len(taken)
+                if row != rows[0] or row in taken or len(rows) > min(largest, room):
+                    continue
+                going = Counter(classes[one] for one in rows) if classes else Counter[str]()
+                if all(left[name] > num for name, num in going.items()):
+                    taken |= {*rows}
+                    left -= going
+                if len(taken) >= size:
+                    return taken
+            if taken and largest == size:
+                return taken
         return taken
 
     def folds(self, num: int, *, seed: int = 0) -> list[list[int]]:
@@ -142,8 +151,10 @@ class Split(ABC):
             raise ConfigError(
                 f"{len(equal)} different examples cannot be split into {num} folds. Pass fewer --folds."
             )
-        dealt = list(equal.values())
-        return [sorted(row for rows in dealt[i::num] for row in rows) for i in range(num)]
+        folds: list[list[int]] = [[] for _ in range(num)]
+        for rows in equal.values():
+            min(folds, key=len).extend(rows)
+        return [sorted(fold) for fold in folds]
 
     def _order(self, seed: int) -> list[int]:
         """Return the order in which examples are drawn: every class's first, then all in proportion."""

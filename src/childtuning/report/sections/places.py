@@ -154,7 +154,8 @@ def _overlap(overlap: Mapping[str, Any] | None) -> list[Markup]:
         figures.append(figure(summary, table, note="mean over pairs of tasks", kind="fitted"))
         pairs = grid([_pairs(label, tasks, matrix) for label, matrix in matrices.items()])
         folded.append(el("details", el("summary", f"{summary}, every pair"), pairs, class_="more"))
-    lead = "Entries that the children of two tasks have in common, as a share of the smaller child."
+    of = f" of {overlap['method']}" if overlap.get("method") else ""
+    lead = f"Entries that the children{of} of two tasks have in common, as a share of the smaller child."
     density = overlap.get("density")
     if density is not None:
         lead += f" Two random children of density {density:g} would share {numbers.share(density)}."
