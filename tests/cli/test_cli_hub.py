@@ -77,6 +77,9 @@ def test_what_is_published(run: Path, tiny_bert: Path, sentiment: Path, tmp_path
         opened.export(place, "hub")
     assert not place.exists()
     opened.export(place, "hub", base="me/base")
+    assert (
+        f"| longest input | at most {opened.config.max_length} tokens |" in (place / "README.md").read_text()
+    )
     texts = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     for path, content in texts.items():
         assert str(tmp_path).encode() not in content, path

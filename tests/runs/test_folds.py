@@ -140,5 +140,7 @@ def test_folds_are_described(tiny_bert: Path, sentiment: Path) -> None:
     found = understand_run(a_config(tiny_bert, sentiment))
     assert found.duplicates == 0 and found.warnings == []
     assert "in 3 folds, each answered by a model trained on the others" in "".join(found.lines())
+    for options in ({"held_out": 0.2}, {"train_limit": 60}, {"eval_limit": 20}):
+        assert understand_run(a_config(tiny_bert, sentiment, **options)).warnings == [], options
     task, _ = inputs.read_run_task(a_config(tiny_bert, sentiment, fold=2))
     assert not {*task.train.text} & {*task.dev.text}  # type: ignore[attr-defined]

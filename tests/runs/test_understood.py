@@ -239,3 +239,11 @@ def test_the_training_file_is_no_evaluation(tiny_bert: Path, tmp_path: Path) -> 
         told: list[str] = []
         FinishedRun(tmp_path / "run", tell=told.append).read_input(path, labelled=True)
         assert any("were trained on" in line for line in told) == warned
+    (tmp_path / "mine").mkdir()
+    for split, path in (("train", files["train"]), ("dev", files["eval"])):
+        (tmp_path / "mine" / f"{split}.jsonl").write_bytes(Path(path).read_bytes())
+    named = RunConfig(model=str(tiny_bert), task="mine", data_dir=str(tmp_path), epochs=1.0)
+    train_run(named, tmp_path / "named")
+    told = []
+    FinishedRun(tmp_path / "named", tell=told.append).read_input(copied, labelled=True)
+    assert any("were trained on" in line for line in told)

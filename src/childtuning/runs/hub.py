@@ -257,7 +257,7 @@ def _card(run: Any, name: str, base: str, root: str | None) -> str:
             "method": f"{run.method}, density {run.metrics['density']:.4g}",
             "training": f"learning rate {found.learning_rate}, {found.epochs} epochs, batches of {found.batch_size}, "
             f"seed {found.seed}",
-            "longest input": f"{run.max_length} tokens",
+            "longest input": f"at most {found.max_length} tokens",
         }
         lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
     if root is not None:

@@ -408,11 +408,10 @@ class FinishedRun(RunFolder):
 
     @cached_property
     def _predictor(self) -> Predictor:
-        names, processor, most = self.label_names, self.processor(), self.max_length
+        names, processor, most = self.label_names, self.processor(), self._max_length()
         return Predictor(self.kind, processor, names, most, progress=self.progress, tell=self.tell)
 
-    @property
-    def max_length(self) -> int:
+    def _max_length(self) -> int:
         return cut_at(self.config, self.kind, self.model())
 
     def verify(self) -> dict[str, int]:

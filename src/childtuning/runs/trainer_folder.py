@@ -123,8 +123,7 @@ class TrainerFolder(FinishedRun):
     def _check_form(self, examples: Split) -> None:
         """Accept any form: the folder does not say what the model was trained on."""
 
-    @property
-    def max_length(self) -> int:
+    def _max_length(self) -> int:
         return num_positions(self.model()) or 512
 
     def base(self) -> LoadedModel:

@@ -139,11 +139,13 @@ def load_model(
         ModelError: when there is no such model, or it does not support this kind of task.
     """
     import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled
 
     shown = name or PACKAGED_NAME
     source = _source(name)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    has_bars = not are_progress_bars_disabled()
     transformers.logging.disable_progress_bar()
     try:
         labels = tuple(options.get("id2label", {}).values())
@@ -169,7 +171,8 @@ def load_model(
         raise ModelError(_one_line(shown, auto_model, fault)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
+        if has_bars:  # else the user has turned them off
+            transformers.logging.enable_progress_bar()
     if hasattr(processor, "pad_token"):
         _settle_tokenizer(processor, model)
     names = {name for name, _ in model.named_parameters()}
