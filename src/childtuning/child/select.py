@@ -88,6 +88,11 @@ def select_child(
         [True, False, False, True]
     """
     unit = granularity if isinstance(granularity, Granularity) else Granularity(granularity)
+    if not isinstance(scores, Mapping):
+        raise ConfigError(
+            f"a child is chosen by scores, by parameter name, got {type(scores).__name__}. Pass what "
+            "fisher_information(model, batches, loss_fn) returns."
+        )
     if budget is not None:
         budget = Budget.parse(budget) if isinstance(budget, str) else budget
         if not isinstance(budget, Budget):

@@ -155,12 +155,13 @@ def _parse_one(word: str) -> Method:
         key, equals, value = piece.partition("=")
         if not equals:
             if position or not types:
-                takes = f"It takes {', '.join(types)}." if types else "It takes none."
+                takes = f"It takes {', '.join(types)}." if types else "It takes none; a density is --density."
                 raise ConfigError(f"method {name!r} got {piece!r} without an option's name. {takes}")
             key, value = next(iter(types)), piece
         key = key.strip().replace("-", "_")
         if key not in types:
-            raise ConfigError(f"method {name!r} has no option {key!r}. {did_you_mean(key, types)}")
+            remedy = "Pass --density." if key == "density" else did_you_mean(key, types)
+            raise ConfigError(f"method {name!r} has no option {key!r}. {remedy}")
         if key in options:
             raise ConfigError(f"method {name!r} got {key!r} twice. Pass it once.")
         options[key] = _typed(name, key, value.strip(), types[key])

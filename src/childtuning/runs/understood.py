@@ -113,7 +113,7 @@ class Understood:
             least, mean, largest = self.values or (0, 0, 0)
             return f"{counted(examples, 'example')}{found.format(least, largest, mean)}"
         counts = sorted(self.classes.items(), key=lambda item: -item[1][column])
-        words = [f"{name} {both[column]:,}" for name, both in counts[:_NAMED]]
+        words = [f"{_short(name, 40)} {both[column]:,}" for name, both in counts[:_NAMED]]
         rest = f", and {len(counts) - _NAMED:,} more classes" if counts[_NAMED:] else ""
         return f"{counted(examples, 'example')}: {', '.join(words)}{rest}"
 
@@ -346,6 +346,6 @@ def _texts(split: Split, row: int) -> list[str]:
     return [split.shown(row), *(_short(text) for text in seconds[row : row + 1])]
 
 
-def _short(label: Any) -> str:
+def _short(label: Any, most: int = 80) -> str:
     text = " ".join(label) if isinstance(label, (list, tuple)) else str(label)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"

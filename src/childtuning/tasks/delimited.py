@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +39,8 @@ class BadRow(Exception):
 def delimited_rows(text: str, path: Path, *, named: str) -> tuple[list[tuple[int, Row | BadRow]], str | None]:
     """Read the rows of delimited text, whatever its separator.
 
-    Quotes follow RFC 4180. Text separated by tabs whose quotes do not pair is read with quotes as plain characters,
-    as GLUE's own files require.
+    A first line ``sep=;`` names the separator. Quotes follow RFC 4180. Text separated by tabs whose quotes do not pair
+    is read with quotes as plain characters, as GLUE's own files require.
 
     Args:
         text: the content of the file.
@@ -50,7 +51,10 @@ def delimited_rows(text: str, path: Path, *, named: str) -> tuple[list[tuple[int
     Raises:
         DataError: when the separator cannot be decided, a quote is not closed, or a column occurs twice.
     """
-    mark = _separator(text, path, named)
+    said = re.match(r'"?sep=([,;\t|])"?[ \t]*\r?\n', text, re.IGNORECASE)  # as Excel writes it
+    if said is not None:
+        text = "\n" + text[said.end() :]  # the lines keep their numbers
+    mark = said[1] if said is not None else _separator(text, path, named)
     note = None if mark == named else f"its columns are separated by {_SEPARATORS[mark]}"
     if mark != "\t":
         rows = _rows(text, path, mark)

@@ -104,6 +104,10 @@ class Source:
         """The rows of a table file, also bad ones, with their numbers."""
         form = format_of(self.path)
         if form is None:
+            if self.path.is_dir():
+                raise DataError(
+                    f"{self.path} is a folder without images, for which a file is needed. Pass one."
+                )
             raise DataError(
                 f"{self.path} has an unsupported type, got {''.join(self.path.suffixes[-2:]) or 'no extension'!r}. "
                 f"Pass a file ending in {', '.join(FORMATS)}, or one of these and .gz."

@@ -79,6 +79,8 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ModelError(f"there is no model folder {self.folder}. Check the path.")
         config = self.folder / "config.json"
         other = read_json(config, "Get it anew.").get(_OTHER_FILE) if config.is_file() else None
         if other is not None:
