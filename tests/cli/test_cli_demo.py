@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from childtuning.cli import app, demo
+from childtuning.cli import app, compare_progress, demo
 
 
 @pytest.mark.slow
@@ -16,9 +17,12 @@ def test_demo_trains_reports_and_labels(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "_OPTIONS", {**demo._OPTIONS, "train_limit": 48, "epochs": 1.0})
+    monkeypatch.setattr(compare_progress, "_SECONDS", 0.02)
+    monkeypatch.setattr(compare_progress, "_QUIET_SECONDS", 0.02)
     words = ["demo", "--model", str(tiny_bert), "--output", str(tmp_path / "demo"), "--seeds", "2"]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
+    assert re.search(r"docstrings full .*: step \d, epoch 0\.\d, loss \d\.\d{3}\n", shown.stderr)
     page = tmp_path / "demo" / "demo.html"
     assert str(page) in shown.stdout and "<!doctype html>" in page.read_text()
     assert all(sentence in shown.stdout for sentence in demo.SENTENCES)
@@ -33,4 +37,4 @@ def test_demo_trains_reports_and_labels(
     (one,) = found["predictions"]
     assert one["text"] == "Open a socket." and one["prediction"].isalpha() and 0 < one["confidence"] <= 1
     assert (Path(found["run"]) / "metrics.json").is_file()
-    assert "[2/4]" not in again.stderr  # nothing was trained again
+    assert "[2/4]" not in again.stderr and "These runs were done before." in again.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from childtuning.compare.summary import SIGNIFICANT
 from childtuning.report.numbers import counted
 
 _SECONDS = 2.0
+_QUIET_SECONDS = 60.0  # then a line tells how far the running runs are
 Tell = Callable[[str], None]
 
 
@@ -91,8 +93,16 @@ def watched(path: Path, comparison: Comparison, *, jobs: int, tell: Tell, live: 
         stop = threading.Event()
 
         def watch() -> None:
+            before, waited = len(told), 0.0
             while not stop.wait(_SECONDS):
-                _tell_new(store.records_in_brief(), told, total, tell)
+                runs = store.records_in_brief()
+                _tell_new(runs, told, total, tell)
+                before, waited = len(told), (waited + _SECONDS if len(told) == before else 0.0)
+                if waited >= _QUIET_SECONDS:
+                    waited = 0.0
+                    for run in runs:
+                        if run.state == "running":
+                            tell(f"{run_text(run)}: {_last_step(store.folder_of(run.id))}")
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -102,6 +112,16 @@ def watched(path: Path, comparison: Comparison, *, jobs: int, tell: Tell, live: 
             stop.set()
             thread.join()
             _tell_new(store.records_in_brief(), told, total, tell)
+
+
+def _last_step(folder: Path) -> str:
+    """Return the last line of a run's log in words."""
+    log = folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    whole = [entry for line in lines if line.endswith("}") and "loss" in (entry := json.loads(line))]
+    if not whole:
+        return "begun"
+    return f"step {whole[-1]['step']:,}, epoch {whole[-1]['epoch']:.1f}, loss {whole[-1]['loss']:.3f}"
 
 
 def _tell_new(runs: Sequence[Record], told: set[str], total: int, tell: Tell) -> None:

@@ -60,7 +60,6 @@ def run(
 
         childtuning demo --text "Open a socket and wait for a reply."
     """
-    tell("Training a pretrained encoder to tell the topic of a docstring of Python's standard library …")
     methods = MORE_METHODS if full else METHODS
     output = output.expanduser()
     records, rows = run_demo(output, methods, seeds or (5 if full else 1), o.explicit(given))
@@ -128,6 +127,11 @@ def run_demo(
     )
     store = store_of(folder)
     set_up(store, asked, retry_failed=True)
+    if all(run.state == "done" for run in foreseen(store, asked)):
+        tell(f"These runs were done before. Delete {folder} to repeat them.")
+    else:
+        tell("Training a pretrained encoder to tell the topic of a docstring of Python's standard library.")
+        tell("On two cores this takes some minutes …")
     with watched(store, asked, jobs=1, tell=tell, live=is_terminal()):
         recorded = compare(store, asked)
     wanted = {run.id for run in foreseen(store, asked)}
