@@ -104,7 +104,7 @@ def test_a_comparison_keeps_what_is_small(result: RunResult) -> None:
         (
             "accuracy",
             [0.52, 0.71],
-            "0.620 lies between 0.52 and 0.71 with these 24 examples: differences below",
+            "0.620 lies between 0.52 and 0.71 with these 24 examples: differences below 0.09 are noise",
         ),
         ("accuracy", [0.58, 0.66], None),
         ("rmse", [0.52, 0.71], None),

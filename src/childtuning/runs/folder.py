@@ -389,7 +389,7 @@ class RunResult:
             if (high - low) / 2 > _WIDE:
                 found.append(
                     f"{name} {value:.3f} lies between {low:.2f} and {high:.2f} with these {self.eval_examples} "
-                    f"examples: differences below that are noise.{more}"
+                    f"examples: differences below {(high - low) / 2:.2f} are noise.{more}"
                 )
         if constant is None or sign * value > sign * constant:
             return found

@@ -85,7 +85,7 @@ class TrainerFolder(FinishedRun):
                 return kind
         raise ModelError(f"childtuning predicts nothing with a {name}. Call model(), and use it yourself.")
 
-    @property
+    @cached_property
     def label_names(self) -> list[str]:
         """Class names in the order of the logits, as the model's configuration has them."""
         names = [name for _, name in sorted(self._config.id2label.items())] if self.kind.has_classes else []

@@ -176,7 +176,10 @@ class Source:
         """
         found = self.find(name)
         if found is None:
-            raise DataError(f"{self.path} has no column {name!r}. {did_you_mean(name, self.columns)}")
+            raise DataError(
+                f"{self.path} has no column {name!r}. {did_you_mean(name, self.columns)} If it has another name there, "
+                "rename it in the file."
+            )
         if isinstance(first := self.rows[0].get(found), Unreadable):
             raise DataError(first.fault)
         return found
