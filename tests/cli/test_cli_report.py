@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +153,35 @@ def test_what_is_no_store_is_refused_in_one_line(childtuning, tmp_path: Path, co
     assert done.code == 2
     assert done.err.count("\n") == 1 and words in done.err and str(path) in done.err, done.err
     assert done.out == "" and not path.with_suffix(".html").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(comparison=None),
+        lambda content: content.update(artifacts=[]),
+        lambda content: content["records"][0].update(result=None),
+        lambda content: content["records"][0]["result"].update(metric={}),
+        lambda content: content["records"][0]["result"]["metric"].update(value="high"),
+    ],
+)
+def test_an_edited_export_is_refused_in_one_line(childtuning, export: Path, tmp_path: Path, change) -> None:
+    content = json.loads(export.read_text())
+    change(content)
+    (tmp_path / "edited.json").write_text(json.dumps(content))
+    done = childtuning("report", tmp_path / "edited.json")
+    assert done.code == 2 and "neither a store nor the JSON" in done.err and done.err.count("\n") == 1
+
+
+def test_a_table_is_printed_where_signs_cannot_be(export: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "childtuning", "report", str(export), "--format", "md"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\xb1" in done.stdout and done.stdout.isascii()
 
 
 def test_the_store_is_never_overwritten(childtuning, export: Path) -> None:

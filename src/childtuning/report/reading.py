@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from childtuning.compare.records import Recorded
@@ -34,10 +35,25 @@ def read_recorded(path: str | Path) -> Recorded:
 
 def _from_export(path: Path, content: bytes) -> Recorded:
     try:
-        return Recorded.from_dict(json.loads(content))
+        recorded = Recorded.from_dict(json.loads(content))
+        if not _is_sound(recorded):
+            raise ValueError
+        return recorded
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         if isinstance(fault, ConfigError):
             raise ConfigError(f"{str(path)!r}: {fault}") from None
         raise ConfigError(
             f"{str(path)!r} is neither a store nor the JSON of one. Pass the --store of `childtuning compare`."
         ) from None
+
+
+def _is_sound(recorded: Recorded) -> bool:
+    """Whether an export, which may have been edited, has what every report reads."""
+    parts = (recorded.comparison, recorded.environment, recorded.artifacts)
+    results = [record.result for record in recorded.records if record.state == "done"]
+    metrics = [result.get("metric") if isinstance(result, Mapping) else None for result in results]
+    return all(isinstance(part, Mapping) for part in (*parts, *metrics)) and all(
+        isinstance(metric.get("name"), str) and isinstance(metric.get("value"), int | float | None)
+        for metric in metrics
+        if isinstance(metric, Mapping)
+    )
