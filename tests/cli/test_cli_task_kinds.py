@@ -170,6 +170,11 @@ def test_one_bright_image_is_read_as_the_training_images_were(childtuning, tmp_p
         for name in ("floats", "bytes")
     )
     assert floats == whole
+    labels = json.loads((tmp_path / "run" / "labels.json").read_text())
+    assert labels["columns"].pop("pixel_range") == [-1, 1]
+    (tmp_path / "run" / "labels.json").write_text(json.dumps(labels))  # as an earlier version wrote it
+    done = childtuning("evaluate", tmp_path / "run", "--eval", tmp_path / "train.npz", "--json")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(("family", "code"), [("vit", 0), ("resnet", 2)])

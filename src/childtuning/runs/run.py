@@ -306,7 +306,7 @@ def _labels(task: Task, loaded: LoadedModel) -> dict[str, Any]:
             "text_pair": columns.text_pair,
             "label": columns.label,
             **({"decimal_commas": True} if columns.decimal_commas else {}),
-            **({"pixel_range": columns.pixel_range} if columns.pixel_range != (0, 1) else {}),
+            **({"pixel_range": columns.pixel_range} if columns.pixel_range else {}),
         },
         "form": task.train.form,
         "base_name": loaded.name,

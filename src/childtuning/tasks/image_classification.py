@@ -84,7 +84,8 @@ class ImageClassification(Kind):
 
     def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Images:
         """Read images."""
-        label, (low, high) = columns.label or "label", columns.pixel_range
+        low, high = columns.pixel_range or pixel_range_of(source)  # runs of earlier versions have none
+        label = columns.label or "label"
         return read_images(source, part=part, labelled=labelled, label=label, pixel_range=(low, high))
 
     def holds_both(self, source: Source) -> bool:

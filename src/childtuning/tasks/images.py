@@ -271,7 +271,8 @@ def holds_both_splits(path: Path) -> bool:
 
 def pixel_range_of(source: Source) -> tuple[int, int]:
     """Return the range of an npz file's training images that are floats: (0, 1), (−1, 1) or (0, 255)."""
-    pair = array_names(source.path, "train") if source.is_named(".npz") else None
+    is_npz = source.is_named(".npz")
+    pair = (array_names(source.path, "train") or array_names(source.path, "dev")) if is_npz else None
     if pair is None:
         return 0, 1
     pixels = _arrays(source.path, pair[:1])[0]

@@ -30,7 +30,7 @@ class Columns:
         label: the label, the tags, or the response.
         label_type: whether labels are classes or numbers; "auto" infers it.
         decimal_commas: whether numbers are written as "3,5".
-        pixel_range: the lowest and highest value that pixels stored as floats can have.
+        pixel_range: the lowest and highest value that pixels stored as floats can have; None: each file tells its own.
     """
 
     text: str | None = None
@@ -38,7 +38,7 @@ class Columns:
     label: str | None = None
     label_type: Literal["auto", "class", "number"] = "auto"
     decimal_commas: bool = False
-    pixel_range: tuple[int, int] = (0, 1)
+    pixel_range: tuple[int, int] | None = None
 
 
 class Encoded(Protocol):
