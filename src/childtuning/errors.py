@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class ChildTuningError(Exception):
@@ -93,3 +96,18 @@ def did_you_mean(got: str, known: Iterable[str]) -> str:
 def counted(number: int, one: str, many: str | None = None) -> str:
     """Return a number with its noun: ``1 run``, ``2,000 runs``."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def warn(message: str) -> None:
+    """Warn with the stack level of the caller outside this package, and outside of what wraps its functions."""
+    wrappers = (
+        "contextlib.py",
+        os.path.join("optim", "optimizer.py"),
+        os.path.join("optim", "lr_scheduler.py"),
+    )
+    package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(package) or frame.f_code.co_filename.endswith(wrappers)
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

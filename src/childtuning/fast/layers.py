@@ -39,11 +39,13 @@ class Leaf:
             group and row-major; empty, but there, where nothing is trained and the loss reached the weight. Its data
             is never read, so it may be one number expanded: ``Leaf.of``.
         weight: the weight that it is of, once installed.
+        num_hooks: how many hooks its owner has on the weight, which run after a gradient has been accumulated.
     """
 
     groups: Sequence[Group]
     tensor: Tensor
     weight: Tensor | None = field(default=None, repr=False)
+    num_hooks: int = 0
 
     @classmethod
     def of(cls, groups: Sequence[Group], size: int, weight: Tensor, dtype: torch.dtype | None = None) -> Leaf:
@@ -78,7 +80,7 @@ class StructuredLayer(nn.Module):
         """Whether gradients are wanted, and the module still has the weight that the leaf was installed for.
 
         It does not where the weight was frozen, parametrized or replaced since, or under ``torch.func``'s transforms:
-        then the gradient belongs to another tensor, or to none. A hook on the weight waits for all of it.
+        then the gradient belongs to another tensor, or to none. Somebody's hook on the weight waits for all of it.
         """
         weight = self.leaf.weight
         return (
@@ -87,6 +89,7 @@ class StructuredLayer(nn.Module):
             and weight is self._parameters.get("weight")
             and weight.requires_grad
             and not weight._backward_hooks
+            and len(weight._post_accumulate_grad_hooks or ()) <= self.leaf.num_hooks
             and not torch._C._are_functorch_transforms_active()  # the one form that torch.compile can trace
         )
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from childtuning import fast
-from childtuning.errors import ChildTuningError, DataError, ParameterError
+from childtuning.errors import ChildTuningError, DataError, ParameterError, warn
 from childtuning.fast.arrivals import EmissionError
 from childtuning.fast.per_example import Inputs, PerExampleEngine
 from childtuning.fast.vectorised import HeldElsewhereError, vectorised_squares
@@ -29,7 +29,6 @@ from childtuning.fisher.batches import (
 from childtuning.fisher.loop import add_batch_squares_, add_example_squares_, check_finite, differentiable
 from childtuning.fisher.losses import HeadLoss, NotFormedError, UserLoss, checked
 from childtuning.fisher.sums import ScoreSums
-from childtuning.fisher.without_trace import warn
 
 Loss = UserLoss | HeadLoss
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from childtuning.child.pieces import reshard
-from childtuning.errors import ConfigError, ParameterError
+from childtuning.errors import ConfigError, ParameterError, warn
 from childtuning.fast.structured import set_aside
 
 
@@ -146,13 +143,3 @@ def _weights_kept(model: nn.Module) -> Iterator[None]:
             raise ParameterError(
                 f"the forward pass changes parameter {name!r} in place. Leave parameters as they are in forward()."
             )
-
-
-def warn(message: str) -> None:
-    """Warn with the stack level of the caller outside this package folder."""
-    room, level, frame = str(Path(__file__).parent), 1, sys._getframe()
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(room) or frame.f_code.co_filename.endswith("contextlib.py")
-    ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)

@@ -84,7 +84,7 @@ class ChildOptimizer(Optimizer):
         release_gradients: for a fixed child: take its entries' gradient out of each parameter's as the backward pass
             forms it, and free that, so that at most one dense gradient lives at a time. ``.grad`` of partly trained
             parameters is then ``None``, ``param_groups`` shows the flat tensors in their place, and ``step()`` uses the
-            gradient up. Only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach it: a model's do not.
+            gradient up. Only this optimizer's ``zero_grad`` and ``clip_grad_norm_`` reach it; ``step()`` warns else.
         model: for a fixed child of rows, columns or blocks, or a task-free one of rows or columns: the model whose
             layers are to form the gradients of the trained units alone, which is where computation is saved. Its
             ``Linear``, ``Conv``, ``Conv1D``, ``Embedding`` and ``Dropout`` layers change their class to a subclass
@@ -372,6 +372,7 @@ class ChildOptimizer(Optimizer):
         trained = list(chain.from_iterable(self._trained))
         for t in trained:
             t.check()
+        self._changed.check()
         self._changed.average()
         return trained
 

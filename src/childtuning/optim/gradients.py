@@ -20,6 +20,7 @@ from childtuning.errors import ConfigError, ParameterError
 from childtuning.fast.layers import Leaf
 from childtuning.fast.structured import Installed, install
 from childtuning.optim.trained import Trained
+from childtuning.optim.writes import Writes
 from childtuning.ranks import Ranks, num_processes
 
 
@@ -35,6 +36,9 @@ class WholeGradients:
         """Do nothing."""
 
     def draw(self, step: int) -> None:
+        """Do nothing."""
+
+    def check(self) -> None:
         """Do nothing."""
 
     def average(self) -> None:
@@ -58,6 +62,7 @@ class Release:
         self._everything, self._model = trained, model
         self._trained = [t for t in trained if t.released]
         self._is_averaged = False
+        self.writes = Writes(trained)
         self._handles: list[RemovableHandle] = []
         self._installed: Installed | None = None
         self.attached = False
@@ -91,6 +96,9 @@ class Release:
         for t in self._trained:
             taker = _Taker(self, t, compact=False)
             self._handles.append(t.holder.register_post_accumulate_grad_hook(taker))
+            if t.leaf is not None:
+                t.leaf.num_hooks = 1
+        self.writes.attach()
         self.attached = True
 
     def remove(self) -> None:
@@ -98,6 +106,7 @@ class Release:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.writes.remove()
         if self._installed is not None:
             self._installed.remove()
             self._installed = None
@@ -110,8 +119,17 @@ class Release:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was averaged: gradients were cleared, or more have come."""
+        """Forget what was averaged and noted: gradients were cleared."""
+        self.go_on()
+        self.writes.forget()
+
+    def go_on(self) -> None:
+        """Average again: more gradients have come."""
         self._is_averaged = False
+
+    def check(self) -> None:
+        """Warn if something else wrote into the gradients that it could reach."""
+        self.writes.check()
 
     @torch.no_grad()
     def average(self) -> None:
@@ -177,6 +195,7 @@ class DrawnRows:
         self._candidates = [t for t in trained if t.draws and _has_several_rows(t)]
         self._drawn: list[Trained] = []
         self._installed: Installed | None = None
+        self._writes = Writes(trained)
 
     @property
     def attached(self) -> bool:
@@ -187,21 +206,30 @@ class DrawnRows:
         """Put the layers into the model; a second call does nothing. The rows are still to be drawn."""
         if self.attached:
             return
+        for t in self._candidates:
+            _forget_takers(t.parameter)
         by_name = _in_model(self._model, self._candidates)
         leaves = {name: Leaf.of([], 0, t.parameter) for name, t in by_name.items()}
         self._installed = _install(self, self._model, leaves)
         self._drawn = [by_name[name] for name in self._installed.names]
         for name in self._installed.names:
             by_name[name].leaf = leaves[name]
+        self._writes.attach()
+
+    def check(self) -> None:
+        """Warn if something else wrote into the gradients that it could reach."""
+        self._writes.check()
 
     def average(self) -> None:
         """Do nothing: drawn rows are for one process."""
 
     def forget(self) -> None:
-        """Do nothing: the rows of a step stay."""
+        """Forget what was noted: gradients were cleared. The rows of a step stay."""
+        self._writes.forget()
 
     def draw(self, step: int) -> None:
         """Draw the rows of a step; gradients formed for another step are dropped."""
+        self.forget()
         for t in self._drawn:
             shape, device = t.parameter.shape, t.parameter.device
             t.rows = self._free.kept_units(t.name, shape, step).nonzero().squeeze(1).to(device)
@@ -218,6 +246,7 @@ class DrawnRows:
         if self._installed is not None:
             self._installed.remove()
             self._installed = None
+        self._writes.remove()
         for t in self._drawn:
             formed = t.gradient()
             t.parameter.grad = None if formed is None else t.dense(formed)
@@ -260,7 +289,9 @@ class _Taker:
         if trained is not None and release is not None and tensor.grad is not None:
             trained.accept(local_of(tensor.grad), compact=self._compact)
             tensor.grad = None
-            release.forget()
+            release.go_on()
+            if trained.value.grad is not None:
+                release.writes.note(trained.name, trained.value.grad, taken=True)
 
 
 class _Arrival:
@@ -272,7 +303,7 @@ class _Arrival:
     def __call__(self, tensor: Tensor) -> None:
         release = self._release()
         if release is not None:
-            release.forget()
+            release.go_on()
 
 
 def _forget_takers(parameter: nn.Parameter) -> None:
