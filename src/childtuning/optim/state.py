@@ -78,7 +78,7 @@ def state_by_name(groups: Groups, inner: Optimizer) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> None:
-    """Load what ``state_by_name`` returned, in any order of parameters and groups.
+    """Load what ``state_by_name`` returned, in any order of parameters and groups, of this model or of a whole one.
 
     Raises:
         ParameterError: a parameter's state is missing, has another shape, or belongs to an unknown parameter.
@@ -91,6 +91,7 @@ def load_by_name(saved: Mapping[str, Any], groups: Groups, inner: Optimizer) -> 
             f"the optimizer state and the optimizer differ in {min(differing)!r} ({len(differing)} such). "
             "Build the optimizer with the parameters that the state was saved with."
         )
+    saved = _of_this_process(saved, groups)
     for name, entries in saved["state"].items():
         for key, value in entries.items():
             if (
@@ -164,12 +165,14 @@ def about_child(saved: Mapping[str, Any], own: Mapping[str, Any], groups: Groups
                 f"the optimizer state was saved with {name}={about[name]!r}, and this optimizer has {value!r}. "
                 "Build it as it was."
             )
-    if about.get("pieces") != pieces_held(groups):
-        raise ParameterError(
-            "the optimizer state holds the pieces of another process, or of another number of processes. Use "
-            "childtuning.distributed.save and load."
-        )
-    return about
+    if about.get("pieces") == pieces_held(groups):
+        return about
+    if about.get("pieces") is None and "version" in about:  # that of a whole model, here in pieces
+        return {key: value for key, value in about.items() if key != "frozen_bits"}
+    raise ParameterError(
+        "the optimizer state holds the pieces of another process, or of another number of processes. Use "
+        "childtuning.distributed.save and load."
+    )
 
 
 def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) -> dict[str, Any]:
@@ -206,6 +209,26 @@ def from_version_1(saved: Mapping[str, Any], groups: Groups, *, is_fixed: bool) 
                 masters |= {t.name: piece for t, piece in zip(members, pieces, strict=True)}
         param_groups.append({**options, "params": _names(group)})
     return {"state": state, "param_groups": param_groups, "masters": masters}
+
+
+def _of_this_process(saved: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
+    """Return what this process holds of a state; of a whole parameter's entries those of its piece."""
+
+    def cut(name: str, value: Any) -> Any:
+        t = ours.get(name)
+        if (
+            t is None
+            or not isinstance(value, Tensor)
+            or not value.dim()
+            or value.numel() != t.whole.num_trained
+        ):
+            return value
+        return value.reshape(-1)[t.start : t.start + t.value.numel()].view(t.value.shape)
+
+    ours = {t.name: t for t in _all(groups) if not t.piece.is_all}
+    state = {name: {k: cut(name, v) for k, v in fields.items()} for name, fields in saved["state"].items()}
+    masters = {name: cut(name, value) for name, value in saved["masters"].items()}
+    return {**saved, "state": state, "masters": masters}
 
 
 def pieces_held(groups: Groups) -> list[int] | None:
