@@ -141,8 +141,15 @@ def test_a_density_is_no_option_of_the_method(childtuning, train_words, method) 
     refused(childtuning(*train_words, "--method", method), "'child-d'", "--density")
 
 
+@pytest.mark.parametrize("method", ["full:density=0.1", "full:0.1", "mixout:density=0.1"])
+def test_a_method_without_a_density_is_not_sent_to_one(childtuning, train_words, method) -> None:
+    done = childtuning(*train_words, "--method", method)
+    refused(done, method.partition(":")[0])
+    assert "--density" not in done.err
+
+
 def test_a_folder_of_tables_is_no_file(childtuning, sentiment) -> None:
-    refused(childtuning("train", "--train", sentiment), f"{sentiment} is a folder without images")
+    refused(childtuning("train", "--train", sentiment), f"{sentiment} is a folder, which only images are")
 
 
 def test_an_unknown_method_takes_no_time() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from childtuning.compare import Store
+from childtuning.compare import Comparison, Store
 
 
 @pytest.fixture
@@ -103,6 +105,39 @@ def test_bad_input_is_one_line(
     done = childtuning(*compare_words, *words)
     assert done.code == 2 and message in done.err and len(done.err.strip().splitlines()) == 1, done.err
     assert not (tmp_path / "runs.db").exists()
+
+
+def test_how_far_a_run_is(tmp_path: Path) -> None:
+    from childtuning.cli.compare_progress import _last_step
+
+    assert _last_step(tmp_path / "gone") == "begun"
+    line = '{"step": 10, "epoch": 0.5, "loss": %s}\n'
+    for loss, told in (("0.25", "0.250"), ("null", "not finite")):
+        (tmp_path / "log.jsonl").write_text(line % loss + '{"step": 20, "ep')
+        assert _last_step(tmp_path) == f"step 10, epoch 0.5, loss {told}"
+
+
+def test_a_size_that_failed_does_not_stop_the_others(
+    childtuning: Any, tiny_bert: Path, sentiment: Path, tmp_path: Path
+) -> None:
+    store = ("--store", tmp_path / "runs.db")
+    words = ["compare", "--model", tiny_bert, "--methods", "full", "--epochs", 1, "--threads", 1, *store]
+    words += ["--train", sentiment / "train.jsonl", "--eval", sentiment / "dev.jsonl"]
+    assert childtuning(*words, "--seeds", 1, "--train-sizes", "20", "--json").code == 0
+    with Store.open(tmp_path / "runs.db", create=True) as stored:
+        comparison = stored.comparison()
+        stored.set_comparison({**(comparison or {}), "train_sizes": [20, 1000]}, {})
+        (run,) = stored.known().values()
+        fails = replace(
+            run, id="fails", group=replace(run.group, train_size=1000), result=None, state="planned"
+        )
+        stored.plan([run, fails], stored.comparison() or {})
+    assert childtuning("compare", *store, "--json").code == 2  # told before the first run
+    with sqlite3.connect(tmp_path / "runs.db") as connection:
+        ids = Comparison.from_dict({**(comparison or {}), "train_sizes": (20, 1000)}).first_runs
+        connection.execute("UPDATE runs SET state = 'failed', id = ? WHERE id = 'fails'", (ids[1].id,))
+    done = childtuning("compare", *store, "--seeds", 2, "--json")
+    assert done.code == 0 and [failed["id"] for failed in done.json["failed"]] == [ids[1].id]
 
 
 def test_a_missing_package_is_told_before_the_first_run(

@@ -41,6 +41,20 @@ def test_the_page_lies_beside_the_store_or_where_asked(childtuning, export: Path
     assert page.read_text(encoding="utf-8") == html_page(recorded)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+def test_links_and_pipes_are_written_through(childtuning, export: Path, recorded: Recorded) -> None:
+    real, link, pipe = (export.parent / name for name in ("real.html", "link.html", "pipe"))
+    real.write_text("old")
+    link.symlink_to(real)
+    assert childtuning("report", export, "-o", link).code == 0
+    assert link.is_symlink() and real.read_text(encoding="utf-8") == html_page(recorded)
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        assert childtuning("report", export, "--format", "md", "-o", pipe).code == 0
+        assert reader.communicate(timeout=60)[0] == markdown_tables(recorded)
+    assert pipe.is_fifo()
+
+
 def test_tables_go_to_standard_output_or_a_file(childtuning, export: Path, recorded: Recorded) -> None:
     assert childtuning("report", export, "--format", "md").out == markdown_tables(recorded)
     assert childtuning("report", export, "--format", "latex").out == latex_tables(recorded)
@@ -163,6 +177,11 @@ def test_what_is_no_store_is_refused_in_one_line(childtuning, tmp_path: Path, co
         lambda content: content["records"][0].update(result=None),
         lambda content: content["records"][0]["result"].update(metric={}),
         lambda content: content["records"][0]["result"]["metric"].update(value="high"),
+        lambda content: content["records"][0]["result"].pop("eval_examples"),
+        lambda content: content["records"][0]["result"].update(train_seconds=None),
+        lambda content: content["records"][0].update(seed="x"),
+        lambda content: content["records"][0].update(point=None),
+        lambda content: content["comparison"].update(options="x"),
     ],
 )
 def test_an_edited_export_is_refused_in_one_line(childtuning, export: Path, tmp_path: Path, change) -> None:

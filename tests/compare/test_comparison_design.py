@@ -293,6 +293,14 @@ def test_what_chooses_is_what_was_asked_for() -> None:
         assert choice.point == {"learning_rate": rate}
 
 
+def test_a_stored_grid_that_is_refused_now_still_works() -> None:
+    before = asked(methods=["full,child-d"], grid=["lr=1e-5"]).to_dict()
+    stored = Comparison.from_dict(
+        {**before, "grid_of": {"full": {"density": [0.1]}}, "grid": {"eval_limit": [5]}}
+    )
+    assert read_comparison(stored, settings={"num_seeds": 2}).num_seeds == 2
+
+
 @pytest.mark.parametrize(
     ("grid", "options", "words"),
     [

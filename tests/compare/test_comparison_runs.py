@@ -326,34 +326,6 @@ def test_heads_are_trained_on_tuned_networks(tiny_bert: Path, data: Path, tmp_pa
     assert outcomes(compare(path, asked)) == outcomes(recorded)
 
 
-def test_what_was_not_kept_is_trained_again_where_it_is_needed(
-    tiny_bert: Path, data: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "runs.db"
-    words: dict[str, Any] = {"tasks": ["alpha,beta"], "methods": ["full,child-d"], "grid": []}
-    rate = {"learning_rate": 2e-5}  # the protocol's
-    first = a_comparison(tiny_bert, data, **words, options={**rate}, settings={"num_seeds": 1})
-    assert set_up(path, first) == []
-    before = outcomes(compare(path, first))
-    heads = a_comparison(
-        tiny_bert, data, **words, options={**rate}, settings={"num_seeds": 1, "transfer_to": ("beta",)}
-    )
-    assert set_up(path, heads) == ["2 finished runs will be repeated: folders that were not kept are needed"]
-    recorded = compare(path, heads)
-    assert len(recorded.records) == 6 and all(run.state == "done" for run in recorded.records)
-    after = outcomes(recorded)
-    assert before == {run_id: after[run_id] for run_id in before}
-    assert set_up(path, heads) == []
-    words["protocol"] = "overlap"
-    overlap = a_comparison(tiny_bert, data, **words, options={**rate}, settings={"num_seeds": 1})
-    again, aside = set_up(path, overlap)
-    assert again.startswith("2 finished runs will be repeated") and aside.startswith(
-        "2 finished runs of other options"
-    )
-    found = compare(path, overlap).artifacts["overlap"]
-    assert found["method"] == "child-d" and found["density"] == pytest.approx(0.3, abs=1e-3)
-
-
 def test_a_full_disk_ends_the_work_and_no_run_fails(
     tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,36 +368,6 @@ def test_another_comparisons_examples_are_not_given_away(tiny_bert: Path, data: 
     assert told == ["1 finished run of other options set aside, for when they are needed again"]
     (run,) = read(path).records
     assert run.result is not None and artifact == artifact_of(run.result["examples"])
-
-
-def test_children_of_tasks_are_compared(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    path = tmp_path / "runs.db"
-    asked = a_comparison(
-        tiny_bert,
-        data,
-        tasks=["alpha,beta"],
-        methods=None,
-        grid=[],
-        protocol="overlap",
-        settings={"num_seeds": 1},
-    )
-    set_up(path, asked)
-    found = compare(path, asked).artifacts["overlap"]
-    assert found["tasks"] == ["alpha", "beta"] and found["density"] == pytest.approx(0.3, abs=1e-3)
-    (one, across), (back, other) = found["overall"]
-    assert one == other == 1.0 and across == back and 0.3 < across < 1.0
-    assert {"embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"} <= set(found["by_layer"])
-    assert "attention.self.query" in found["by_kind"]
-    from childtuning import Child
-
-    first, second = (
-        Child.load(tmp_path / "runs.db.files" / "runs" / run.id / "child.safetensors")
-        for run in read(path).records
-    )
-    assert across == pytest.approx(first.overlap(second))
-    other = a_comparison(tiny_bert, data, methods=["head"], grid=[], settings={"num_seeds": 1})
-    set_up(path, other)
-    assert "overlap" not in read(path).artifacts, "it is of the comparison before"
 
 
 def test_another_comparison_waits_for_who_is_at_work(twelve: Comparison, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def moved(model: nn.Module, amount: float = 0.1) -> None:
             parameter += amount * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
+@dataclass(eq=False)
+class Begins:
+    """What mixout reads of a trainer."""
+
+    bare_model: nn.Module
+    always: tuple[str, ...]
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_mixout_is_its_twin_over_twenty_steps(tiny_bert: Path, family: str) -> None:
     model = (a_bert(tiny_bert) if family == "bert" else a_gpt2()).double().train()
@@ -71,7 +80,8 @@ def test_mixout_is_its_twin_over_twenty_steps(tiny_bert: Path, family: str) -> N
     assert len(mixed) == (13 if family == "bert" else 8)
     twin = MixoutTwin(model, 0.7, mixed)
     method = Mixout(0.7)
-    method.begin(model, head)
+    trainer = Begins(model, head)
+    method.begin(trainer)  # type: ignore[arg-type]
     ours = torch.optim.AdamW(model.parameters(), lr=1e-2)
     theirs = torch.optim.AdamW(twin.parameters.values(), lr=1e-2)
     for step in range(20):
@@ -139,7 +149,8 @@ def test_mixout_comes_and_goes_without_a_trace(tiny_bert: Path, family: str) -> 
     with torch.no_grad():
         plain = model.eval()(**batch).logits
     method = Mixout()
-    method.begin(model, task_head(model))
+    trainer = Begins(model, task_head(model))
+    method.begin(trainer)  # type: ignore[arg-type]
     assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
     changed = {name for name, module in model.named_modules() if type(module) is not classes[name]}
     assert not changed & {"classifier", "score", "lm_head", "transformer.wte"} and len(changed) >= 8
@@ -173,7 +184,8 @@ def test_mixout_switches_off_dropout_that_is_a_number() -> None:
 
     model = Attention()
     method = Mixout()
-    method.begin(model, ())
+    trainer = Begins(model, ())
+    method.begin(trainer)  # type: ignore[arg-type]
     assert (model.attention_dropout, model.layerdrop, model.scale) == (0.0, 0.2, 0.5)
     method.end(model)
     assert model.attention_dropout == 0.1
@@ -229,10 +241,29 @@ def test_resume_of_gpt2_finds_its_transposed_layers(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_each_trainer_of_a_model_keeps_the_weights_that_it_began_with() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    method, first, second = Mixout(), Begins(model, ()), Begins(model, ())
+
+    def began_with(trainer: Begins) -> torch.Tensor:
+        method.begin(trainer)  # type: ignore[arg-type]
+        start = model[0].start_weight.clone()
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        method.end(model)
+        return start
+
+    base = model[0].weight.detach().clone()
+    assert torch.equal(began_with(first), base)
+    assert torch.equal(began_with(second), base + 1)
+    assert torch.equal(began_with(first), base) and torch.equal(began_with(second), base + 1)
+
+
 def test_mixing_layers_have_exact_fisher_information(tiny_bert: Path) -> None:
     model = a_bert(tiny_bert)
     method = Mixout()
-    method.begin(model, HEAD)
+    trainer = Begins(model, HEAD)
+    method.begin(trainer)  # type: ignore[arg-type]
     moved(model)
     batches = [a_batch(0), a_batch(4, 3)]
     scores = fisher_information(model, batches)

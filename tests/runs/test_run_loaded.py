@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,24 @@ def test_examples_that_were_trained_on_are_told(run: FinishedRun, sentiment: Pat
     again.evaluate(sentiment / "dev.jsonl")
     again.predict(sentiment / "train.jsonl")
     assert told == []
+
+
+def test_a_task_whose_files_are_gone_is_not_looked_for_elsewhere(
+    run: FinishedRun, sentiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import childtuning.runs.predict as module
+
+    def read(*_: Any) -> Any:
+        raise AssertionError("it asks the hub where the folder is gone")
+
+    monkeypatch.setattr(module, "read_run_task", read)
+    config = replace(run.config, train=None, eval=None, task="rte", data_dir=str(tmp_path))
+    again = childtuning.load(run.path)
+    monkeypatch.setattr(again, "config", config)
+    again.evaluate(sentiment / "dev.jsonl")
+    (tmp_path / "rte").mkdir()
+    with pytest.raises(AssertionError, match="asks the hub"):
+        again.evaluate(sentiment / "dev.jsonl")
 
 
 def test_confidences_are_the_probabilities(run: FinishedRun) -> None:

@@ -117,12 +117,58 @@ def test_the_training_images_decide_what_floats_mean(tmp_path):
     task = task_from_files(tmp_path / "train.npz", tmp_path / "one.npz")
     np.testing.assert_array_equal(task.dev.array(0), bright[0])  # type: ignore[attr-defined]
     np.savez(tmp_path / "train.npz", images=pixels * 1.0, labels=labels)
-    np.savez(tmp_path / "one.npz", images=(pixels[1:2] > 99) * 1.0, labels=labels[:1])
-    task = task_from_files(tmp_path / "train.npz", tmp_path / "one.npz")
-    assert task.dev.array(0).max() == 1  # type: ignore[attr-defined]
     np.savez(tmp_path / "one.npz", images=pixels / 127.5 - 1, labels=labels)
     with pytest.raises(DataError, match=r"must lie in \[0, 255\] as the training images do, got \[-1, 1\]"):
         task_from_files(tmp_path / "train.npz", tmp_path / "one.npz")
+
+
+PIXELS = color_images(4)[0] // 2 * 2 + np.eye(12, dtype=np.uint8)[:, :, None]  # from 0 or 1 to 255
+
+
+@pytest.mark.parametrize(
+    ("trained", "later", "found"),
+    [
+        (PIXELS, PIXELS * 1.0, PIXELS),
+        (PIXELS, PIXELS.astype(np.int16), PIXELS),
+        (PIXELS * 1.0, PIXELS, PIXELS),
+        (PIXELS / 255, PIXELS, PIXELS),
+        (PIXELS / 127.5 - 1, PIXELS, PIXELS),
+        (PIXELS / 127.5 - 1, PIXELS * 0, PIXELS * 0),
+        (PIXELS, PIXELS * 0.0, PIXELS * 0),
+        (PIXELS % 2, PIXELS % 2, PIXELS % 2 * 255),  # masks
+        (PIXELS.astype(np.int64) % 2, PIXELS % 2, PIXELS % 2 * 255),
+        (PIXELS.astype(np.int64) % 2, PIXELS % 2 * 1.0, PIXELS % 2 * 255),
+        (PIXELS % 2 * 2.0 - 1, PIXELS.astype(np.int8) % 2 * 2 - 1, PIXELS % 2 * 255),
+        (
+            PIXELS,
+            PIXELS / 255,
+            "floats up to 0.93\\d*, and the training images are from 0 to 255. Multiply it by 255",
+        ),
+        (PIXELS * 1.0, PIXELS / 255, "floats up to 0.93\\d*, and the training images are from 0 to 255"),
+        (PIXELS / 255, PIXELS * 1.0, r"must lie in \[0, 1\] as the training images do"),
+        (PIXELS, PIXELS.astype(np.int16) * 2, r"must lie in \[0, 255\] as the training images do"),
+    ],
+)
+def test_later_images_are_read_as_the_training_images_are(tmp_path, trained, later, found):
+    for name, images in (("train", trained), ("later", later)):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(4) % 2)
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            task_from_files(tmp_path / "train.npz", tmp_path / "later.npz")
+        return
+    dev = task_from_files(tmp_path / "train.npz", tmp_path / "later.npz").dev
+    np.testing.assert_array_equal(np.stack([dev.array(i) for i in range(4)]), found)  # type: ignore[attr-defined]
+
+
+def test_runs_that_recorded_no_range_read_each_file_on_its_own(tmp_path):
+    for images, found in (
+        (PIXELS % 2, PIXELS % 2),
+        (PIXELS.astype(np.int64) % 2, PIXELS % 2 * 255),
+        (PIXELS / 255, PIXELS),
+    ):
+        np.savez(tmp_path / "a.npz", images=images, labels=np.arange(4))
+        split = KIND.read(Source(tmp_path / "a.npz"), Columns(), part="dev")
+        np.testing.assert_array_equal(np.stack([split.array(i) for i in range(4)]), found)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -214,8 +260,8 @@ def test_bad_arrays(tmp_path):
         ({"images": pixels, "labels": labels[:2]}, "one entry per image, got 2 for 3"),
         ({"images": pixels[0], "labels": labels}, "one entry per image"),
         ({"images": pixels[:, 0, 0], "labels": labels}, "must have shape"),
-        ({"images": pixels * 2.5, "labels": labels}, r"must lie in \[0, 255\] as the training images do"),
-        ({"images": pixels.astype(np.int64) * 2, "labels": labels}, r"must lie in \[0, 255\], got"),
+        ({"images": pixels * 2.5, "labels": labels}, r"must lie in \[0, 1\], \[-1, 1\] or \[0, 255\], got"),
+        ({"images": pixels.astype(np.int64) * 2, "labels": labels}, r"or \[0, 255\], got \[\d+, \d+\]"),
         ({"images": np.full((3, 2, 2), np.nan), "labels": labels}, "finite numbers"),
         ({"images": pixels, "labels": labels * 0}, "at least two classes"),
     ):

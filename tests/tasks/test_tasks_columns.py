@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,27 @@ def test_one_text_does_not_take_over_what_is_held_out(number: int) -> None:
         assert len(dev) == 60 and "n/a" not in dev.text and len(train) == 240
         sizes = [len(part) for part in rows.folds(3, seed=seed)]
         assert sum(sizes) == 300 and max(sizes) <= max(100, number) + 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_most_texts_are_equal_others_stay_in_training(seed: int) -> None:
+    texts = ["none"] * 160 + [f"text {i}" for i in range(40)]
+    train, dev = Examples(texts, None, ["yes", "no"] * 100).hold_out(0.2, seed=seed)
+    assert len(dev) == len({*dev.text}) == 20 and len({*train.text}) == 21
+    train, dev = Examples(["a"] * 80 + ["b"] * 20, None, ["yes", "no"] * 50).hold_out(0.1, seed=seed)
+    assert (len(train), len(dev)) == (80, 20), "the smaller one is held out"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_fold_has_its_share_of_every_class(seed: int) -> None:
+    texts = [f"answer {i}" for i, times in enumerate((9, 9, 9, 9, 4)) for _ in range(times)]
+    rows = Examples([*texts, *(f"complaint {i}" for i in range(5))], None, ["a"] * 40 + ["c"] * 5)
+    assert [rows.subset(part).classes() for part in rows.folds(5, seed=seed)] == [{"a", "c"}] * 5
+    labels = [name for name in "abc" for _ in range(35)]
+    rows = Examples([*["same"] * 30, *(f"text {i}" for i in range(75))], None, labels)
+    for part in rows.folds(5, seed=seed):
+        found = Counter(labels[row] for row in part)
+        assert found["b"] == found["c"] == 7 and found["a"] in (1, 2, 30)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -150,7 +150,8 @@ def run(
         jobs=jobs,
         command=shlex.join(["childtuning", *sys.argv[1:]]),
     )
-    runs = [run for run in foreseen(store, comparison) if run.state != "done"]
+    ended = ("done",) if retry_failed else ("done", "failed")
+    runs = [run for run in foreseen(store, comparison) if run.state not in ended]
     if runs:
         check_installed(comparison)
     if (

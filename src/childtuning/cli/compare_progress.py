@@ -116,12 +116,15 @@ def watched(path: Path, comparison: Comparison, *, jobs: int, tell: Tell, live: 
 
 def _last_step(folder: Path) -> str:
     """Return the last line of a run's log in words."""
-    log = folder / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    try:
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:  # it has not begun, or is over
+        lines = []
     whole = [entry for line in lines if line.endswith("}") and "loss" in (entry := json.loads(line))]
     if not whole:
         return "begun"
-    return f"step {whole[-1]['step']:,}, epoch {whole[-1]['epoch']:.1f}, loss {whole[-1]['loss']:.3f}"
+    step, epoch, loss = (whole[-1][name] for name in ("step", "epoch", "loss"))
+    return f"step {step:,}, epoch {epoch:.1f}, loss {'not finite' if loss is None else f'{loss:.3f}'}"
 
 
 def _tell_new(runs: Sequence[Record], told: set[str], total: int, tell: Tell) -> None:

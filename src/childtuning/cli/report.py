@@ -106,7 +106,10 @@ def run(
     if output is None:
         print(text, end="")
         return
-    write_text(output, text)
+    if output.exists() and not output.is_file():  # a pipe, or a device
+        output.write_text(text, encoding="utf-8")
+    else:
+        write_text(output.resolve(), text)  # a link stays
     if as_json:
         print_json(
             {

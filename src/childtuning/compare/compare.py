@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 from childtuning.compare.design import Comparison, combination_of
 from childtuning.compare.files import Owner
-from childtuning.compare.overlaps import overlap
-from childtuning.compare.plan import choose, needed
+from childtuning.compare.overlaps import CHILD, overlap
+from childtuning.compare.plan import needed, overlapping_runs, without_folders
 from childtuning.compare.records import Record, Recorded
 from childtuning.compare.store import Store
-from childtuning.compare.work import base_of, end_with_parent, environment, execute, plan, work
+from childtuning.compare.work import end_with_parent, environment, execute, plan, same_as, work
 from childtuning.errors import ChildTuningError, ConfigError, counted
-from childtuning.runs.folder import METRICS
 from childtuning.runs.inputs import Inputs
 
 EXECUTORS = ("local", "ray")
@@ -55,8 +54,10 @@ def foreseen(path: str | Path, comparison: Comparison) -> list[Record]:
     if not path.exists():
         return list(comparison.first_runs)
     with Store.open(path) as store:
-        timed = {run.id: run for run in store.records_in_brief()}
-        return list(needed(comparison, store.known() | timed, store.folder_of))
+        known = store.known() | {run.id: run for run in store.records_in_brief()}
+        for run_id in without_folders(comparison, known, store.folder_of, store.artifact("overlap")):
+            known[run_id] = replace(known[run_id], state="planned")
+        return list(needed(comparison, known, store.folder_of))
 
 
 def check_installed(comparison: Comparison) -> None:
@@ -82,44 +83,22 @@ def set_up(path: str | Path, comparison: Comparison, *, retry_failed: bool = Fal
         store.set_comparison(comparison.to_dict(), environment())
         if retry_failed:
             store.retry_failed()
-        plan(store, comparison)
-        lost = _without_folders(store, comparison)
         notes = []
-        if lost:
-            store.repeat(lost)
-            plan(store, comparison)
+        if num_repeated := plan(store, comparison):
             notes.append(
-                f"{counted(len(lost), 'finished run')} will be repeated: folders that were not kept are needed"
+                f"{counted(num_repeated, 'finished run')} will be repeated: the folders are needed, and not there"
             )
-        if aside := store.num_set_aside():
+        possible = {
+            comparison.run(group, seed, point).id
+            for group in comparison.groups()
+            for point in comparison.points(group.method)
+            for seed in range(comparison.num_seeds)
+        }
+        if aside := len(set(store.set_aside()) - possible):
             notes.append(
                 f"{counted(aside, 'finished run')} of other options set aside, for when they are needed again"
             )
         return notes
-
-
-def _without_folders(store: Store, comparison: Comparison) -> list[str]:
-    """The finished runs whose network or child is still needed, and whose folder was not kept."""
-    of_all = bool(comparison.transfer_to)
-    if not of_all and (not comparison.overlaps or store.artifact("overlap") is not None):
-        return []
-    known = store.known()
-    runs = [run for run in store.records_in_brief() if run.group.start is None]
-    ongoing = {run.group for run in runs if run.state in ("planned", "running")}
-    wanted = [run for run in runs if run.group in ongoing and run.state == "done"]
-    for choice in choose(runs, comparison.seeds_to_tune, comparison.selection):
-        if choice.group not in ongoing:
-            wanted += choice.records if of_all else choice.records[:1]
-
-    def is_used(run: Record) -> bool:
-        heads = [
-            comparison.transfer_run(run, target, store.folder_of(run.id)).id
-            for target in comparison.transfer_to
-            if target != run.group.task
-        ]
-        return not of_all or any(head not in known or known[head].state != "done" for head in heads)
-
-    return [run.id for run in wanted if is_used(run) and not (store.folder_of(run.id) / METRICS).is_file()]
 
 
 def compare(
@@ -147,12 +126,9 @@ def compare(
                 work_in_processes(store, comparison, jobs)
         else:
             work(store, comparison)
-        if comparison.overlaps:
-            found = overlap(
-                choose(store.records(), comparison.seeds_to_tune, comparison.selection), store.folder_of
-            )
-            if found is not None:
-                store.set_artifact("overlap", found)
+        runs = overlapping_runs(comparison, store.known())
+        if runs and all((store.folder_of(run.id) / CHILD).is_file() for run in runs):
+            store.set_artifact("overlap", overlap(runs, store.folder_of))
         return store.read()
 
 
@@ -267,10 +243,8 @@ def work_on_ray(store: Store, comparison: Comparison) -> None:
             while True:
                 plan(store, comparison)
                 while len(at_work) < places and (run := store.claim(owner)) is not None:
-                    base_hash = base_of(run, store.known().values())
-                    task = remote.remote(
-                        run.to_dict(), str(store.folder_of(run.id)), comparison.threads, keep, base_hash
-                    )
+                    folder, same = str(store.folder_of(run.id)), same_as(run, store)
+                    task = remote.remote(run.to_dict(), folder, comparison.threads, keep, same)
                     at_work[task] = run
                 if not at_work:
                     if not store.num_running():
@@ -303,7 +277,7 @@ def _connected() -> Any:
 
 
 def _one_run(
-    run: Mapping[str, Any], folder: str, threads: int, keep: bool, base_hash: str | None
+    run: Mapping[str, Any], folder: str, threads: int, keep: bool, same: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """The task of a Ray worker; its process caches inputs for the next run."""
     import torch
@@ -312,7 +286,7 @@ def _one_run(
     if not hasattr(_one_run, "inputs"):
         _one_run.inputs = Inputs(keep=True)  # type: ignore[attr-defined]
     inputs: Inputs = _one_run.inputs  # type: ignore[attr-defined]
-    return execute(Record.from_dict(run), Path(folder), inputs, keep=keep, base_hash=base_hash).to_dict()
+    return execute(Record.from_dict(run), Path(folder), inputs, keep=keep, **same).to_dict()
 
 
 def _result(ray: Any, task: Any, run: Record) -> Record:

@@ -40,8 +40,7 @@ _FIXED: dict[str, str] = {  # options that a grid cannot contain -> the remedy
     "eval": "Compare one data set at a time.",
     "data_dir": "Compare one data set at a time.",
 }
-for _name in (*options_of(Data), "report_to"):
-    _FIXED.setdefault(_name, "Pass it as an option of all runs.")
+_OF_ALL = (*options_of(Data), "report_to")  # nor these, which earlier versions allowed in part
 SELECTIONS = ("held-out", "reported")
 _NOT_IDENTITY = ("data_dir", "save_steps", "report_to")
 PAPER = {"learning_rate": 2e-5, "epochs": 3.0}
@@ -122,11 +121,6 @@ class Comparison:
         for method in self.grid_of:
             if method not in self.methods:
                 raise ConfigError(f"the grid names {method!r}, which is not compared. Add it to --methods.")
-            unused = [name for name in self.grid_of[method] if name in _OF_CHILDREN]
-            if unused and not combination_of(method).takes_density:
-                raise ConfigError(
-                    f"method {method!r} chooses no child, got {unused[0]} in its grid. Leave it out."
-                )
         for grid in (self.grid, *self.grid_of.values()):
             for name, values in grid.items():
                 if name in _FIXED:
@@ -343,6 +337,10 @@ def read_grid(texts: Sequence[str], methods: Sequence[str]) -> tuple[dict[str, l
         name = _SHORT.get(name, name)
         if not equals or not values:
             raise ConfigError(f"the grid takes NAME=VALUE,VALUE or METHOD:NAME=VALUE, got {text!r}.")
+        if name in _OF_ALL and name not in _FIXED:
+            raise ConfigError(f"the grid cannot hold {name!r}. Pass it as an option of all runs.")
+        if method is not None and name in _OF_CHILDREN and not combination_of(method).takes_density:
+            raise ConfigError(f"method {method!r} chooses no child, got {name} in its grid. Leave it out.")
         into = grid if method is None else grid_of.setdefault(method, {})
         if name in into:
             raise ConfigError(f"the grid has {name!r} twice. Put all its values after one {name}=.")

@@ -10,33 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from childtuning.child import Child, Part
-from childtuning.compare.plan import Choice
+from childtuning.compare.records import Record
 from childtuning.errors import ConfigError
 
 CHILD = "child.safetensors"
 Matrix = list[list[float | None]]
 
 
-def overlap(choices: Sequence[Choice], folder_of: Callable[[str], Path]) -> dict[str, Any] | None:
-    """Compare the children of tasks, each from the first seed with the chosen hyperparameters.
+def overlap(runs: Sequence[Record], folder_of: Callable[[str], Path]) -> dict[str, Any]:
+    """Compare the children of tasks.
 
+    Args:
+        runs: of each task one, with a fixed child; of the same method.
+        folder_of: returns the folder of a run by id.
     Returns:
-        JSON-ready: ``tasks``, ``method``, ``density``, and matrices [task, task] of |A ∩ B| / min(|A|, |B|):
+        JSON-ready: ``runs``, ``tasks``, ``method``, ``density``, and matrices [task, task] of |A ∩ B| / min(|A|, |B|):
         ``overall``, ``by_layer`` and ``by_kind`` of weight; a cell is ``None`` if one child has no entries there.
-        ``None`` if fewer than two tasks have a fixed child.
     Raises:
         ConfigError: when the children are not over the same parameters.
     """
-    by_method: dict[str, dict[str, tuple[Choice, Child]]] = {}
-    for choice in choices:
-        path = folder_of(choice.records[0].id) / CHILD
-        child = Child.load(path) if path.is_file() else None
-        if child is not None and child.density < 1:
-            by_method.setdefault(choice.group.method, {}).setdefault(choice.group.task, (choice, child))
-    found = max(by_method.values(), key=len, default={})  # the first method of which most tasks have a child
-    if len(found) < 2:
-        return None
-    children = {task: child for task, (_, child) in found.items()}
+    children = {run.group.task: Child.load(folder_of(run.id) / CHILD) for run in runs}
     names = list(next(iter(children.values())).parts)
     for task, child in children.items():
         if list(child.parts) != names:
@@ -54,10 +47,10 @@ def overlap(choices: Sequence[Choice], folder_of: Callable[[str], Path]) -> dict
         layer = f"{place.stack}.{place.number}" if place.region == "layer" else place.region
         by_layer.setdefault(layer, []).append(name)
         by_kind.setdefault(place.kind, []).append(name)
-    first = next(iter(found.values()))[0]
     return {
+        "runs": [run.id for run in runs],
         "tasks": list(children),
-        "method": first.group.method,
+        "method": runs[0].group.method,
         "density": next(iter(children.values())).density,
         "overall": _matrix(common, names),
         "by_layer": {layer: _matrix(common, inside) for layer, inside in by_layer.items()},

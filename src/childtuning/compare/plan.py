@@ -11,6 +11,7 @@ from typing import Any
 
 from childtuning.compare.design import Comparison
 from childtuning.compare.records import Group, Record
+from childtuning.runs.folder import METRICS
 from childtuning.tasks.metrics import lower_is_better
 
 
@@ -115,34 +116,97 @@ def needed(
         each run once; finished runs as recorded.
     """
 
-    def recorded(run: Record) -> Record:
-        found = known.get(run.id, run)
-        return found if found.state == "done" else replace(found, config=run.config)
+    first, chosen = _networks(comparison, known)
+    yield from first
+    for runs in chosen.values():
+        yield from (run for run in runs if run.seed >= comparison.tune_seeds)
+    for runs in chosen.values():
+        for source in runs:
+            yield from _heads(comparison, source, known, folder_of)
 
-    first: dict[Group, list[Record]] = {}
-    for run in comparison.first_runs:
-        found = recorded(run)
-        first.setdefault(run.group, []).append(found)
-        yield found
+
+def without_folders(
+    comparison: Comparison, known: Mapping[str, Record], folder_of: Callable[[str], Path], overlap: Any
+) -> list[str]:
+    """Return the finished runs that are to be repeated: their network or child is needed, and their folder is gone.
+
+    Args:
+        comparison: the comparison.
+        known: id -> recorded run.
+        folder_of: returns the folder of a run by id.
+        overlap: what is recorded of the overlap of the children, or ``None``.
+    """
+    chosen = _networks(comparison, known)[1]
+    wanted = [
+        source
+        for runs in chosen.values()
+        for source in runs
+        if any(head.state in ("planned", "running") for head in _heads(comparison, source, known, folder_of))
+    ]
+    overlapping = overlapping_runs(comparison, known)
+    if not is_overlap_of(overlap, overlapping):
+        wanted += overlapping
+    lost = [run.id for run in wanted if run.state == "done" and not (folder_of(run.id) / METRICS).is_file()]
+    return list(dict.fromkeys(lost))
+
+
+def overlapping_runs(comparison: Comparison, known: Mapping[str, Record]) -> list[Record]:
+    """Return the finished runs whose children are compared, by task; none where that is not asked for.
+
+    They are those of the first seed, of the method that has a fixed child for most tasks, two at least.
+    """
+    by_method: dict[str, dict[str, Record]] = {}
+    for group, runs in _networks(comparison, known)[1].items() if comparison.overlaps else ():
+        result = runs[0].result or {}
+        is_fixed = 0 < result.get("child_parameters", 0) < result.get("eligible_parameters", 0)
+        if runs[0].state == "done" and is_fixed:
+            by_method.setdefault(group.method, {}).setdefault(group.task, runs[0])
+    most = max(by_method.values(), key=len, default={})
+    return list(most.values()) if len(most) > 1 else []
+
+
+def is_overlap_of(overlap: Any, runs: Sequence[Record]) -> bool:
+    """Tell whether a recorded overlap is that of these runs; an earlier version did not record of which it is."""
+    return overlap is not None and overlap.get("runs") in (None, [run.id for run in runs])
+
+
+def _networks(
+    comparison: Comparison, known: Mapping[str, Record]
+) -> tuple[list[Record], dict[Group, list[Record]]]:
+    """Return the runs that choose hyperparameters, and by group those with the chosen ones, where they are chosen."""
+    first = [_recorded(run, known) for run in comparison.first_runs]
+    by_group: dict[Group, list[Record]] = {}
+    for run in first:
+        by_group.setdefault(run.group, []).append(run)
     chosen: dict[Group, list[Record]] = {}
     for group in comparison.groups():
-        runs = first[group]
+        runs = by_group[group]
         if any(run.state in ("planned", "running") for run in runs):
             continue
         for choice in choose(runs, comparison.seeds_to_tune, comparison.selection):
-            chosen[group] = list(choice.records)
-            for seed in range(comparison.tune_seeds, comparison.num_seeds):
-                run = comparison.run(group, seed, choice.point)
-                found = recorded(run)
-                chosen[group].append(found)
-                yield found
-    for runs in chosen.values():
-        for source in runs:
-            if source.state == "done":
-                for target in comparison.transfer_to:
-                    if target != source.group.task:
-                        run = comparison.transfer_run(source, target, folder_of(source.id))
-                        yield recorded(run)
+            others = range(comparison.tune_seeds, comparison.num_seeds)
+            chosen[group] = [
+                *choice.records,
+                *(_recorded(comparison.run(group, seed, choice.point), known) for seed in others),
+            ]
+    return first, chosen
+
+
+def _heads(
+    comparison: Comparison,
+    source: Record,
+    known: Mapping[str, Record],
+    folder_of: Callable[[str], Path],
+) -> Iterator[Record]:
+    """Yield the new heads that are trained on a finished run's network."""
+    for target in comparison.transfer_to:
+        if source.state == "done" and target != source.group.task:
+            yield _recorded(comparison.transfer_run(source, target, folder_of(source.id)), known)
+
+
+def _recorded(run: Record, known: Mapping[str, Record]) -> Record:
+    found = known.get(run.id, run)
+    return found if found.state == "done" else replace(found, config=run.config)
 
 
 def num_runs(comparison: Comparison) -> int:

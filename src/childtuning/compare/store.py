@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -129,8 +129,14 @@ class Store:
                         "Wait for it, or pass another --store."
                     )
                 self._db.execute("UPDATE runs SET position = NULL")
+                self._db.execute(
+                    "UPDATE runs SET state = 'done', details = json_remove(details, '$.error') "
+                    "WHERE state IN ('planned', 'failed') AND result IS NOT NULL"  # not repeated yet, or in vain
+                )
                 self._db.execute("DELETE FROM runs WHERE state = 'planned'")
-                self._db.execute("DELETE FROM artifacts WHERE name = 'overlap'")  # it is of that comparison
+                self._db.execute(
+                    "DELETE FROM artifacts WHERE name = 'overlap' AND json_extract(content, '$.runs') IS NULL"
+                )
             for name, value in (("comparison", comparison), ("environment", environment), ("files", files)):
                 self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
@@ -190,9 +196,10 @@ class Store:
         result = None if run.result is None else json.dumps(run.result)
         with self._writing():
             done = self._db.execute(
-                "UPDATE runs SET state = ?, owner = NULL, result = ?, details = ? "
-                "WHERE id = ? AND state = 'running' AND owner = ?",
-                (run.state, result, json.dumps(details), run.id, owner.name),
+                "UPDATE runs SET state = ?1, owner = NULL, result = coalesce(?2, result), details = "
+                "CASE WHEN ?2 IS NULL AND result IS NOT NULL THEN json_set(details, '$.error', ?4) ELSE ?3 END "
+                "WHERE id = ?5 AND state = 'running' AND owner = ?6",
+                (run.state, result, json.dumps(details), run.error, run.id, owner.name),
             )
         return done.rowcount == 1
 
@@ -208,28 +215,36 @@ class Store:
         """Plan failed runs again; return their number. What was chosen without them is set aside."""
         with self._writing():
             number = self._db.execute(
-                "UPDATE runs SET state = 'planned', details = NULL WHERE state = 'failed'"
+                "UPDATE runs SET state = 'planned', details = CASE WHEN result IS NULL THEN NULL "
+                "ELSE json_remove(details, '$.error') END WHERE state = 'failed'"
             ).rowcount
             if number:
                 self._db.execute("UPDATE runs SET position = NULL")
             return number
 
-    def repeat(self, ids: Iterable[str]) -> None:
-        """Plan finished runs again."""
+    def repeat(self, ids: Sequence[str], is_lost: Callable[[str], bool]) -> int:
+        """Plan finished runs again, if they are still lost; what they found stays until it is found again.
+
+        Returns:
+            how many.
+        """
+        if not ids:
+            return 0
         with self._writing():
-            self._db.executemany(
-                "UPDATE runs SET state = 'planned', result = NULL, details = NULL WHERE id = ? AND state = 'done'",
-                [(run_id,) for run_id in ids],
-            )
+            lost = [(run_id,) for run_id in ids if is_lost(run_id)]
+            return self._db.executemany(
+                "UPDATE runs SET state = 'planned' WHERE id = ? AND state = 'done'", lost
+            ).rowcount
 
     # What is recorded
 
-    def num_set_aside(self) -> int:
-        """Return the number of finished runs that the comparison does not need."""
+    def set_aside(self) -> list[str]:
+        """Return the finished runs that are not in the plan."""
         with told(self.path):
-            return self._db.execute(
-                "SELECT count(*) FROM runs WHERE state = 'done' AND position IS NULL"
-            ).fetchone()[0]
+            rows = self._db.execute(
+                "SELECT id FROM runs WHERE state = 'done' AND position IS NULL"
+            ).fetchall()
+        return [row["id"] for row in rows]
 
     def records(self) -> list[Record]:
         """Return the runs of the comparison, in the order of the plan."""
@@ -265,6 +280,7 @@ class Store:
             artifacts = self._db.execute("SELECT name, content FROM artifacts ORDER BY name").fetchall()
             records = self.records()
             shown = {artifact_of((record.result or {}).get("examples") or "") for record in records}
+            ids = {record.id for record in records}
             return Recorded(
                 comparison=self._fact("comparison") or {},
                 environment=self._fact("environment") or {},
@@ -272,8 +288,8 @@ class Store:
                 artifacts={
                     name: json.loads(content)
                     for name, content in artifacts
-                    if name in shown
-                    or not name.startswith(artifact_of(""))  # not of runs that were set aside
+                    if name in shown  # not of runs that were set aside
+                    or (not name.startswith(artifact_of("")) and ids.issuperset(_runs_of(content)))
                 },
             )
 
@@ -348,6 +364,12 @@ def _asked(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in comparison.items() if name != "command"}
 
 
+def _runs_of(artifact: str) -> list[str]:
+    """The runs that a result of several is about, where it says so."""
+    content = json.loads(artifact)
+    return content.get("runs", []) if isinstance(content, dict) else []
+
+
 def _shares(run: Record) -> str:
     return json.dumps([run.group.task, run.group.train_size, run.group.start, run.seed])
 
@@ -355,7 +377,8 @@ def _shares(run: Record) -> str:
 def _record(row: sqlite3.Row) -> Record:
     fixed = json.loads(row["fixed"])
     details = {"parts": {}, **(json.loads(row["details"]) if row["details"] else {})}
-    result = json.loads(row["result"]) if row["result"] else None
+    is_done = row["state"] == "done"  # a run that is to be repeated keeps its result, which counts no more
+    result = json.loads(row["result"]) if row["result"] and is_done else None
     for name in ("learning_rate", "epochs"):  # what the run chose for them
         chosen = (result or {}).get(name)
         if fixed["config"].get(name) == "auto" and chosen is not None:

@@ -11,7 +11,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +20,13 @@ from typing import Any
 
 from childtuning.compare.design import Comparison
 from childtuning.compare.files import Owner
-from childtuning.compare.plan import needed
+from childtuning.compare.plan import needed, without_folders
 from childtuning.compare.records import Record, artifact_of
 from childtuning.compare.store import Store
 from childtuning.delta import Delta
 from childtuning.errors import DataError, as_os_error
 from childtuning.runs.config import RunConfig, json_ready
-from childtuning.runs.folder import CONFIG, TENSORBOARD, RunResult
+from childtuning.runs.folder import CONFIG, METRICS, TENSORBOARD, RunResult
 from childtuning.runs.inputs import Inputs
 from childtuning.runs.run import train_run
 from childtuning.tasks import Task
@@ -56,9 +56,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def plan(store: Store, comparison: Comparison) -> None:
-    """Update the store's plan from its recorded runs."""
+def plan(store: Store, comparison: Comparison) -> int:
+    """Update the store's plan from its recorded runs; return how many finished runs are to be repeated."""
+    lost = without_folders(comparison, store.known(), store.folder_of, store.artifact("overlap"))
+    num_repeated = store.repeat(lost, lambda run_id: not (store.folder_of(run_id) / METRICS).is_file())
     store.plan(list(needed(comparison, store.known(), store.folder_of)), comparison.to_dict())
+    return num_repeated
 
 
 def work(store: Store, comparison: Comparison) -> None:
@@ -89,8 +92,8 @@ def _work(store: Store, comparison: Comparison, owner: Owner) -> None:
             time.sleep(_POLL_SECONDS)
             continue
         try:
-            base_hash = base_of(run, store.known().values())
-            last = execute(run, store.folder_of(run.id), inputs, keep=keep, base_hash=base_hash)
+            same = same_as(run, store)
+            last = execute(run, store.folder_of(run.id), inputs, keep=keep, **same)
             _keep_examples(store, last, inputs)
             store.finish(last, owner)
         except BaseException:
@@ -133,14 +136,27 @@ def end_with_parent() -> None:
 _OUR_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # other runs would fail too
 
 
-def base_of(run: Record, recorded: Iterable[Record]) -> str | None:
-    """Return the hash of the base model that other runs on a run's task were trained on, if it is recorded."""
-    same = (other.result for other in recorded if _place(other) == _place(run) and other.result)
-    return next((result["base_hash"] for result in same if result.get("base_hash")), None)
+def same_as(run: Record, store: Store) -> dict[str, str | None]:
+    """Return what a run must have in common with others of its task, as far as it is recorded, for ``execute``.
 
+    Returns:
+        ``base_hash``: of the base model; ``examples``: of the evaluation examples.
+    """
 
-def _place(run: Record) -> tuple[str, str | None]:
-    return run.group.task, run.config.get("model")
+    def model(run: Record) -> Any:
+        return run.group.task, run.config.get("model")
+
+    def data(run: Record) -> Any:
+        return run.group.task, run.group.train_size
+
+    def first(runs: Iterable[Record], place: Callable[[Record], Any], name: str) -> str | None:
+        found = (other.result.get(name) for other in runs if other.result and place(other) == place(run))
+        return next((value for value in found if value), None)
+
+    return {
+        "base_hash": first(store.known().values(), model, "base_hash"),
+        "examples": first(store.records_in_brief(), data, "examples"),
+    }
 
 
 def check_size(task: Task, run: Record) -> None:
@@ -152,7 +168,15 @@ def check_size(task: Task, run: Record) -> None:
         )
 
 
-def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash: str | None) -> Record:
+def execute(
+    run: Record,
+    folder: Path,
+    inputs: Inputs,
+    *,
+    keep: bool,
+    base_hash: str | None = None,
+    examples: str | None = None,
+) -> Record:
     """Train and evaluate, and return the run with its result; an error becomes part of the record.
 
     A run that was killed continues from its last checkpoint.
@@ -163,6 +187,7 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash:
         inputs: inputs shared with previous runs.
         keep: keep the folder; otherwise it is removed once its results are recorded.
         base_hash: the run fails, before training, if its base model has another; ``None``: anything.
+        examples: likewise of its evaluation examples.
     Raises:
         OSError: when the disk is full or not writable.
     """
@@ -172,6 +197,11 @@ def execute(run: Record, folder: Path, inputs: Inputs, *, keep: bool, base_hash:
     try:
         config = RunConfig.from_options(run.config)
         check_size(inputs.task(config)[0], run)
+        if examples is not None and _examples(inputs, config)[0] != examples:
+            raise DataError(
+                "the evaluation examples are not those of the runs recorded before: an earlier version drew others "
+                "from these files. Pass another --store."
+            )
         result = train_run(config, folder, resume=_is_begun(folder), inputs=inputs, base_hash=base_hash)
         done = replace(
             run,
@@ -214,7 +244,11 @@ def _examples(inputs: Inputs, config: RunConfig) -> tuple[str, dict[str, list[st
     """Return a hash of a run's evaluation examples, and the beginning and label of each."""
     dev = inputs.task(config)[0].dev
     found = {"labels": [*map(str, dev.strata() or ())], "shown": [dev.shown(row) for row in range(len(dev))]}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16], found
+    digests = [
+        one.hex() for one in dev.contents() or () if isinstance(one, bytes)
+    ]  # images, wherever they lie
+    told = {**found, "shown": digests or found["shown"]}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16], found
 
 
 def _keep_board(folder: Path, name: str) -> None:

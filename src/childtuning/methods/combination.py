@@ -150,17 +150,19 @@ def _parse_one(word: str) -> Method:
     name, colon, given = word.partition(":")
     method = find_method(name.strip())
     types = {field.name: str(field.type) for field in fields(method)}  # type: ignore[arg-type]
+    takes_density = method.part == "child" and method.density < 1
     options: dict[str, Any] = {}
     for position, piece in enumerate(given.split(",") if colon else ()):
         key, equals, value = piece.partition("=")
         if not equals:
             if position or not types:
-                takes = f"It takes {', '.join(types)}." if types else "It takes none; a density is --density."
+                none = "It takes none; a density is --density." if takes_density else "It takes none."
+                takes = f"It takes {', '.join(types)}." if types else none
                 raise ConfigError(f"method {name!r} got {piece!r} without an option's name. {takes}")
             key, value = next(iter(types)), piece
         key = key.strip().replace("-", "_")
         if key not in types:
-            remedy = "Pass --density." if key == "density" else did_you_mean(key, types)
+            remedy = "Pass --density." if key == "density" and takes_density else did_you_mean(key, types)
             raise ConfigError(f"method {name!r} has no option {key!r}. {remedy}")
         if key in options:
             raise ConfigError(f"method {name!r} got {key!r} twice. Pass it once.")

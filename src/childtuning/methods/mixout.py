@@ -14,7 +14,7 @@ from childtuning.methods.registry import register
 from childtuning.training import ChildTraining, Method, Prepared
 from childtuning.training.mixed_linear import MixedLayers, mix, mixable
 
-_mixed: WeakKeyDictionary[nn.Module, MixedLayers] = WeakKeyDictionary()
+_mixed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[ChildTraining, MixedLayers]] = WeakKeyDictionary()
 
 
 @register
@@ -26,7 +26,8 @@ class Mixout(Method):
     2020] Biases, embeddings, normalisations, weights shared with an embedding, and the new head, which has no
     pretrained value, are trained as usual. Dropout is set to zero in training, including attention dropout, if it is a
     module or a float attribute of a module; a rate that a forward pass reads from the configuration is not changed.
-    Saved weights and predictions use W itself. A trainer that is called again, to resume say, keeps its W0.
+    Saved weights and predictions use W itself. A trainer that is called again, to resume say, keeps the W0 that it
+    began with.
 
     Args:
         p: the share, in (0, 1). The paper finds 0.7 to 0.9 best for BERT-large.
@@ -57,19 +58,16 @@ class Mixout(Method):
             raise not_for(self.name, prepared.model, "it has no linear layer except the head")
         return prepared
 
-    def callback(self, trainer: ChildTraining) -> None:
-        """Forget the W0 of another trainer: this one's are the weights that it begins with."""
-        _mixed.pop(trainer.bare_model, None)
-
-    def begin(self, model: nn.Module, always: tuple[str, ...]) -> None:
-        """Start mixing, with the same W0 as before."""
-        before = _mixed.get(model)
-        _mixed[model] = mix(model, self.p, _names(model, always), before.start if before else {})
+    def begin(self, trainer: ChildTraining) -> None:
+        """Start mixing, with the W0 that this trainer began with."""
+        model, own = trainer.bare_model, _mixed.setdefault(trainer.bare_model, WeakKeyDictionary())
+        before = own[trainer].start if trainer in own else {}
+        own[trainer] = mix(model, self.p, _names(model, trainer.always), before)
 
     def end(self, model: nn.Module) -> None:
         """Restore the layers."""
-        if model in _mixed:
-            _mixed[model].remove()
+        for mixed in _mixed.get(model, {}).values():
+            mixed.remove()
 
 
 def _names(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from childtuning.compare.records import Recorded
 from childtuning.errors import ConfigError
+from childtuning.runs.folder import RunResult
 
 _SQLITE = b"SQLite format 3\x00"
+_KINDS: dict[str, Any] = {"int": int, "float": int | float, "str": str}
+_MAY_LACK = ("output",)  # where the folder was not kept
 
 
 def read_recorded(path: str | Path) -> Recorded:
@@ -50,10 +55,27 @@ def _from_export(path: Path, content: bytes) -> Recorded:
 def _is_sound(recorded: Recorded) -> bool:
     """Whether an export, which may have been edited, has what every report reads."""
     parts = (recorded.comparison, recorded.environment, recorded.artifacts)
-    results = [record.result for record in recorded.records if record.state == "done"]
-    metrics = [result.get("metric") if isinstance(result, Mapping) else None for result in results]
-    return all(isinstance(part, Mapping) for part in (*parts, *metrics)) and all(
-        isinstance(metric.get("name"), str) and isinstance(metric.get("value"), int | float | None)
-        for metric in metrics
-        if isinstance(metric, Mapping)
+    if not all(isinstance(part, Mapping) for part in parts):
+        return False
+    if not isinstance(recorded.comparison.get("options", {}), Mapping):
+        return False
+    return all(
+        isinstance(record.seed, int)
+        and isinstance(record.point, Mapping)
+        and isinstance(record.config, Mapping)
+        and (record.state != "done" or _is_result(record.result))
+        for record in recorded.records
     )
+
+
+def _is_result(result: Any) -> bool:
+    """Whether a finished run's result has the fields that every version writes, each of its kind."""
+    if not isinstance(result, Mapping):
+        return False
+    for one in fields(RunResult):
+        if one.default is MISSING and one.default_factory is MISSING:
+            kind = _KINDS.get(str(one.type), Mapping)
+            if not isinstance(result.get(one.name), kind) and one.name not in _MAY_LACK:
+                return False
+    metric = result["metric"]
+    return isinstance(metric.get("name"), str) and isinstance(metric.get("value"), int | float | None)

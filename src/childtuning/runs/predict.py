@@ -313,7 +313,9 @@ class FinishedRun(RunFolder):
 
     def _num_trained_on(self, examples: Split) -> int:
         """Count the examples that are also training examples, whatever their labels; 0 if the training file is gone."""
-        if self.config.train is None and self.config.data_dir is None:
+        config = self.config
+        there = config.train or (config.data_dir and Path(config.data_dir, config.task or ""))
+        if not there or not Path(there).expanduser().exists():  # else a task would be looked for on the hub
             return 0
         try:
             task, _ = read_run_task(self.config)

@@ -79,14 +79,19 @@ class ImageClassification(Kind):
         return holds_images(source)
 
     def settle(self, source: Source, columns: Columns) -> Columns:
-        """Find the range of pixels that are floats: every later file is read as the training file was."""
+        """Find the range of the pixels: every later file is read as the training file was."""
         return replace(columns, pixel_range=pixel_range_of(source))
 
     def read(self, source: Source, columns: Columns, *, part: Part = "dev", labelled: bool = True) -> Images:
         """Read images."""
-        low, high = columns.pixel_range or pixel_range_of(source)  # runs of earlier versions have none
-        label = columns.label or "label"
-        return read_images(source, part=part, labelled=labelled, label=label, pixel_range=(low, high))
+        low_high = columns.pixel_range  # runs of earlier versions have none
+        return read_images(
+            source,
+            part=part,
+            labelled=labelled,
+            label=columns.label or "label",
+            pixel_range=None if low_high is None else (low_high[0], low_high[1]),
+        )
 
     def holds_both(self, source: Source) -> bool:
         """Return whether an npz file has arrays of two splits."""

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,10 @@ from childtuning.tasks.rows import Source
 from childtuning.tasks.split import Split
 
 Part = Literal["train", "dev"]
+PixelRange = tuple[int, int]
+
+_BYTES: PixelRange = (0, 255)
+_RANGES: tuple[PixelRange, ...] = ((0, 1), (-1, 1), _BYTES)
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
@@ -196,7 +201,7 @@ def read_images(
     part: Part,
     labelled: bool,
     label: str = "label",
-    pixel_range: tuple[int, int] = (0, 1),
+    pixel_range: PixelRange | None = None,
 ) -> Images:
     """Read one split of images.
 
@@ -209,7 +214,7 @@ def read_images(
         part: which split to read from a file that holds both.
         labelled: whether to read labels.
         label: the label column of a parquet file.
-        pixel_range: what floats in an npz file can be; whole numbers are from 0 to 255.
+        pixel_range: of the training images, as ``pixel_range_of`` returned it; ``None``: each npz file has its own.
     Raises:
         DataError: when a file or folder cannot be read.
     """
@@ -270,18 +275,61 @@ def holds_both_splits(path: Path) -> bool:
 
 
 def pixel_range_of(source: Source) -> tuple[int, int]:
-    """Return the range of an npz file's training images that are floats: (0, 1), (−1, 1) or (0, 255)."""
+    """Return the range of the training images: (0, 1), (−1, 1) or (0, 255), which all but npz files have.
+
+    Raises:
+        DataError: they fit into none.
+    """
     is_npz = source.is_named(".npz")
     pair = (array_names(source.path, "train") or array_names(source.path, "dev")) if is_npz else None
     if pair is None:
-        return 0, 1
+        return _BYTES
     pixels = _arrays(source.path, pair[:1])[0]
-    if pixels.dtype.kind != "f" or not pixels.size:
-        return 0, 1
-    return (-1, 1) if pixels.min() < 0 else (0, 1) if pixels.max() <= 1 else (0, 255)
+    return _range_of(pixels, f"{source.path} array {pair[0]!r}") if _is_sound(pixels) else _BYTES
 
 
-def _from_npz(path: Path, part: Part, pixel_range: tuple[int, int], *, labelled: bool) -> Images:
+def _is_sound(pixels: NDArray[Any]) -> bool:
+    return pixels.size > 0 and pixels.dtype.kind in "fiu" and bool(np.isfinite(pixels).all())
+
+
+def _range_of(pixels: NDArray[Any], where: str) -> PixelRange:
+    lowest, highest = pixels.min(), pixels.max()
+    found = next((one for one in _RANGES if one[0] <= lowest and highest <= one[1]), None)
+    if found is None:
+        raise DataError(
+            f"{where} must lie in [0, 1], [-1, 1] or [0, 255], got [{lowest:g}, {highest:g}]. Rescale it."
+        )
+    return found
+
+
+def _range_in(pixels: NDArray[Any], where: str, of_training: PixelRange | None) -> PixelRange:
+    """Return the range that a file's pixels are meant in.
+
+    Args:
+        pixels: of the file.
+        where: names it in errors.
+        of_training: the range of the training images; ``None``, in runs of earlier versions: the file's own.
+    """
+    lowest, highest = pixels.min(), pixels.max()
+    is_byte, is_whole = pixels.dtype == np.uint8, pixels.dtype.kind in "iu"
+    if of_training is None:
+        return _BYTES if is_byte else _range_of(pixels, where)
+    if is_whole and lowest >= 0 and (1 < highest <= 255 or (is_byte and of_training == (-1, 1))):
+        return _BYTES  # whatever the training images were
+    if not is_whole and of_training == _BYTES and lowest >= 0 and 0 < highest <= 1:
+        raise DataError(
+            f"{where} holds floats up to {highest:g}, and the training images are from 0 to 255. Multiply it by 255, "
+            "or save it as uint8."
+        )
+    if lowest < of_training[0] or highest > of_training[1]:
+        raise DataError(
+            f"{where} must lie in [{of_training[0]}, {of_training[1]}] as the training images do, "
+            f"got [{lowest:g}, {highest:g}]. Rescale it."
+        )
+    return of_training
+
+
+def _from_npz(path: Path, part: Part, pixel_range: PixelRange | None, *, labelled: bool) -> Images:
     pair = array_names(path, part)
     if pair is None:
         known = ", ".join("/".join(names) for names in _ARRAYS[part])
@@ -302,7 +350,7 @@ def _arrays(path: Path, names: tuple[str, ...]) -> list[NDArray[Any]]:
         raise DataError(
             f"{path} has {names[0]!r} but no {names[1]!r}. Save the labels in the same file."
         ) from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as fault:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as fault:
         raise DataError(f"{path} is damaged ({str(fault)[:120]}). Save it again.") from None
 
 
@@ -323,7 +371,7 @@ def _labels(values: NDArray[Any], where: str) -> list[str]:
 
 
 def _pixels(
-    values: NDArray[Any], where: str, pixel_range: tuple[int, int] = (0, 1)
+    values: NDArray[Any], where: str, pixel_range: PixelRange | None
 ) -> list[Path | bytes | NDArray[np.uint8]]:
     """Convert an array of images to a list of uint8 arrays [height, width(, 3)]."""
     if not values.size:
@@ -339,16 +387,10 @@ def _pixels(
             f"{where} must have shape [images, height, width], with 1 or 3 channels before or after height and width, "
             f"got {list(values.shape)}. Reshape it."
         )
-    if values.dtype != np.uint8:
-        if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-            raise DataError(f"{where} must hold finite numbers, got {values.dtype}. Save pixels as uint8.")
-        low, high = pixel_range if values.dtype.kind == "f" else (0, 255)
-        if values.min() < low or values.max() > high:
-            of_training = " as the training images do" if values.dtype.kind == "f" else ""
-            raise DataError(
-                f"{where} must lie in [{low}, {high}]{of_training}, got [{values.min():g}, {values.max():g}]. Rescale "
-                "it."
-            )
+    if not _is_sound(values):
+        raise DataError(f"{where} must hold finite numbers, got {values.dtype}. Save pixels as uint8.")
+    low, high = _range_in(values, where, pixel_range)
+    if values.dtype != np.uint8 or (low, high) != _BYTES:
         values = ((values.astype(np.float64) - low) * (255 / (high - low))).round().astype(np.uint8)
     return list(values)
 
@@ -359,7 +401,7 @@ def _from_idx(path: Path, *, labelled: bool) -> Images:
     if labelled:
         beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
         labels = _labels(_idx_array(beside, axes=1), str(beside))
-    return Images(_pixels(pixels, str(path)), labels)
+    return Images(_pixels(pixels, str(path), _BYTES), labels)
 
 
 def _idx_array(path: Path, *, axes: int) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ class Columns:
         label: the label, the tags, or the response.
         label_type: whether labels are classes or numbers; "auto" infers it.
         decimal_commas: whether numbers are written as "3,5".
-        pixel_range: the lowest and highest value that pixels stored as floats can have; None: each file tells its own.
+        pixel_range: the lowest and highest value that the training images' pixels can have; None: each file's own.
     """
 
     text: str | None = None

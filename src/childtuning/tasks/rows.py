@@ -106,7 +106,8 @@ class Source:
         if form is None:
             if self.path.is_dir():
                 raise DataError(
-                    f"{self.path} is a folder without images, for which a file is needed. Pass one."
+                    f"{self.path} is a folder, which only images are read from. Pass a file ending in "
+                    f"{', '.join(FORMATS)}."
                 )
             raise DataError(
                 f"{self.path} has an unsupported type, got {''.join(self.path.suffixes[-2:]) or 'no extension'!r}. "

@@ -81,7 +81,8 @@ class Split(ABC):
         """Split off a random share of the examples; return the rest and the share, both in their original order.
 
         Classes keep their shares on both sides; the rest has every class, if it has room. Equal examples stay on one
-        side: that of the rest if they would be more than a quarter of the share, unless too few others are there.
+        side: that of the rest if they would be more than a quarter of the share, unless too few others are there. At
+        least half of the different ones stay in the rest, if the share is no larger.
 
         Args:
             share: in (0, 1); each side gets at least one example.
@@ -111,18 +112,24 @@ class Split(ABC):
         equal: dict[Hashable, list[int]] = {}
         for row, content in enumerate(contents):
             equal.setdefault(content, []).append(row)
-        left, taken = Counter(classes), set[int]()
+        firsts = [row for row in reversed(order) if row == equal[contents[row]][0]]
+        half = max(
+            1, len(firsts) // 2, round(size / len(self) * len(firsts))
+        )  # else few stay beside a large group
+        left, taken, num_taken = Counter(classes), set[int](), 0
         for largest in (max(1, size // 4), size, len(self) - 1):
-            for row in reversed(order):
+            if largest > size:  # too few others: the smallest that there is
+                firsts.sort(key=lambda row: len(equal[contents[row]]))
+            for row in firsts:
                 rows = equal[contents[row]]
-                room = max(size, largest) - len(taken)
-                if row != rows[0] or row in taken or len(rows) > min(largest, room):
+                if row in taken or len(rows) > min(largest, max(size, largest) - len(taken)):
                     continue
                 going = Counter(classes[one] for one in rows) if classes else Counter[str]()
                 if all(left[name] > num for name, num in going.items()):
                     taken |= {*rows}
                     left -= going
-                if len(taken) >= size:
+                    num_taken += 1
+                if len(taken) >= size or num_taken >= half:
                     return taken
             if taken and largest == size:
                 return taken
@@ -152,8 +159,14 @@ class Split(ABC):
                 f"{len(equal)} different examples cannot be split into {num} folds. Pass fewer --folds."
             )
         folds: list[list[int]] = [[] for _ in range(num)]
+        held = [Counter[str]() for _ in range(num)]
         for rows in equal.values():
-            min(folds, key=len).extend(rows)
+            names = [classes[row] for row in rows] if classes is not None else []
+            place = min(
+                range(num), key=lambda fold: (sum(held[fold][name] for name in names), len(folds[fold]))
+            )
+            folds[place].extend(rows)
+            held[place].update(names)
         return [sorted(fold) for fold in folds]
 
     def _order(self, seed: int) -> list[int]:

@@ -209,11 +209,11 @@ class Method:
         """
         return prepared
 
-    def begin(self, model: nn.Module, always: tuple[str, ...]) -> None:
-        """Change the model for the duration of training; its parameters still have their initial values."""
+    def begin(self, trainer: ChildTraining) -> None:
+        """Change the trainer's model for the duration of training; its parameters still have their initial values."""
 
     def end(self, model: nn.Module) -> None:
-        """Undo ``begin``."""
+        """Undo ``begin`` on a model."""
 
     def loss(self, loss: Tensor, step: LossStep) -> Tensor:
         """Return the loss plus this method's term."""

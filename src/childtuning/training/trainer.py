@@ -396,7 +396,7 @@ class ChildTrainer(CheckpointFiles, ScoredExamples, Trainer):
         self._make_alike()
         for method in self.methods:
             self._begun.append((method, self.bare_model))
-            method.begin(self.bare_model, self.always)
+            method.begin(self)
 
     def _end(self) -> None:
         while self._begun:
