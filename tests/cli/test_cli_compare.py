@@ -91,6 +91,10 @@ def test_one_file_is_enough_and_is_read_before_the_first_run(
     [
         (["--methods", "fulll"], "Did you mean 'full'"),
         (["--methods", "full", "--executor", "slurm"], "--executor must be one of local, ray"),
+        (
+            ["--methods", "full", "--executor", "ray", "--jobs", "2"],
+            "--jobs counts processes of this machine",
+        ),
         (["--methods", "full", "--jobs", "0"], "greater than or equal to 1"),
         (["--methods", "full", "--density", "0.5"], "none of the methods chooses a child, got density"),
         (["--methods", "full,child-d", "--density", "2"], "density"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,10 @@ def test_the_best_of_those_tried_gets_the_other_seeds() -> None:
     known |= {run.id: finish(run, -run.point["learning_rate"]) for run in first if run.group.method == "head"}
     last = list(needed(found, known, Path))[-1]
     assert (last.group.method, last.seed, last.point) == ("head", 2, {"learning_rate": 1e-5})
+    failed = [replace(run, state="failed") for run in first if run.group.method == "head"]
+    assert num_runs(found, failed) == 2 * 2 + 1 + 2 * 2 and num_runs(found, failed[1:] + first) == num_runs(
+        found
+    )
 
 
 def test_runs_are_known_again_by_what_decides_them() -> None:

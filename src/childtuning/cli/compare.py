@@ -131,6 +131,10 @@ def run(
 
     if executor not in EXECUTORS:
         raise ConfigError(f"--executor must be one of {', '.join(EXECUTORS)}, got {executor!r}.")
+    if executor == "ray" and jobs > 1:
+        raise ConfigError(
+            f"--jobs counts processes of this machine, got {jobs} beside --executor ray. Leave it out."
+        )
     comparison = read_comparison(
         stored(store),
         tasks=task,

@@ -35,7 +35,7 @@ def tell_plan(runs: Sequence[Record], comparison: Comparison, *, jobs: int, agai
         again: whether failed runs are repeated.
         tell: called with each line.
     """
-    total = num_runs(comparison)
+    total = num_runs(comparison, () if again else runs)
     shape = [counted(len(comparison.tasks), "task"), counted(len(comparison.methods), "method")]
     if len(comparison.train_sizes) > 1:
         shape.append(counted(len(comparison.train_sizes), "size"))

@@ -209,10 +209,19 @@ def _recorded(run: Record, known: Mapping[str, Record]) -> Record:
     return found if found.state == "done" else replace(found, config=run.config)
 
 
-def num_runs(comparison: Comparison) -> int:
-    """Return the total number of runs of a comparison, if none fails."""
+def num_runs(comparison: Comparison, known: Iterable[Record] = ()) -> int:
+    """Return the total number of runs of a comparison, if none fails beside those that are known to have failed.
+
+    Where every set of hyperparameters has failed with every seed, there are no further seeds and no heads.
+    """
+    states: dict[Group, set[str]] = {}
+    for run in known:
+        states.setdefault(run.group, set()).add(run.state)
     total = 0
     for group in comparison.groups():
+        if states.get(group) == {"failed"}:
+            total += len(comparison.points(group.method)) * comparison.tune_seeds
+            continue
         others = comparison.num_seeds - comparison.tune_seeds
         total += len(comparison.points(group.method)) * comparison.tune_seeds + others
         targets = [target for target in comparison.transfer_to if target != group.task]
