@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from childtuning import ChildOptimizer, TaskFree, fast, random_child
 
-needs_fast = pytest.mark.skipif(not fast.enabled(), reason="is about layers of the fast room")
-KINDS = ["released", pytest.param("column", marks=needs_fast), pytest.param("task-free", marks=needs_fast)]
+KINDS = ["released", "nothing left", *(("column", "task-free") if fast.enabled() else ())]
+LEFT = [kind for kind in KINDS if kind != "nothing left"]
 
 
 def net() -> nn.Sequential:
@@ -26,8 +26,11 @@ def optimizer_of(kind: str, model: nn.Module) -> ChildOptimizer:
     if kind == "task-free":
         free = TaskFree(0.5, granularity="row", always=always)
         return ChildOptimizer(model.named_parameters(), free, torch.optim.SGD, lr=0.1, model=model)
-    child = random_child(model, 0.4, granularity="column", always=always)
-    how = {"release_gradients": True} if kind == "released" else {"model": model}
+    unit = "element" if kind == "nothing left" else "column"
+    child = random_child(
+        model, 0.4, granularity=unit, eligible="*", always=() if kind == "nothing left" else always
+    )
+    how = {"release_gradients": True} if kind in ("released", "nothing left") else {"model": model}
     return ChildOptimizer(model.named_parameters(), child, torch.optim.SGD, lr=0.1, **how)
 
 
@@ -62,11 +65,14 @@ def clear_at_last(model: nn.Module, opt: ChildOptimizer) -> None:
     model.zero_grad()
 
 
+WRONG = [clip_by_torch, clip_values, clear, clear_in_place, clear_at_last]
+
+
 @pytest.mark.parametrize(
-    "wrong", [clip_by_torch, clip_but_do_nothing, clip_values, clear, clear_in_place, clear_at_last]
+    ("wrong", "kind"),
+    [(wrong, kind) for wrong in WRONG for kind in KINDS] + [(clip_but_do_nothing, "nothing left")],
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_misses_taken_gradients_is_told_once(kind: str, wrong: Callable) -> None:
+def test_what_misses_taken_gradients_is_told_once(wrong: Callable, kind: str) -> None:
     model = net()
     opt = optimizer_of(kind, model)
     backward(model)
@@ -120,11 +126,19 @@ def detach(model: nn.Module, opt: ChildOptimizer) -> None:
     opt.attach()
 
 
+def measure_by_torch(model: nn.Module, opt: ChildOptimizer) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+
+
+RIGHT = [clip, clip_and_measure, begin_again, accumulate, step_twice, detach]
+
+
 @pytest.mark.parametrize(
-    "right", [clip, clip_and_measure, begin_again, accumulate, change_the_head, step_twice, detach]
+    ("right", "kind"),
+    [(right, kind) for right in RIGHT for kind in KINDS]
+    + [(right, kind) for right in (change_the_head, clip_but_do_nothing, measure_by_torch) for kind in LEFT],
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_right_is_not_told(kind: str, right: Callable) -> None:
+def test_what_is_right_is_not_told(right: Callable, kind: str) -> None:
     model = net()
     opt = optimizer_of(kind, model)
     with warnings.catch_warnings():
@@ -136,7 +150,7 @@ def test_what_is_right_is_not_told(kind: str, right: Callable) -> None:
             opt.zero_grad()
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "task-free"])
 def test_the_shown_tensors_may_be_clipped(kind: str) -> None:
     model, twin = net(), net()
     opts = [optimizer_of(kind, one) for one in (model, twin)]
@@ -151,6 +165,7 @@ def test_the_shown_tensors_may_be_clipped(kind: str) -> None:
             opt.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, twin.get_parameter(name))
+        assert parameter.grad is None or opt.child.parts.get(name) is None or opt.child.parts[name].is_whole
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -240,3 +255,16 @@ def test_a_hook_after_accumulation_runs(kind: str) -> None:
     else:
         assert gradient is None
     opt.step()
+
+
+def test_an_optimizer_that_clips_lets_a_trainer_measure() -> None:
+    model = net()
+    child = random_child(model, 0.4, eligible="*")
+    opt = ChildOptimizer(
+        model.named_parameters(), child, torch.optim.SGD, lr=0.1, release_gradients=True, max_grad_norm=1.0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(model)
+        measure_by_torch(model, opt)
+        opt.step()

@@ -130,8 +130,8 @@ class Store:
                     )
                 self._db.execute("UPDATE runs SET position = NULL")
                 self._db.execute(
-                    "UPDATE runs SET state = 'done', details = json_remove(details, '$.error') "
-                    "WHERE state IN ('planned', 'failed') AND result IS NOT NULL"  # not repeated yet, or in vain
+                    "UPDATE runs SET state = 'done', owner = NULL, details = json_remove(details, '$.error') "
+                    "WHERE state != 'done' AND result IS NOT NULL"  # not repeated yet, or in vain
                 )
                 self._db.execute("DELETE FROM runs WHERE state = 'planned'")
                 self._db.execute(

@@ -372,7 +372,7 @@ class ChildOptimizer(Optimizer):
         trained = list(chain.from_iterable(self._trained))
         for t in trained:
             t.check()
-        self._changed.check()
+        self._changed.check(clips=self.max_grad_norm is not None)
         self._changed.average()
         return trained
 

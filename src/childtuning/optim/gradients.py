@@ -38,7 +38,7 @@ class WholeGradients:
     def draw(self, step: int) -> None:
         """Do nothing."""
 
-    def check(self) -> None:
+    def check(self, *, clips: bool) -> None:
         """Do nothing."""
 
     def average(self) -> None:
@@ -127,9 +127,9 @@ class Release:
         """Average again: more gradients have come."""
         self._is_averaged = False
 
-    def check(self) -> None:
+    def check(self, *, clips: bool) -> None:
         """Warn if something else wrote into the gradients that it could reach."""
-        self.writes.check()
+        self.writes.check(clips=clips)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -190,7 +190,9 @@ class DrawnRows:
         model: that they belong to.
     """
 
-    def __init__(self, free: TaskFree, trained: Sequence[Trained], model: nn.Module) -> None:
+    def __init__(
+        self, free: TaskFree, trained: Sequence[Trained], model: nn.Module, *, clips: bool = False
+    ) -> None:
         self._free, self._model = free, model
         self._candidates = [t for t in trained if t.draws and _has_several_rows(t)]
         self._drawn: list[Trained] = []
@@ -216,9 +218,9 @@ class DrawnRows:
             by_name[name].leaf = leaves[name]
         self._writes.attach()
 
-    def check(self) -> None:
+    def check(self, *, clips: bool) -> None:
         """Warn if something else wrote into the gradients that it could reach."""
-        self._writes.check()
+        self._writes.check(clips=clips)
 
     def average(self) -> None:
         """Do nothing: drawn rows are for one process."""
@@ -288,10 +290,8 @@ class _Taker:
         trained, release = self._trained(), self._release()
         if trained is not None and release is not None and tensor.grad is not None:
             trained.accept(local_of(tensor.grad), compact=self._compact)
-            tensor.grad = None
+            release.writes.take(trained, tensor)
             release.go_on()
-            if trained.value.grad is not None:
-                release.writes.note(trained.name, trained.value.grad, taken=True)
 
 
 class _Arrival:
