@@ -17,7 +17,7 @@ from childtuning.delta import Delta
 from childtuning.errors import BaseMismatchError, ConfigError, DeltaError
 from childtuning.optim import ChildOptimizer
 from childtuning.optim.checkpoint import load, save
-from childtuning.training.child_choice import new_parameters
+from childtuning.training.child_choice import new_parameters, resized_embeddings
 from childtuning.training.method import MethodCallback
 from childtuning.training.state_files import load_state, random_state, save_state, set_random_state
 
@@ -65,7 +65,7 @@ class CheckpointFiles:
         base = self._base_name or self._loaded_from()
         # PEFT keeps a second copy of a head, which is not used.
         new = [name for name in new_parameters(self.bare_model) if ".original_module." not in name]
-        also = () if self.draws_new_parameters else new
+        also = [*([] if self.draws_new_parameters else new), *resized_embeddings(self.bare_model)]
         return Delta.capture(self.bare_model, child, base=base, also=also, trained=self._trained)
 
     def _loaded_from(self) -> str | None:

@@ -29,6 +29,7 @@ from childtuning.errors import ConfigError, ParameterError
 from childtuning.fisher import fisher_information
 from childtuning.fisher.information import StopFn
 from childtuning.fisher.losses import LossFn
+from childtuning.training.on_disk import stored_shapes
 
 Progress = Callable[[int, int | None], None]
 Scores = dict[str, Tensor]
@@ -67,10 +68,26 @@ def task_head(model: nn.Module) -> tuple[str, ...]:
 def new_parameters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters missing from the checkpoint, as marked by ``from_pretrained``.
 
-    For example, the pooler, if the checkpoint was trained without one. () for a model that was not loaded.
+    For example, the pooler, if the checkpoint was trained without one. A copy of a model has lost its marks; then the
+    model's folder tells. () for a model that was not loaded. Resized embeddings are not new.
     """
     marked = {name: getattr(p, _LOADED, False) for name, p in named(model, sharded=True).items()}
-    return tuple(name for name, is_loaded in marked.items() if not is_loaded) if any(marked.values()) else ()
+    if not any(marked.values()):
+        stored = stored_shapes(model)
+        marked = {name: not stored or name in stored for name in marked}
+    resized = resized_embeddings(model)
+    return tuple(name for name, is_loaded in marked.items() if not is_loaded and name not in resized)
+
+
+def resized_embeddings(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the embeddings, of the input and the output, of another shape than in the model's folder."""
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    ids = {id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters(recurse=False)}
+    found = {name: p for name, p in named(model, sharded=True).items() if id(p) in ids}
+    stored = stored_shapes(model) if found else {}
+    return tuple(name for name, p in found.items() if stored.get(name, p.shape) != p.shape)
 
 
 def _base_names(model: PreTrainedModel) -> set[str] | None:

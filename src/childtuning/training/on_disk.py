@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -217,6 +218,14 @@ class Layout:
         self.lacks_prefix = False
         self._find()
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """By first name in the model, the shapes on disk; of what is joined or split, the model's own."""
+        plain = {
+            self._first[to]: torch.Size(self._checkpoint.tensors[n].shape) for n, to in self._plain.items()
+        }
+        return plain | {self._first[name]: self._state[name].shape for name in self._joined}
+
     def _find(self) -> None:
         transforms = get_model_conversion_mapping(self._model)
         renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -275,6 +284,17 @@ class Layout:
             converter.add_tensor(target, name, pattern, tensor)  # type: ignore[arg-type]
         made = converter.convert(target, model=self._model, config=self._model.config)
         return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+
+
+def stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return by name the shapes of a model's parameters in the folder that it was loaded from; {} without one."""
+    folder = getattr(model, "name_or_path", None)
+    if not isinstance(model, PreTrainedModel) or not folder or not Path(folder).is_dir():
+        return {}
+    try:
+        return Layout(model, Checkpoint(folder)).shapes
+    except Exception:  # the folder has no safetensors, or a layout that transformers alone can read
+        return {}
 
 
 def _check_places(target: str, places: Mapping[str, Tensor], count: int) -> None:
