@@ -134,6 +134,18 @@ def test_a_base_model_can_be_given(
         childtuning.load(run.path, model=base)
 
 
+def test_a_run_in_bf16_is_measured_as_it_will_be_served(
+    tiny_bert: Path, sentiment: Path, tmp_path: Path
+) -> None:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    config = RunConfig(**files, model=str(tiny_bert), precision="bf16", learning_rate=1e-2, batch_size=8)
+    result = train_run(
+        replace(config, metric="log-loss", held_out=0.2, temperature_scaling=True), tmp_path / "run"
+    )
+    again = childtuning.load(tmp_path / "run")
+    assert again.evaluate(sentiment / "dev.jsonl") == result.metrics
+
+
 def test_examples_that_were_trained_on_are_told(run: FinishedRun, sentiment: Path, tmp_path: Path) -> None:
     trained, new = ((sentiment / name).read_text(encoding="utf-8") for name in ("train.jsonl", "dev.jsonl"))
     (tmp_path / "some.jsonl").write_text("".join(trained.splitlines(True)[:5]) + new, encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,12 +87,25 @@ class Predictor:
         model.eval()
         found: list[Any] = []
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _as_served(model):
                 for batch in tqdm(loader, desc="Prediction", unit=" batches", disable=not self.progress):
                     found += read_fn(model, {key: value.to(device) for key, value in batch.items()})
         finally:
             model.train(was_training)
         return found
+
+
+@contextmanager
+def _as_served(model: Any) -> Iterator[None]:
+    """Let a model that is in training compute as it will when it is loaded: without Accelerate's autocast."""
+    own = vars(model)
+    before = {name: own[name] for name in ("forward", "_original_forward") if name in own}
+    if len(before) == 2:
+        own["forward"] = before["_original_forward"]
+    try:
+        yield
+    finally:
+        own.update(before)
 
 
 def cut_at(config: RunConfig, kind: Kind, model: Any) -> int:
