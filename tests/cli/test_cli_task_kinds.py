@@ -151,6 +151,15 @@ def test_image_classification(childtuning, tmp_path, family) -> None:
     assert one.code == 0 and one.out.split("\t")[0] in said["label_names"]
     refused = childtuning("predict", tmp_path / "run", "--text", "red")
     assert refused.code == 2 and "--input FILE" in refused.err
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    content = (files[1] / "red" / "0.png").read_bytes()
+    rows = [{"id": 7, "image": {"bytes": content, "path": None}, "who": "ann"}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "new.parquet")
+    out = tmp_path / "out.csv"
+    done = childtuning("predict", tmp_path / "run", "--input", tmp_path / "new.parquet", "--output", out)
+    assert done.code == 0 and out.read_text().startswith("id,who,prediction,confidence,image,"), done.err
 
 
 def test_one_bright_image_is_read_as_the_training_images_were(childtuning, tmp_path) -> None:

@@ -34,6 +34,9 @@ def test_the_folder_of_a_trainer(childtuning: Any, tiny_bert: Path, tmp_path: Pa
     assert done.code == 0 and "AutoModelForSequenceClassification" in done.out, done.err
     done = childtuning("predict", tmp_path / "saved", "--text", "a great film", "--json")
     assert done.json["predictions"][0]["prediction"] in ("LABEL_0", "LABEL_1")
+    (tmp_path / "new.csv").write_text("id,text,user\n1,a great film,ann\n")
+    done = childtuning("predict", tmp_path / "saved", "--input", tmp_path / "new.csv", "--json")
+    assert done.code == 0 and len(done.json["predictions"]) == 1, done.err
 
 
 def test_the_loss_says_what_the_outputs_are(tiny_bert: Path, tmp_path: Path) -> None:

@@ -180,3 +180,15 @@ def test_a_task_whose_files_are_gone_is_not_looked_for_elsewhere(
 def test_confidences_are_the_probabilities(run: FinishedRun) -> None:
     rows, chances = run.predict(TEXTS), run.predict_proba(TEXTS)
     assert [row["confidence"] for row in rows] == chances.max(1).tolist()
+
+
+def test_a_table_is_not_taken_for_its_columns_names(run: FinishedRun) -> None:
+    class Table:  # as pandas' DataFrame
+        columns = ("text", "id")
+
+        def __iter__(self) -> Any:
+            return iter(self.columns)
+
+    for wrong in (Table(), {"text": TEXTS}):
+        with pytest.raises(DataError, match="got a table. Pass one column"):
+            run.predict(wrong)  # type: ignore[arg-type]

@@ -270,6 +270,34 @@ def test_instructions(tmp_path, row, prompt, note):
     assert task.kind == "causal-lm" and task.train == Instructions([prompt], ["fromage"])
     assert len(task.notes) == 1 and note in task.notes[0]
     assert KIND.read(Source(path), task.columns, labelled=False) == Instructions([prompt])
+    said, beside = (row.get(name or "") for name in (task.columns.text, task.columns.text_pair))
+    typed = KIND.of_texts(
+        [said or row["Instruction"]], None if not row.get("input") else [beside], task.columns
+    )
+    if "Context" not in row:  # whose columns are found whatever their case
+        assert typed == Instructions([prompt])
+
+
+def test_a_second_text_is_for_prompts_of_two(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}])
+    columns = task_from_files(path, path).columns
+    assert KIND.of_texts(["a"], None, columns) == Instructions(["a"])
+    with pytest.raises(DataError, match="prompts of one text, got a second, 'c'"):
+        KIND.of_texts(["a"], ["c"], columns)
+
+
+def test_what_a_message_has_besides_is_told(tmp_path):
+    said = [
+        {"role": "user", "content": "How is it?", "name": ""},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    path = write(tmp_path / "a.jsonl", [{"messages": said}])
+    assert any(
+        "messages have tool_calls, which the model does not see" in n
+        for n in task_from_files(path, path).notes
+    )
 
 
 def test_conversations_of_sharegpt(tmp_path):

@@ -129,6 +129,24 @@ def test_conll_files(tmp_path):
         read_conll(Source(path), labelled=True)
 
 
+def test_what_is_no_word_a_line_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("Ada lives in London\nTom works at Google\n")
+    with pytest.raises(DataError, match="has several words a line, and no tags. Write one word a line"):
+        read_conll(Source(path), labelled=False)
+    path.write_text("Ada NNP\nlives VBZ\n")
+    source = Source(path)
+    assert read_conll(source, labelled=False).words == [["Ada", "lives"]]
+    assert "the word is in the first column" in " ".join(source.notes)
+    rows = [[number, "The", "the", "DET", *"_____", "_"] for number in ("1", "2-3", "2", "2.1")]
+    path.write_text("# sent_id = 1\n" + "".join("\t".join(row) + "\n" for row in rows))
+    for labelled in (False, True):
+        with pytest.raises(DataError, match="is CoNLL-U, with the word in the second of ten columns"):
+            read_conll(Source(path), labelled=labelled)
+    with pytest.raises(DataError, match="single texts, got a second one, 'dog'"):
+        KIND.of_texts(["cat"], ["dog"], Columns())
+
+
 def test_conll_spaces_inside_words_and_comments(tmp_path):
     path = tmp_path / "a.conll"
     path.write_text(

@@ -82,7 +82,7 @@ def run(
     asked = {name: _examples(one, input, text, text_pair) for name, one in opened.items()}
     if into is not None:
         for name, (_, given) in asked.items():
-            into.check(list(given[0]) if given else [], opened[name].label_names, _prefix(name, opened))
+            into.check(list(given[0]) if given else [], opened[name], _prefix(name, opened))
     answered: dict[str, dict[str, Any]] = {}
     joined: list[dict[str, Any]] = []
     shared = RunsOfOneBase(opened) if len(opened) > 1 else None
@@ -124,13 +124,16 @@ def _examples(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Return the examples as a run reads them, and their rows for the output."""
     if text:
-        examples = run.kind.of_texts(text, text_pair or None)
+        examples = run.typed(text, text_pair or None)
         pairs = [{"text_pair": other} for other in text_pair] if text_pair else [{} for _ in text]
         return examples, [{"text": one, **pair} for one, pair in zip(text, pairs, strict=True)]
     assert input is not None
+    from childtuning.tasks.rows import is_image
+
     source = run.source(input, labelled=False)
     examples = run.read_input(source, labelled=False)
     if examples.num_empty:
         tell(f"rows with empty text: {examples.num_empty:,}")
-    is_table = source.is_table and run.kind.auto_processor == "AutoTokenizer"
-    return examples, source.rows if is_table else [{} for _ in range(len(examples))]
+    if not source.is_table:
+        return examples, [{} for _ in range(len(examples))]
+    return examples, [{name: cell for name, cell in row.items() if not is_image(cell)} for row in source.rows]

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from childtuning.errors import ConfigError, DataError, counted
@@ -106,8 +107,15 @@ class HeadLoss:
     reduction = None
 
     def alone(self, model: nn.Module, example: Any) -> Tensor:
-        """Return the loss of a batch of one, a scalar."""
-        return model_loss(model, example)
+        """Return the loss of a batch of one, a scalar; 0 of one without any label, whose mean would be 0/0."""
+        outputs = run_model(model, example)
+        loss = loss_of(outputs)
+        has_no_value = isinstance(loss, FakeTensor) or torch._C._are_functorch_transforms_active()
+        if has_no_value or bool(loss.detach().isfinite()):
+            return loss
+        terms = head_terms(model, outputs, example)
+        has_none = terms and not any(bool(part.counts.any()) for part in terms)
+        return torch.stack([part.terms.sum() for part in terms]).sum() if terms and has_none else loss
 
     def of_batch(self, model: nn.Module, batch: Any, size: int) -> BatchLoss:
         """Return the examples' losses, after the formula has been found to give the model's own loss.
@@ -123,7 +131,7 @@ class HeadLoss:
                 f"The loss of {type(model).__name__} has no known formula. Pass loss_fn=f(model, batch) that returns "
                 "one loss an example."
             )
-        losses = sum(part.weight * part.terms.sum(1) / part.counts for part in terms)
+        losses = sum(part.weight * part.terms.sum(1) / part.counts.clamp(min=1) for part in terms)
         with torch.no_grad(), torch._C.DisableTorchFunction():  # the engine follows what values decide
             whole = sum(part.weight * part.terms.sum() / part.counts.sum() for part in terms)
             assert isinstance(losses, Tensor) and isinstance(whole, Tensor)

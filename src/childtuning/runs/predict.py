@@ -55,17 +55,18 @@ class PredictionsFile:
         if self.path.exists():
             raise ConfigError(f"output file {str(path)!r} already exists. Pass another.")
 
-    def check(self, columns: Sequence[str], label_names: Sequence[str], prefix: str = "") -> None:
+    def check(self, columns: Sequence[str], run: FinishedRun, prefix: str = "") -> None:
         """Check that no column of the input would be replaced.
 
         Args:
             columns: of the input.
-            label_names: of the run.
+            run: that predicts.
             prefix: of the columns that are added.
         Raises:
             ConfigError: naming the first one.
         """
-        added = {"prediction", "confidence", "probabilities", *(f"p_{name}" for name in label_names)}
+        names = (f"p_{name}" for name in run.label_names)
+        added = {"prediction", "confidence", "probabilities", *run.kind.adds, *names}
         for name in columns:
             if name in {prefix + one for one in added}:
                 raise ConfigError(
@@ -385,6 +386,10 @@ class FinishedRun(RunFolder):
         self._check_form(examples)
         return self._predictor.answered(self.model(), examples)
 
+    def typed(self, texts: list[str], pairs: list[str] | None) -> Split:
+        """Return texts, or pairs of texts, as unlabelled examples, formed as those in a file would be."""
+        return self.kind.of_texts(texts, pairs, Columns(**self.about.get("columns", {})))
+
     def _split(self, examples: Texts | str | Path | Split) -> Split:
         """Return what the user passed as examples."""
         if isinstance(examples, Split):
@@ -393,11 +398,15 @@ class FinishedRun(RunFolder):
             raise DataError(f"there is no file {examples[:80]!r}. Pass a list for texts: [text].")
         if isinstance(examples, (str, Path)):
             return self.read_input(examples, labelled=False)
+        if isinstance(examples, Mapping) or hasattr(examples, "columns"):
+            raise DataError(
+                "examples must be a list of texts, got a table. Pass one column: list(table['text'])."
+            )
         rows: list[Any] = list(examples)
         if all(isinstance(row, str) for row in rows):
-            return self.kind.of_texts(rows, None)
+            return self.typed(rows, None)
         if all(isinstance(row, (tuple, list)) and [*map(type, row)] == [str, str] for row in rows):
-            return self.kind.of_texts([one for one, _ in rows], [other for _, other in rows])
+            return self.typed([one for one, _ in rows], [other for _, other in rows])
         other = next(row for row in rows if not isinstance(row, str))
         raise DataError(f"examples must be all texts or all pairs of texts, got {other!r:.80}. Pass strings.")
 

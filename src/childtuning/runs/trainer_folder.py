@@ -113,7 +113,9 @@ class TrainerFolder(FinishedRun):
     def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder whose columns have the usual names."""
         source = self.source(path, labelled=labelled)
-        return self.kind.read(source, self.kind.settle(source, Columns()), part="dev", labelled=labelled)
+        needs_none = not labelled and self.kind.has_new_head
+        columns = Columns(label="label") if needs_none else Columns()  # a column that need not be there
+        return self.kind.read(source, self.kind.settle(source, columns), part="dev", labelled=labelled)
 
     def judge(self, examples: str | Path | Split) -> Judgement:
         """Judge the model by the kind's metrics."""

@@ -17,6 +17,7 @@ from childtuning.tasks.instructions import (
     Instructions,
     Messages,
     RunningText,
+    prompt_joiner,
     read_instructions,
     read_prompts,
 )
@@ -52,6 +53,7 @@ class CausalLM(Kind):
     has_new_head = False
     takes_packaged = False
     metric_names = ("loss", "perplexity")
+    adds = ("num_tokens", "ended")
     batch_size: ClassVar[int] = 8  # logits over a vocabulary are large
 
     def claims(self, source: Source, columns: Columns) -> bool:
@@ -100,9 +102,14 @@ class CausalLM(Kind):
         response = (columns.label or "response") if labelled else None
         return read_instructions(source, columns.text or "prompt", response, columns.text_pair)
 
-    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Instructions:
-        """Return prompts."""
-        return Instructions([*texts])
+    def of_texts(self, texts: list[str], pairs: list[str] | None, columns: Columns) -> Instructions:
+        """Return prompts, joined of two texts as they are in a file."""
+        if pairs is not None and columns.text and columns.text_pair is None:
+            raise DataError(
+                f"the run was trained on prompts of one text, got a second, {pairs[0]!r:.80}. Leave it out."
+            )
+        whole = prompt_joiner(columns.text or "", columns.text_pair if pairs is None else "")
+        return Instructions([whole(*both) for both in zip(texts, pairs or [""] * len(texts), strict=True)])
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:
         """Return the loss in nats per token, and its exponential."""

@@ -22,7 +22,7 @@ from childtuning.tasks.delimited import BadRow
 from childtuning.tasks.encodings import content_of
 from childtuning.tasks.examples import rows_of
 from childtuning.tasks.labels import class_name, convert_label, is_missing
-from childtuning.tasks.rows import Source
+from childtuning.tasks.rows import Source, is_image
 from childtuning.tasks.split import Split
 
 Part = Literal["train", "dev"]
@@ -166,10 +166,7 @@ def holds_images(source: Source) -> bool:
 def _image_column(source: Source) -> str | None:
     """Return the first column with images as the library datasets stores them: {"bytes": …, "path": …}."""
     first = source.rows[0]
-    return next(
-        (name for name, cell in first.items() if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}),
-        None,
-    )
+    return next((name for name, cell in first.items() if is_image(cell)), None)
 
 
 def _from_table(source: Source, label: str, *, labelled: bool) -> Images:

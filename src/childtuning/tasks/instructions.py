@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,13 +134,16 @@ def read_instructions(
         DataError: for a missing column, or rows with an empty response or messages that cannot be read.
     """
     if any(isinstance(cell, list) for cell in source.cells(prompt)):
-        rows = source.each(lambda cell: _conversation(cell, prompt, labelled=response is not None), prompt)
+        left_out: set[str] = set()
+        labelled = response is not None
+        rows = source.each(lambda cell: _conversation(cell, prompt, left_out, labelled=labelled), prompt)
+        if left_out:
+            source.note(f"messages have {', '.join(sorted(left_out))}, which the model does not see")
     else:
-        ends = more is not None or prompt.lower() == "instruction"
+        join = prompt_joiner(prompt, more)
 
         def read(cell: Any, beside: Any, answer: Any) -> tuple[str | Messages, str]:
-            parts = [text_of(cell, prompt), text_of(beside, more)]
-            whole = "\n\n".join(filter(None, parts)) + "\n" * ends
+            whole = join(text_of(cell, prompt), text_of(beside, more))
             if response is not None and not text_of(answer, response).strip():
                 fault = f"has an empty response in column {response!r}"
                 raise BadRow(fault, "Fill it in or drop the row.")
@@ -152,8 +155,16 @@ def read_instructions(
     )
 
 
-def _conversation(cell: Any, column: str, *, labelled: bool) -> tuple[str | Messages, str]:
-    messages = _messages(cell, column)
+def prompt_joiner(prompt: str, more: str | None) -> Callable[[str, str], str]:
+    """Return what makes a prompt of two texts, for these columns; see ``read_instructions``."""
+    ends = more is not None or prompt.lower() == "instruction"
+    return lambda text, beside: "\n\n".join(filter(None, (text, beside))) + "\n" * ends
+
+
+def _conversation(
+    cell: Any, column: str, left_out: set[str], *, labelled: bool
+) -> tuple[str | Messages, str]:
+    messages = _messages(cell, column, left_out)
     answered = messages[-1]["role"] == "assistant"
     if labelled and not (answered and messages[-1]["content"].strip() and len(messages) > 1):
         raise BadRow(
@@ -164,8 +175,11 @@ def _conversation(cell: Any, column: str, *, labelled: bool) -> tuple[str | Mess
     return messages[:-1] if answered and len(messages) > 1 else messages, messages[-1]["content"]
 
 
-def _messages(value: Any, column: str) -> Messages:
-    """Return messages with roles and contents; ShareGPT's have `from` and `value`, and roles of its own."""
+def _messages(value: Any, column: str, left_out: set[str]) -> Messages:
+    """Return messages with roles and contents; ShareGPT's have `from` and `value`, and roles of its own.
+
+    The names of what else they have that is not empty are added to ``left_out``.
+    """
     if not isinstance(value, list) or not value:
         raise BadRow(f"must have a list of messages in column {column!r}", "Drop the row.")
     messages: Messages = []
@@ -179,6 +193,7 @@ def _messages(value: Any, column: str) -> Messages:
                 f"must have messages in column {column!r}, got {type(message).__name__} without role or content",
                 'Write {"role": "user", "content": "…"}.',
             )
+        left_out |= {key for key in said.keys() - {"role", "content", "from", "value"} if said[key]}
         messages.append({"role": _ROLES.get(role, role), "content": text_of(content, column)})
     return messages
 

@@ -83,6 +83,7 @@ class Kind(ABC):
         takes_packaged: whether the packaged encoder is the default model.
         problem_type: transformers' name for the loss, where one class of model has several.
         metric_names: all available metrics.
+        adds: what predictions have besides "prediction" and confidences.
         batch_size: examples per batch in prediction and evaluation.
         cut_words: what `Encoded.num_cut` counts, as the subject of "… were cut".
     """
@@ -98,6 +99,7 @@ class Kind(ABC):
     takes_packaged: ClassVar[bool] = True
     problem_type: ClassVar[str | None] = None
     metric_names: ClassVar[tuple[str, ...]]
+    adds: ClassVar[tuple[str, ...]] = ()
     batch_size: ClassVar[int] = 32
     cut_words: ClassVar[str] = "rows"
 
@@ -128,11 +130,15 @@ class Kind(ABC):
         """Return whether a file holds both splits."""
         return False
 
-    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Split:
+    def of_texts(self, texts: list[str], pairs: list[str] | None, columns: Columns) -> Split:
         """Return unlabelled examples that a user typed: one of each text, or of each pair.
 
+        Args:
+            texts, pairs: the texts, and the second of each if there are pairs.
+            columns: of the file that the run was trained on: typed examples are as its rows.
         Raises:
             ConfigError: when examples of this kind cannot be typed.
+            DataError: when they have no second text.
         """
         raise ConfigError(f"examples of {self.name} cannot be typed. Pass them as --input FILE.")
 

@@ -80,7 +80,7 @@ class MultiLabel(TextKind):
             labels=[names for _, _, names in rows] if labelled else None,  # type: ignore[arg-type]
         )
 
-    def of_texts(self, texts: list[str], pairs: list[str] | None) -> LabelSets:
+    def of_texts(self, texts: list[str], pairs: list[str] | None, columns: Columns) -> LabelSets:
         """Return texts or pairs."""
         return LabelSets(texts, pairs, None)
 

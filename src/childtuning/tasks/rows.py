@@ -293,7 +293,7 @@ def _flat(row: Row) -> Row:
     """Replace objects within a row by columns with dotted names; images ({"bytes": …, "path": …}) are kept."""
     flat: Row = {}
     for name, value in row.items():
-        if isinstance(value, dict) and value and value.keys() != {"bytes", "path"}:
+        if isinstance(value, dict) and value and not is_image(value):
             flat |= {f"{name}.{inner}": cell for inner, cell in _flat(value).items()}
         else:
             flat[name] = value
@@ -377,3 +377,8 @@ def read_rows(path: str | Path) -> list[Row]:
         DataError: for a file that is missing, empty, damaged or of another type.
     """
     return Source(path).rows
+
+
+def is_image(cell: Any) -> bool:
+    """Return whether a cell is an image as the library datasets stores it: {"bytes": …, "path": …}."""
+    return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}

@@ -135,6 +135,7 @@ def read_conll(source: Source, *, labelled: bool) -> Sentences:
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     num_comments = 0
+    _check_columns(source, labelled=labelled)
     for number, fields in enumerate(_lines(source.text), start=1):
         if not words[-1] and _is_comment(fields):
             num_comments += 1
@@ -159,6 +160,24 @@ def read_conll(source: Source, *, labelled: bool) -> Sentences:
     if num_comments:
         source.note(f"{num_comments} comments before sentences were left out")
     return Sentences(words, tags if labelled else None)
+
+
+def _check_columns(source: Source, *, labelled: bool) -> None:
+    """Refuse CoNLL-U, whose first column is a number, and, without labels, running text."""
+    lines = list(islice(_lines(source.text), 400))
+    rows = [fields for fields in lines if fields and fields[0] != _DOCUMENT and not _is_comment(fields)]
+    if rows and all(len(row) >= 10 and re.fullmatch(r"\d+([-.]\d+)?", row[0]) for row in rows):
+        raise DataError(
+            f"{source} is CoNLL-U, with the word in the second of ten columns. Save the word first and the tag last."
+        )
+    sizes = {len(row) for row in rows}
+    if not labelled and sizes != {1} and not looks_like_conll(source.text):
+        if max(sizes, default=0) > 3:
+            raise DataError(
+                f"{source} has several words a line, and no tags. Write one word a line, and a blank line after each "
+                "sentence."
+            )
+        source.note("the word is in the first column of each line")
 
 
 def _lines(text: str) -> Iterator[list[str]]:

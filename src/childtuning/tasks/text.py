@@ -57,7 +57,7 @@ class TextKind(Kind):
             decimal_commas=columns.decimal_commas,
         )
 
-    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Examples:
+    def of_texts(self, texts: list[str], pairs: list[str] | None, columns: Columns) -> Examples:
         """Return texts or pairs."""
         return Examples(texts, pairs, None)
 

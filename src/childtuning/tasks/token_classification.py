@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from childtuning.errors import ModelError
+from childtuning.errors import DataError, ModelError
 from childtuning.tasks.batches import IGNORED, EncodedExamples, PaddingCollator, check_max_length
 from childtuning.tasks.kind import Columns, Kind, Part, register
 from childtuning.tasks.metrics import WeightedFn, ratio
@@ -64,8 +64,12 @@ class TokenClassification(Kind):
             source, columns.text or "tokens", (columns.label or "tags") if labelled else None
         )
 
-    def of_texts(self, texts: list[str], pairs: list[str] | None) -> Sentences:
+    def of_texts(self, texts: list[str], pairs: list[str] | None, columns: Columns) -> Sentences:
         """Split each text at white space and return it as one sentence."""
+        if pairs is not None:
+            raise DataError(
+                f"words are tagged in single texts, got a second one, {pairs[0]!r:.80}. Leave it out."
+            )
         return Sentences([text.split() for text in texts])
 
     def metrics(self, label_names: Sequence[str]) -> tuple[str, ...]:

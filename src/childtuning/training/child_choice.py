@@ -83,7 +83,10 @@ def resized_embeddings(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the embeddings, of the input and the output, of another shape than in the model's folder."""
     if not isinstance(model, PreTrainedModel):
         return ()
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    try:
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # a model without a table of tokens
+        return ()
     ids = {id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters(recurse=False)}
     found = {name: p for name, p in named(model, sharded=True).items() if id(p) in ids}
     stored = stored_shapes(model) if found else {}
