@@ -37,6 +37,11 @@ def test_the_folder_of_a_trainer(childtuning: Any, tiny_bert: Path, tmp_path: Pa
     (tmp_path / "new.csv").write_text("id,text,user\n1,a great film,ann\n")
     done = childtuning("predict", tmp_path / "saved", "--input", tmp_path / "new.csv", "--json")
     assert done.code == 0 and len(done.json["predictions"]) == 1, done.err
+    (tmp_path / "old.csv").write_bytes("text,label\nхорошо,LABEL_0\nплохо,LABEL_1\n".encode("cp1251"))
+    for words in (["predict", tmp_path / "saved", "--input"], ["evaluate", tmp_path / "saved", "--eval"]):
+        assert childtuning(*words, tmp_path / "old.csv", "--encoding", "cp1251").code == 0
+        done = childtuning(*words, tmp_path / "old.csv", "--encoding", "cp9999")
+        assert done.code == 2 and "there is no encoding 'cp9999'" in done.err, done.err
 
 
 def test_the_loss_says_what_the_outputs_are(tiny_bert: Path, tmp_path: Path) -> None:

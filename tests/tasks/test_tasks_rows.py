@@ -117,7 +117,7 @@ BROKEN = {
         b'{"a": [{"text": "a"}], "b": [{"text": "a"}]}',
         "must hold one list of objects, got 2 of them: a, b",
     ),
-    "none.json": (b'{"text": "a"}', "must hold one list of objects, got dict"),
+    "none.json": (b'{"text": {"a": "b"}}', "must hold one list of objects, got dict"),
     "more.csv": (b'a,b\n"1\n2",3\n4,5,6\n', "line 4 has 3 fields, not 2. Quote fields"),
     "less.tsv": (b"a\tb\n1\n", "line 2 has 1 field, not 2"),
     "less_quoted.tsv": (b'a\tb\n"1"\n', "line 2 has 1 field, not 2"),
@@ -382,3 +382,10 @@ def test_columns_as_pandas_writes_them(tmp_path: Path) -> None:
         table.to_json(tmp_path / "a.json", orient=orient)
         found = Source(tmp_path / "a.json")
         assert [{name: row[name] for name in rows[0]} for row in found.rows] == rows, orient
+
+
+def test_one_object_on_one_line_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "a", "label": 1}')
+    source = Source(path)
+    assert source.rows == [{"text": "a", "label": 1}] and "read as one row" in " ".join(source.notes)

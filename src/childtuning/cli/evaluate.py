@@ -25,6 +25,8 @@ NAME = "evaluate"
 def run(
     run_dir: o.RunDir,
     eval: Annotated[Path, typer.Option("--eval", help="File or folder of labelled examples.")],
+    encoding: o.Encoding = None,
+    sheet: o.Sheet = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Evaluate a run's model on labelled examples.
@@ -37,7 +39,8 @@ def run(
     from childtuning.runs import load
 
     opened = load(run_dir, progress=is_terminal(), tell=tell)
-    examples = opened.read_input(eval, labelled=True)
+    source = opened.source(eval, labelled=True, encoding=encoding, sheet=sheet)
+    examples = opened.read_input(source, labelled=True)
     if examples.num_empty:
         tell(f"rows with empty text: {examples.num_empty:,}")
     found = opened.judge(examples)

@@ -69,6 +69,14 @@ def explicit(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and value != []}
 
 
+Encoding = Annotated[
+    str | None, typer.Option(help="Its encoding, if not that of the training file.", show_default=False)
+]
+Sheet = Annotated[
+    str | None, typer.Option(help="Its sheet, if not that of the training file.", show_default=False)
+]
+
+
 def check_files(*paths: Any) -> None:
     """Raise a DataError if one of the paths leads nowhere; torch and transformers are not imported for that."""
     for path in paths:

@@ -39,6 +39,8 @@ def run(
     text_pair: Annotated[
         list[str] | None, typer.Option(help="Its second text, for runs on pairs; repeatable.")
     ] = None,
+    encoding: o.Encoding = None,
+    sheet: o.Sheet = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Maximum number of tokens in a generated response.", min=1)
     ] = 64,
@@ -79,7 +81,8 @@ def run(
         name: load(folder, progress=is_terminal(), tell=tell)
         for name, folder in zip(_names(folders), folders, strict=True)
     }
-    asked = {name: _examples(one, input, text, text_pair) for name, one in opened.items()}
+    files = {"encoding": encoding, "sheet": sheet}
+    asked = {name: _examples(one, input, files, text, text_pair) for name, one in opened.items()}
     if into is not None:
         for name, (_, given) in asked.items():
             into.check(list(given[0]) if given else [], opened[name], _prefix(name, opened))
@@ -120,7 +123,11 @@ def _prefix(name: str, runs: Mapping[str, Any]) -> str:
 
 
 def _examples(
-    run: FinishedRun, input: Path | None, text: list[str] | None, text_pair: list[str] | None
+    run: FinishedRun,
+    input: Path | None,
+    files: Mapping[str, str | None],
+    text: list[str] | None,
+    text_pair: list[str] | None,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Return the examples as a run reads them, and their rows for the output."""
     if text:
@@ -130,7 +137,7 @@ def _examples(
     assert input is not None
     from childtuning.tasks.rows import is_image
 
-    source = run.source(input, labelled=False)
+    source = run.source(input, labelled=False, **files)
     examples = run.read_input(source, labelled=False)
     if examples.num_empty:
         tell(f"rows with empty text: {examples.num_empty:,}")

@@ -246,8 +246,11 @@ class RunConfig(Train, Child, Model, Data):
                 "class_weights weighs the data's labels, got fisher_labels='sampled'. Pass one of them."
             )
         faults += self._faults_of_shards() if self.shard else []
-        if self.encoding is not None and not _is_encoding(self.encoding):
-            faults.append(f"there is no encoding {self.encoding!r}. Pass cp1251, gb18030, shift_jis, …")
+        if self.encoding is not None:
+            from childtuning.tasks.encodings import is_encoding
+
+            if not is_encoding(self.encoding):
+                faults.append(f"there is no encoding {self.encoding!r}. Pass cp1251, gb18030, shift_jis, …")
         if self.sheet is not None and not any(
             str(path).lower().endswith(".xlsx") for path in (self.train, self.eval)
         ):
@@ -351,17 +354,6 @@ class RunConfig(Train, Child, Model, Data):
             is_typed = isinstance(value, str) and known[name].kind in ("int", "float") and known[name].words
             values[name] = known[name].parse(value) if is_typed else value
         return cls(**values)
-
-
-def _is_encoding(name: str) -> bool:
-    try:
-        "a".encode(name)
-        b"a".decode(name)
-    except LookupError:
-        return False
-    except UnicodeError:  # of two bytes or more a character
-        return name != "undefined"
-    return True
 
 
 _SPLITS = ("train", "training", "data")

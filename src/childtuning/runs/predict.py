@@ -288,14 +288,27 @@ class FinishedRun(RunFolder):
 
         return push(self, repo_id, base=base, private=private, token=token, revision=revision)
 
-    def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
+    def source(
+        self,
+        path: str | Path | Source,
+        *,
+        labelled: bool,
+        encoding: str | None = None,
+        sheet: str | None = None,
+    ) -> Source:
         """Return a file or folder as a source.
 
         Bad rows are left out and told if they are to be measured; predictions need every row.
+
+        Args:
+            path: of the file or folder.
+            labelled: whether examples are to be measured.
+            encoding, sheet: where they are not those of the training file.
         """
         config = self.config
         strict = config.strict or not labelled
-        return as_source(path, strict=strict, encoding=config.encoding, sheet=config.sheet)
+        encoding, sheet = encoding or config.encoding, sheet or config.sheet
+        return as_source(path, strict=strict, encoding=encoding, sheet=sheet)
 
     def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder, with the run's columns."""

@@ -106,9 +106,16 @@ class TrainerFolder(FinishedRun):
             )
         return saved_processor(self.kind, self.path)
 
-    def source(self, path: str | Path | Source, *, labelled: bool) -> Source:
+    def source(
+        self,
+        path: str | Path | Source,
+        *,
+        labelled: bool,
+        encoding: str | None = None,
+        sheet: str | None = None,
+    ) -> Source:
         """Return a file or folder as a source; predictions need every row."""
-        return as_source(path, strict=not labelled)
+        return as_source(path, strict=not labelled, encoding=encoding, sheet=sheet)
 
     def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder whose columns have the usual names."""

@@ -57,6 +57,8 @@ def decode(content: bytes, path: Path, named: str | None = None) -> tuple[str, s
     Raises:
         DataError: when the encoding cannot be decided.
     """
+    if named is not None and not is_encoding(named):
+        raise DataError(f"there is no encoding {named!r}. Pass cp1251, gb18030, shift_jis, …")
     if named is not None and not _extends_ascii(named):  # nothing is guessed then
         return _decoded_as(content, named, path), None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -90,6 +92,18 @@ def decode(content: bytes, path: Path, named: str | None = None) -> tuple[str, s
     raise DataError(
         f"{path} is neither UTF-8 nor Windows-1252: {found}. Name its --encoding, or save it as UTF-8."
     )
+
+
+def is_encoding(name: str) -> bool:
+    """Return whether Python knows an encoding of text by this name."""
+    try:
+        "a".encode(name)
+        b"a".decode(name)
+    except LookupError:
+        return False
+    except UnicodeError:  # of two bytes or more a character
+        return name != "undefined"
+    return True
 
 
 def _extends_ascii(name: str) -> bool:

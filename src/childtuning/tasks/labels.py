@@ -143,7 +143,7 @@ def convert_label(
     if number is None or not math.isfinite(number):
         raise BadRow(
             f"must have a finite number in column {column!r}, got {value!r}",
-            "Write decimals with a point."
+            "Write decimals with a point, and thousands without a separator."
             if _has_comma(value)
             else "Correct it, or pass --label-type class (label_type=) if the labels of all files are classes.",
         )

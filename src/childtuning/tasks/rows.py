@@ -248,6 +248,12 @@ def _list_of(whole: Any, path: Path) -> tuple[list[Any], str | None]:
     )
     if len(lists) == 1:
         return whole[lists[0]], f"its rows are the list {lists[0]!r}"
+    if (
+        isinstance(whole, dict)
+        and whole
+        and not any(isinstance(value, dict | list) for value in whole.values())
+    ):
+        return [whole], "read as one row"
     got = f"{len(lists)} of them: {', '.join(lists)}" if lists else type(whole).__name__
     raise DataError(
         f"{path} must hold one list of objects, got {got}. Write [{{…}}, {{…}}], pandas' to_json(orient='records')."

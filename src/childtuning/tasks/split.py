@@ -9,7 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from childtuning.errors import ConfigError
+from childtuning.errors import ConfigError, counted
 
 
 class Split(ABC):
@@ -155,8 +155,9 @@ class Split(ABC):
         for row in order:
             equal.setdefault(contents[row], []).append(row)
         if len(equal) < num:
+            remedy = "Pass fewer --folds." if len(equal) > 1 else "Leave out --folds."
             raise ConfigError(
-                f"{len(equal)} different examples cannot be split into {num} folds. Pass fewer --folds."
+                f"{counted(len(equal), 'different example')} cannot be split into {num} folds. {remedy}"
             )
         folds: list[list[int]] = [[] for _ in range(num)]
         held = [Counter[str]() for _ in range(num)]
