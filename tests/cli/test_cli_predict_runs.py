@@ -115,3 +115,24 @@ def test_a_run_beside_the_one_that_it_started_from(
     for name, folder in (("full", full), ("second", second), ("full", full)):
         with together.using(name) as run:
             assert run.predict(TEXTS) == ct.load(folder).predict(TEXTS)
+
+
+def test_runs_of_two_kinds_share_what_both_load(
+    childtuning: Command, train_words: list[object], tiny_bert: Path, tmp_path: Path
+) -> None:
+    tags = tmp_path / "tags.conll"
+    tags.write_text("the O\ncat B-ANIMAL\nsat O\n\n" * 12 + "a O\nfilm O\n\n" * 12)
+    words = ["train", "--train", tags, "--model", tiny_bert, "--epochs", 1, "--json"]
+    runs = {
+        "mood": trained(childtuning, train_words, tmp_path / "mood", "child-d"),
+        "tags": trained(childtuning, words, tmp_path / "tags", "child-d"),
+    }
+    for order in (["mood", "tags"], ["tags", "mood"]):
+        opened = {name: ct.load(runs[name]) for name in order}
+        together = RunsOfOneBase(opened)
+        for name in [*together, *together]:
+            with together.using(name) as run:
+                told = run.predict(TEXTS)
+            assert told == ct.load(runs[name]).predict(TEXTS), name
+        encoders = [{id(p) for p in opened[name].model().base_model.encoder.parameters()} for name in order]
+        assert encoders[0] == encoders[1]

@@ -40,8 +40,10 @@ class RunsOfOneBase:
             names = {id(parameter): n for n, parameter in _pretrained(loaded).items()}
             model = self._runs[name].untuned(loaded)
             num_shared = _share(model, names, known)
-            is_known = None not in (hashes[first], hashes[name])  # a start may have moved every parameter
-            if hashes[first] != hashes[name] if is_known else not num_shared:
+            common = known.keys() & {*names.values()}
+            # A hash is of what the kind of task loads. A start may have moved every parameter.
+            is_known = None not in (hashes[first], hashes[name]) and len(common) == len(known) == len(names)
+            if hashes[first] != hashes[name] if is_known else 2 * num_shared < len(common) or not common:
                 raise ConfigError(
                     f"the runs {first!r} and {name!r} have different base models. Predict with each alone."
                 )
