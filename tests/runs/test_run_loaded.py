@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import childtuning
 from childtuning import ChildConfig
-from childtuning.errors import ConfigError, DataError
+from childtuning.errors import ConfigError, DataError, ModelError
 from childtuning.runs import FinishedRun, RunConfig, train_run
 from childtuning.training import ChildTrainer
 
@@ -180,6 +181,19 @@ def test_a_task_whose_files_are_gone_is_not_looked_for_elsewhere(
 def test_confidences_are_the_probabilities(run: FinishedRun) -> None:
     rows, chances = run.predict(TEXTS), run.predict_proba(TEXTS)
     assert [row["confidence"] for row in rows] == chances.max(1).tolist()
+
+
+def test_a_base_that_has_moved_is_named_anew(tiny_bert: Path, sentiment: Path, tmp_path: Path) -> None:
+    files = {"train": str(sentiment / "train.jsonl"), "eval": str(sentiment / "dev.jsonl")}
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    train_run(RunConfig(**files, model=str(tmp_path / "base"), epochs=0.1), tmp_path / "run")
+    wanted = childtuning.load(tmp_path / "run").predict(TEXTS)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        ModelError, match=r"base' is gone. Put it back, or open .*load\('.*run', model=FOLDER\)"
+    ):
+        childtuning.load(tmp_path / "run").predict(TEXTS)
+    assert childtuning.load(tmp_path / "run", model=str(tmp_path / "moved")).predict(TEXTS) == wanted
 
 
 def test_a_table_is_not_taken_for_its_columns_names(run: FinishedRun) -> None:

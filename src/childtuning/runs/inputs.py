@@ -258,8 +258,14 @@ def base_model(run: RunFolder) -> LoadedModel:
     """Return the model that a run started from, with a random head; the base model's weights are verified.
 
     Raises:
+        ModelError: when it is gone.
         BaseMismatchError: when the base model's weights have changed since the run.
     """
+    if run.config.model and Path(run.config.model).is_absolute() and not Path(run.config.model).exists():
+        raise ModelError(
+            f"the base model {run.config.model!r} is gone. Put it back, or open the run in Python and say where it is: "
+            f"childtuning.load({str(run.path)!r}, model=FOLDER)."
+        )
     starts = (run.path / START).is_dir()  # from a run, whatever lies at the path that init_from names here
     config = replace(run.config, init_from=None) if starts else run.config
     loaded = load_run_model(config, run.kind, run.label_names)
