@@ -1,4 +1,4 @@
-"""Examples without any label have no loss, and add nothing to the scores."""
+"""Examples without any label have no loss, and add nothing to the scores, which is told."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def test_an_example_without_labels_adds_nothing(tmp_path: Path, training: bool) 
     labels = ids.clone()
     labels[2] = -100
     keep = torch.tensor([0, 1, 3])
-    found = fisher_information(model, [{"input_ids": ids, "labels": labels}], training=training)
+    with pytest.warns(UserWarning, match="examples without any label.* add nothing to the scores") as told:
+        found = fisher_information(model, [{"input_ids": ids, "labels": labels}] * 2, training=training)
+    assert len(told) == 1
     wanted = fisher_information(model, [{"input_ids": ids[keep], "labels": labels[keep]}], training=training)
     for name, score in wanted.items():
         torch.testing.assert_close(found[name] * 4, score * 3, rtol=1e-4, atol=1e-9)

@@ -211,6 +211,21 @@ def test_a_gradient_is_not_kept_alive() -> None:
     assert finds() is None
 
 
+def test_a_gradient_that_is_added_to_the_witness_counts() -> None:
+    model, twin = net(), net()
+    for one in (model, twin):
+        opt = optimizer_of("nothing left", one)
+        backward(one)
+        if one is model:
+            one[3].bias.grad.add_(1.0)
+        else:
+            opt.param_groups[0]["params"][-1].grad.add_(1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step()
+    assert torch.equal(model[3].bias, twin[3].bias) and model[3].bias.grad is None
+
+
 def test_a_copy_of_the_model_has_no_notes() -> None:
     model = net()
     opt = optimizer_of("released", model)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from childtuning.errors import ConfigError, DataError, counted
+from childtuning.errors import ConfigError, DataError, counted, warn
 from childtuning.fisher.batches import IGNORED_LABEL, examples, is_token_level, num_examples
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -102,20 +102,33 @@ class UserLoss:
 
 
 class HeadLoss:
-    """The loss that a Hugging Face model computes itself, formed an example at a time from its outputs."""
+    """The loss that a Hugging Face model computes itself, formed an example at a time from its outputs.
+
+    An example without any label adds nothing, as in training; a warning says so once.
+    """
 
     reduction = None
 
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def _tell(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            warn("examples without any label, as where the prompt fills an input, add nothing to the scores.")
+
     def alone(self, model: nn.Module, example: Any) -> Tensor:
-        """Return the loss of a batch of one, a scalar; 0 of one without any label, whose mean would be 0/0."""
+        """Return the loss of a batch of one, a scalar; without any label 0, where the mean would be 0/0."""
         outputs = run_model(model, example)
         loss = loss_of(outputs)
         has_no_value = isinstance(loss, FakeTensor) or torch._C._are_functorch_transforms_active()
         if has_no_value or bool(loss.detach().isfinite()):
             return loss
         terms = head_terms(model, outputs, example)
-        has_none = terms and not any(bool(part.counts.any()) for part in terms)
-        return torch.stack([part.terms.sum() for part in terms]).sum() if terms and has_none else loss
+        if not terms or any(bool(part.counts.any()) for part in terms):
+            return loss
+        self._tell()
+        return torch.stack([part.terms.sum() for part in terms]).sum()
 
     def of_batch(self, model: nn.Module, batch: Any, size: int) -> BatchLoss:
         """Return the examples' losses, after the formula has been found to give the model's own loss.
@@ -133,6 +146,8 @@ class HeadLoss:
             )
         losses = sum(part.weight * part.terms.sum(1) / part.counts.clamp(min=1) for part in terms)
         with torch.no_grad(), torch._C.DisableTorchFunction():  # the engine follows what values decide
+            if any(not bool(part.counts.all()) for part in terms):
+                self._tell()
             whole = sum(part.weight * part.terms.sum() / part.counts.sum() for part in terms)
             assert isinstance(losses, Tensor) and isinstance(whole, Tensor)
             is_half = torch.finfo(own.dtype).bits < 32

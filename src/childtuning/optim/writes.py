@@ -48,6 +48,7 @@ class Writes:
         self._taken: dict[str, _Seen] = {}
         self._smallest: Trained | None = None
         self._copy: Tensor | None = None
+        self._zeros: TensorWeakRef | None = None
         self._is_told = False
 
     def attach(self) -> None:
@@ -72,7 +73,10 @@ class Writes:
         self._left.clear()
         self._taken.clear()
         self._copy = None
-        if self._smallest is not None and self._smallest.released:
+        zeros, self._zeros = self._zeros and self._zeros(), None
+        if self._smallest is None or zeros is None or self._smallest.holder.grad is not zeros:
+            return
+        if not (zeros._version and bool(zeros.any())):  # else a gradient was put there by hand
             self._smallest.holder.grad = None
 
     def take(self, t: Trained, tensor: Tensor) -> None:
@@ -86,8 +90,8 @@ class Writes:
         if t is self._smallest and t.holder.grad is None:
             zeros, before = torch.zeros_like(t.holder), self._left.get(t.name)
             num_writes = 0 if before is None else before.num_writes + (came is None)  # it was cleared
-            t.holder.grad = zeros
-            self._left[t.name] = _Seen(TensorWeakRef(zeros), zeros._version, num_writes)
+            t.holder.grad, self._zeros = zeros, TensorWeakRef(zeros)
+            self._left[t.name] = _Seen(self._zeros, zeros._version, num_writes)
 
     def leave(self, t: Trained, gradient: Tensor) -> None:
         """Note a gradient in ``.grad`` to which a backward pass has just added."""
