@@ -305,10 +305,13 @@ class FinishedRun(RunFolder):
             labelled: whether examples are to be measured.
             encoding, sheet: where they are not those of the training file.
         """
-        config = self.config
-        strict = config.strict or not labelled
-        encoding, sheet = encoding or config.encoding, sheet or config.sheet
+        is_strict, known, known_sheet = self._of_training_files()
+        strict, encoding, sheet = is_strict or not labelled, encoding or known, sheet or known_sheet
         return as_source(path, strict=strict, encoding=encoding, sheet=sheet)
+
+    def _of_training_files(self) -> tuple[bool, str | None, str | None]:
+        """Return whether bad rows were refused, and the encoding and the sheet."""
+        return self.config.strict, self.config.encoding, self.config.sheet
 
     def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder, with the run's columns."""

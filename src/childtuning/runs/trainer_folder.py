@@ -18,7 +18,7 @@ from childtuning.errors import ConfigError, ModelError
 from childtuning.runs.folder import saved_processor
 from childtuning.runs.judgement import Judgement
 from childtuning.runs.predict import FinishedRun
-from childtuning.tasks import KINDS, Kind, Source, Split, as_source
+from childtuning.tasks import KINDS, Kind, Source, Split
 from childtuning.tasks.kind import Columns
 from childtuning.training import LoadedModel, model_folder, num_positions
 
@@ -106,16 +106,8 @@ class TrainerFolder(FinishedRun):
             )
         return saved_processor(self.kind, self.path)
 
-    def source(
-        self,
-        path: str | Path | Source,
-        *,
-        labelled: bool,
-        encoding: str | None = None,
-        sheet: str | None = None,
-    ) -> Source:
-        """Return a file or folder as a source; predictions need every row."""
-        return as_source(path, strict=not labelled, encoding=encoding, sheet=sheet)
+    def _of_training_files(self) -> tuple[bool, str | None, str | None]:
+        return False, None, None
 
     def read_input(self, path: str | Path | Source, *, labelled: bool) -> Split:
         """Read examples from a file or folder whose columns have the usual names."""
