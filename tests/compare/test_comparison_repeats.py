@@ -13,8 +13,9 @@ import pytest
 from tests.compare.tiny_comparisons import a_comparison, outcomes, read, write_tasks
 from tests.tiny_kinds import write_image_folders
 
-from childtuning.compare import compare, foreseen, set_up
+from childtuning.compare import Store, compare, foreseen, set_up
 from childtuning.compare import work as working
+from childtuning.errors import ConfigError
 from childtuning.runs.config import RunConfig
 from childtuning.runs.inputs import Inputs
 
@@ -145,3 +146,23 @@ def test_children_of_tasks_are_compared(tiny_bert: Path, data: Path, tmp_path: P
     other = a_comparison(tiny_bert, data, methods=["head"], grid=[], settings={"num_seeds": 1})
     set_up(path, other)
     assert "overlap" not in read(path).artifacts, "it is of the comparison before"
+
+
+def test_layers_trained_whole_are_no_children_to_compare(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    words: dict[str, Any] = {"tasks": ["alpha,beta"], "methods": ["last-k:1,child-d"], "grid": []}
+    asked = a_comparison(tiny_bert, data, **words, protocol="overlap", settings={"num_seeds": 1})
+    set_up(path, asked)
+    assert compare(path, asked).artifacts["overlap"]["method"] == "child-d"
+
+
+def test_another_comparisons_runs_are_not_repeated(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    words: dict[str, Any] = {"tasks": ["alpha,beta"], "methods": ["full"], "grid": []}
+    one = a_comparison(tiny_bert, data, **words, settings={"num_seeds": 1})
+    set_up(path, one)
+    compare(path, one)
+    heads = a_comparison(tiny_bert, data, **words, settings={"num_seeds": 1, "transfer_to": ("beta",)})
+    with Store.open(path, create=True) as store, pytest.raises(ConfigError, match="another comparison was"):
+        working.plan(store, heads)
+    assert [run.state for run in read(path).records] == ["done", "done"]

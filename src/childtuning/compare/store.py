@@ -222,16 +222,22 @@ class Store:
                 self._db.execute("UPDATE runs SET position = NULL")
             return number
 
-    def repeat(self, ids: Sequence[str], is_lost: Callable[[str], bool]) -> int:
-        """Plan finished runs again, if they are still lost; what they found stays until it is found again.
+    def repeat(
+        self, ids: Sequence[str], is_lost: Callable[[str], bool], comparison: Mapping[str, Any]
+    ) -> int:
+        """Plan finished runs of a comparison again; what they found stays until it is found again.
 
+        Args:
+            ids: the runs.
+            is_lost: whether a run is still to be repeated, now that nobody else writes.
+            comparison: nothing is done if the store is about another one by now.
         Returns:
             how many.
         """
         if not ids:
             return 0
         with self._writing():
-            lost = [(run_id,) for run_id in ids if is_lost(run_id)]
+            lost = [(run_id,) for run_id in ids if is_lost(run_id)] if self._is_about(comparison) else []
             return self._db.executemany(
                 "UPDATE runs SET state = 'planned' WHERE id = ? AND state = 'done'", lost
             ).rowcount

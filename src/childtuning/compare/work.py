@@ -59,8 +59,9 @@ def _version(package: str) -> str | None:
 def plan(store: Store, comparison: Comparison) -> int:
     """Update the store's plan from its recorded runs; return how many finished runs are to be repeated."""
     lost = without_folders(comparison, store.known(), store.folder_of, store.artifact("overlap"))
-    num_repeated = store.repeat(lost, lambda run_id: not (store.folder_of(run_id) / METRICS).is_file())
-    store.plan(list(needed(comparison, store.known(), store.folder_of)), comparison.to_dict())
+    asked = comparison.to_dict()
+    num_repeated = store.repeat(lost, lambda run_id: not (store.folder_of(run_id) / METRICS).is_file(), asked)
+    store.plan(list(needed(comparison, store.known(), store.folder_of)), asked)
     return num_repeated
 
 
@@ -244,9 +245,8 @@ def _examples(inputs: Inputs, config: RunConfig) -> tuple[str, dict[str, list[st
     """Return a hash of a run's evaluation examples, and the beginning and label of each."""
     dev = inputs.task(config)[0].dev
     found = {"labels": [*map(str, dev.strata() or ())], "shown": [dev.shown(row) for row in range(len(dev))]}
-    digests = [
-        one.hex() for one in dev.contents() or () if isinstance(one, bytes)
-    ]  # images, wherever they lie
+    # Of images their content counts, wherever they lie.
+    digests = [one.hex() for one in dev.contents() or () if isinstance(one, bytes)]
     told = {**found, "shown": digests or found["shown"]}
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16], found
 

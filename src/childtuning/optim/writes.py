@@ -117,10 +117,9 @@ class Writes:
             clips: whether the optimizer clips by itself.
         """
         taken = max((seen.num_writes_now for seen in self._taken.values()), default=0)
-        left, before = (
-            [*map(f, self._left.values())] for f in (lambda s: s.num_writes_now, lambda s: s.num_writes)
-        )
-        is_changed = bool(left) and (min(before) > taken or (min(left) > taken and self._is_changed(clips)))
+        before = min((seen.num_writes for seen in self._left.values()), default=0)
+        now = min((seen.num_writes_now for seen in self._left.values()), default=0)
+        is_changed = self._left and (before > taken or (now > taken and self._is_changed(clips)))
         if is_changed and not self._is_told:
             self._is_told = True
             warn(
