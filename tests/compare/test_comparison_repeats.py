@@ -150,7 +150,7 @@ def test_children_of_tasks_are_compared(tiny_bert: Path, data: Path, tmp_path: P
 
 def test_layers_trained_whole_are_no_children_to_compare(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
-    words: dict[str, Any] = {"tasks": ["alpha,beta"], "methods": ["last-k:1,child-d"], "grid": []}
+    words: dict[str, Any] = {"tasks": ["alpha,beta"], "methods": ["last-k:1,bitfit,child-d"], "grid": []}
     asked = a_comparison(tiny_bert, data, **words, protocol="overlap", settings={"num_seeds": 1})
     set_up(path, asked)
     assert compare(path, asked).artifacts["overlap"]["method"] == "child-d"

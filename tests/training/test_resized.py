@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 import childtuning
 from childtuning import ChildConfig, Delta
 from childtuning.training import ChildTrainer
+from childtuning.training.child_choice import resized_embeddings
 
 
 def trainer_of(
@@ -71,6 +73,27 @@ def test_a_resized_model_is_saved_resumed_and_loaded(family: str, tmp_path: Path
     again = trainer_of(resized(), tmp_path / "run", rows, epochs=3, processing_class=tokenizer)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 9
+
+
+def test_a_model_from_the_hub_is_compared_with_its_copy_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_lm(tmp_path / "tiny")
+    snapshots = tmp_path / "cache" / "models--me--tiny"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(base, snapshots / "snapshots" / revision)
+    (snapshots / "refs").mkdir()
+    (snapshots / "refs" / "main").write_text(revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        "me/tiny", cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert model.name_or_path == "me/tiny"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert resized_embeddings(model) == ()
+    model.resize_token_embeddings(model.config.vocab_size + 2)
+    assert resized_embeddings(model) == ("model.embed_tokens.weight", "lm_head.weight")
+    model.name_or_path = "me/gone"
+    assert resized_embeddings(model) == ()
 
 
 def test_a_copied_model_knows_what_its_folder_lacks(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from childtuning.compare.design import Comparison, combination_of
+from childtuning.compare.design import Comparison
 from childtuning.compare.records import Group, Record
 from childtuning.runs.folder import METRICS
 from childtuning.tasks.metrics import lower_is_better
@@ -159,7 +159,7 @@ def overlapping_runs(comparison: Comparison, known: Mapping[str, Record]) -> lis
     for group, runs in _networks(comparison, known)[1].items() if comparison.overlaps else ():
         result = runs[0].result or {}
         is_fixed = 0 < result.get("child_parameters", 0) < result.get("eligible_parameters", 0)
-        if runs[0].state == "done" and is_fixed and combination_of(group.method).takes_density:
+        if runs[0].state == "done" and is_fixed:
             by_method.setdefault(group.method, {}).setdefault(group.task, runs[0])
     most = max(by_method.values(), key=len, default={})
     return list(most.values()) if len(most) > 1 else []

@@ -287,14 +287,26 @@ class Layout:
 
 
 def stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return by name the shapes of a model's parameters in the folder that it was loaded from; {} without one."""
-    folder = getattr(model, "name_or_path", None)
-    if not isinstance(model, PreTrainedModel) or not folder or not Path(folder).is_dir():
+    """Return by name the shapes of a model's parameters in the files that it was loaded from; {} without any.
+
+    The files are a folder's, or the copy on this machine of a model from the hub.
+    """
+    name = getattr(model, "name_or_path", None)
+    if not isinstance(model, PreTrainedModel) or not name:
         return {}
     try:
+        folder = name if Path(name).is_dir() else _kept_from_hub(name, model)
         return Layout(model, Checkpoint(folder)).shapes
-    except Exception:  # the folder has no safetensors, or a layout that transformers alone can read
+    except Exception:  # no copy, no safetensors, or a layout that transformers alone can read
         return {}
+
+
+def _kept_from_hub(name: str, model: PreTrainedModel) -> str:
+    from huggingface_hub import snapshot_download
+
+    revision = getattr(model.config, "_commit_hash", None)
+    patterns = ["config.json", "*.safetensors", INDEX]
+    return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
 
 
 def _check_places(target: str, places: Mapping[str, Tensor], count: int) -> None:
