@@ -42,6 +42,10 @@ def test_the_folder_of_a_trainer(childtuning: Any, tiny_bert: Path, tmp_path: Pa
         assert childtuning(*words, tmp_path / "old.csv", "--encoding", "cp1251").code == 0
         done = childtuning(*words, tmp_path / "old.csv", "--encoding", "cp9999")
         assert done.code == 2 and "there is no encoding 'cp9999'" in done.err, done.err
+        done = childtuning(*words, tmp_path / "old.csv", "--sheet", "two")
+        assert done.code == 2 and "a sheet of a workbook, got" in done.err, done.err
+    done = childtuning("predict", tmp_path / "saved", "--text", "a", "--encoding", "cp1251")
+    assert done.code == 2 and "are of a file, got --text" in done.err
 
 
 def test_the_loss_says_what_the_outputs_are(tiny_bert: Path, tmp_path: Path) -> None:

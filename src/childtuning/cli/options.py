@@ -70,10 +70,10 @@ def explicit(given: dict[str, Any]) -> dict[str, Any]:
 
 
 Encoding = Annotated[
-    str | None, typer.Option(help="Its encoding, if not that of the training file.", show_default=False)
+    str | None, typer.Option(help="Encoding of the file, if not the training file's.", show_default=False)
 ]
 Sheet = Annotated[
-    str | None, typer.Option(help="Its sheet, if not that of the training file.", show_default=False)
+    str | None, typer.Option(help="Sheet of the workbook, if not the training file's.", show_default=False)
 ]
 
 

@@ -66,6 +66,8 @@ def run(
         raise ConfigError("pass the examples either as --input FILE or as --text STRING.")
     if input is not None and text_pair:
         raise ConfigError("--text-pair needs --text; in a file the second text is a column. Leave it out.")
+    if text and (encoding or sheet):
+        raise ConfigError("--encoding and --sheet are of a file, got --text. Leave them out.")
     if text_pair and len(text_pair) != len(text or ()):
         raise ConfigError(
             f"each --text needs its --text-pair, got {len(text or ())} and {len(text_pair)}. Pass as many of each."

@@ -304,7 +304,11 @@ class FinishedRun(RunFolder):
             path: of the file or folder.
             labelled: whether examples are to be measured.
             encoding, sheet: where they are not those of the training file.
+        Raises:
+            ConfigError: a sheet of what is no workbook.
         """
+        if sheet is not None and not str(path).lower().endswith(".xlsx"):
+            raise ConfigError(f"--sheet names a sheet of a workbook, got {path}. Leave it out.")
         is_strict, known, known_sheet = self._of_training_files()
         strict, encoding, sheet = is_strict or not labelled, encoding or known, sheet or known_sheet
         return as_source(path, strict=strict, encoding=encoding, sheet=sheet)
